@@ -1,0 +1,222 @@
+// The sweeps over one row whose classes lie side by side, a block of classes at a time.
+//
+// A block is a fixed number of classes, small enough for the first-level cache, with statistics of its own relative to
+// its own maximum. Blocks are merged in order, so a row gives the same bits whether one thread or many swept it.
+// exp is computed anew in each sweep: with vectors that is cheaper than keeping it, for every dtype.
+#pragma once
+
+#include "common.h"
+
+namespace anl {
+namespace ANL_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 2048;
+
+struct Block {
+  double max, min;    // of the logits; min is -inf if a class does not exist
+  double tail;        // sum over j != y of exp(z_j - max)
+  double gap;         // sum of max - z_j over the classes that exist
+  double count;       // how many exist
+  double above_sum, below_rest, above_count, focal_sum, focal_weight, focal_above_sum, focal_above_weight;
+  double dot;         // sum of exp(z_j - row max) log_q_j
+};
+
+// What a row's later sweeps know from its first.
+struct RowState {
+  double max, min, tail, gap, count;
+  double log_sum, inv_sum;
+  double a, b, a_above, c, bw, cw, target;  // the gradient's coefficients
+};
+
+template <class S>
+struct Sweep {
+  using T = typename Storage<S>::Acc;
+  using V = typename Traits<T>::V;
+  using I = typename Traits<T>::I;
+  static constexpr int W = Traits<T>::width;
+
+  // Calls body(u, v, i) for whole vectors (u: which of four accumulators) and edge(v, i, n, keep) where a vector is
+  // partial (n < W, filled with -inf) or holds the target (keep: every lane but the target's).
+  template <class Body, class Edge>
+  static ANL_INLINE void for_vectors(const S* z, int n, int y, const Body& body, const Edge& edge) {
+    const int full = n / W * W, y_start = y < 0 ? n : y / W * W;
+    int i = 0;
+    for (int stop = min_of(y_start, full);; stop = full) {
+      for (; i + 4 * W <= stop; i += 4 * W) {
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) body(u, Storage<S>::load(z + i + u * W), i + u * W);
+      }
+      for (; i < stop; i += W) body(0, Storage<S>::load(z + i), i);
+      if (i >= full) break;
+      edge(Storage<S>::load(z + i), i, W, lane_index() != (y - i) + I{});
+      i += W;
+    }
+    if (full < n)
+      edge(load_part(z + full, n - full, set1(T(-INF))), full, n - full, lane_index() != (y < 0 ? -1 : y - full) + I{});
+  }
+
+  static ANL_INLINE I lane_index() {
+    I lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = i;
+    return lanes;
+  }
+
+  template <class Reduce>
+  static ANL_INLINE T fold(V v, const Reduce& reduce) {
+    T x = v[0];
+    for (int i = 1; i < W; ++i) x = reduce(x, v[i]);
+    return x;
+  }
+
+  static ANL_INLINE void extrema(const S* z, int n, T& high, T& low) {
+    const V first = set1(load_one(z));
+    V hi[4] = {first, first, first, first}, lo[4] = {first, first, first, first};
+    const auto body = [&](int u, V v, int) __attribute__((always_inline)) {
+      hi[u] = vmax(v, hi[u]);
+      lo[u] = vmin(v, lo[u]);
+    };
+    int i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) body(u, Storage<S>::load(z + i + u * W), 0);
+    }
+    for (; i + W <= n; i += W) body(0, Storage<S>::load(z + i), 0);
+    if (i < n) body(0, load_part(z + i, n - i, first), 0);
+    high = fold(vmax(vmax(hi[0], hi[1]), vmax(hi[2], hi[3])), [](T a, T b) { return a > b ? a : b; });
+    low = fold(vmin(vmin(lo[0], lo[1]), vmin(lo[2], lo[3])), [](T a, T b) { return a < b ? a : b; });
+  }
+
+  template <bool MASKED>
+  static ANL_INLINE void exp_sums(const S* z, int n, int y, T high, Block& out) {
+    V tail[4] = {}, gap[4] = {};
+    I missing = {};
+    for_vectors(
+        z, n, y,
+        [&](int u, V v, int) __attribute__((always_inline)) {
+          const V x = v - high;
+          tail[u] += vexp<T>(x);
+          if (MASKED) {
+            gap[u] -= v == T(-INF) ? V{} : x;
+            missing -= v == T(-INF);
+          } else {
+            gap[u] -= x;
+          }
+        },
+        [&](V v, int, int, I keep) __attribute__((always_inline)) {
+          const V x = v - high;
+          tail[0] += keep ? vexp<T>(x) : V{};
+          gap[0] -= v == T(-INF) ? V{} : x;
+          missing -= v == T(-INF);
+        });
+    out.tail = lane_sum(tail[0] + tail[1] + (tail[2] + tail[3]));
+    out.gap = lane_sum(gap[0] + gap[1] + (gap[2] + gap[3]));
+    const int padding = (W - n % W) % W;
+    int64_t absent = 0;
+    for (int i = 0; i < W; ++i) absent += missing[i];
+    out.count = double(n - (absent - padding));
+  }
+
+  // First sweep. y: the target's place in the block, or -1.
+  static void first(const S* z, int n, int y, Block& out) {
+    T high, low;
+    extrema(z, n, high, low);
+    out.max = high;
+    out.min = low;
+    if (high == T(-INF)) {
+      out.tail = out.gap = out.count = 0.0;
+    } else if (low == T(-INF)) {
+      exp_sums<true>(z, n, y, high, out);
+    } else {
+      exp_sums<false>(z, n, y, high, out);
+    }
+  }
+
+  // Second sweep of a block with classes on both sides of the clamp, or for the focal sums.
+  template <bool MASS, bool FOCAL>
+  static void second(const S* z, int n, int y, const RowState& row, const Program& prog, Block& out) {
+    const T high = T(row.max), log_sum = T(row.log_sum), inv_sum = T(row.inv_sum);
+    const T floor = T(prog.log_floor_neg - row.log_sum), focal_floor = T(prog.focal_floor);
+    V sum[4] = {}, rest[4] = {}, focal[4] = {}, weight[4] = {}, focal_above[4] = {}, weight_above[4] = {};
+    I count = {};
+    const auto step = [&](int u, V v, I keep) __attribute__((always_inline)) {
+      const V x = v - high;
+      const auto above = x > -floor;
+      sum[u] += above ? x + floor : V{};
+      count -= above;
+      if (MASS) rest[u] += (~above & keep) ? vexp<T>(x) * inv_sum : V{};
+      if (FOCAL) {
+        const V l = x - log_sum;
+        const V w = focal_weight<LaneMath<T>>(vmax(-vexpm1<T>(l), V{}), prog.gamma);
+        const V wl = w * l;
+        focal[u] -= v == T(-INF) ? V{} : wl;
+        weight[u] += v == T(-INF) ? V{} : w;
+        focal_above[u] += above ? wl + focal_floor : V{};
+        weight_above[u] += above ? w : V{};
+      }
+    };
+    for_vectors(
+        z, n, y, [&](int u, V v, int) __attribute__((always_inline)) { step(u, v, ~I{}); },
+        [&](V v, int, int, I keep) __attribute__((always_inline)) { step(0, v, keep); });
+    const auto total = [](const V* v) { return lane_sum(v[0] + v[1] + (v[2] + v[3])); };
+    out.above_sum = total(sum);
+    out.above_count = lane_sum(count);
+    out.below_rest = total(rest);
+    out.focal_sum = total(focal);
+    out.focal_weight = total(weight);
+    out.focal_above_sum = total(focal_above);
+    out.focal_above_weight = total(weight_above);
+  }
+
+  // sum_j exp(z_j - max) log_q_j, for the entropy term.
+  static void dot(const S* z, int n, const T* log_q, double row_max, Block& out) {
+    const T high = T(row_max);
+    V acc[4] = {};
+    for_vectors(
+        z, n, -1,
+        [&](int u, V v, int i) __attribute__((always_inline)) {
+          acc[u] += vexp<T>(v - high) * Storage<T>::load(log_q + i);
+        },
+        [&](V v, int i, int m, I) __attribute__((always_inline)) {
+          acc[0] += vexp<T>(v - high) * load_part(log_q + i, m, V{});
+        });
+    out.dot = lane_sum(acc[0] + acc[1] + (acc[2] + acc[3]));
+  }
+
+  // The gradient of a block. MASKED: classes that do not exist get 0. ENTROPY: adds scale p_j (log_q_j - mean).
+  template <bool ABOVE, bool FOCAL, bool MASKED, bool ENTROPY>
+  static void gradient(const S* z, S* g, int n, const RowState& row, const Program& prog, const T* log_q,
+                       double entropy_scale, double entropy_mean) {
+    const T high = T(row.max), log_sum = T(row.log_sum), thr = T(row.log_sum - prog.log_floor_neg);
+    const double entropy_slope = ENTROPY ? entropy_scale * entropy_mean : 0.0;
+    const T a = T((row.a - entropy_slope) * row.inv_sum), a_above = T((row.a_above - entropy_slope) * row.inv_sum);
+    const T q_scale = T(entropy_scale * row.inv_sum);
+    const T b = T(row.b), c = T(row.c), bw = T(row.bw), cw = T(row.cw);
+    const auto value = [&](V v, V u) __attribute__((always_inline)) {
+      const V x = v - high;
+      V slope = set1(a), offset = set1(b);
+      const auto above = x > thr;
+      if (ABOVE) {
+        slope = above ? set1(a_above) : slope;
+        offset = above ? offset + c : offset;
+      }
+      if (ENTROPY) slope += u * q_scale;
+      if (FOCAL) {
+        const V w = focal_weight<LaneMath<T>>(vmax(-vexpm1<T>(x - log_sum), V{}), prog.gamma);
+        offset += (above ? set1(bw + cw) : set1(bw)) * w;
+      }
+      const V y = vexp<T>(x) * slope + offset;
+      return MASKED ? (v == T(-INF) ? V{} : y) : y;
+    };
+    const int full = n / W * W;
+    for (int i = 0; i < full; i += W)
+      Storage<S>::store(g + i, value(Storage<S>::load(z + i), ENTROPY ? Storage<T>::load(log_q + i) : V{}));
+    if (full < n)
+      store_part(g + full, n - full, value(load_part(z + full, n - full, set1(T(-INF))),
+                                           ENTROPY ? load_part(log_q + full, n - full, V{}) : V{}));
+  }
+};
+
+}  // namespace
+}  // namespace ANL_ISA
+}  // namespace anl

@@ -1,0 +1,420 @@
+// Rows whose classes lie side by side: (N, K), strided rows, channels-last. Lanes run across classes.
+//
+// Short rows go in batches of one row a lane of doubles, so that the scalar mathematics between two sweeps is done for
+// all of them at once; a batch stays in the second-level cache, so its later sweeps do not read memory. Where there are
+// few long rows, the blocks of one row are spread over the threads instead.
+#include "row_sweeps.h"
+
+namespace anl {
+namespace ANL_ISA {
+namespace {
+
+using M = LaneMath<double>;
+constexpr int LANES = Traits<double>::width;
+constexpr int64_t CACHE_BYTES = 256 << 10;      // a batch's share of the second-level cache
+constexpr int64_t GROUP_ELEMENTS = 32 << 10;    // rows are handed to threads in groups of about this many logits
+constexpr int64_t SPLIT_ELEMENTS = 128 << 10;   // a row this long is worth spreading over threads
+
+// One field of up to LANES rows, as a vector.
+struct Lane {
+  double x[LANES];
+  M::V get() const { return Storage<double>::load(x); }
+  void set(M::V v) { Storage<double>::store(x, v); }
+};
+
+template <class S>
+class Rows {
+  using T = typename Storage<S>::Acc;
+  using Sw = Sweep<S>;
+
+ public:
+  Rows(const Call& call, Block* blocks, bool split)
+      : call_(call), prog_(call.program), K_(call.num_classes), num_blocks_(ceil_div(K_, BLOCK)),
+        num_rows_(call.outer * call.inner), blocks_(blocks), split_(split) {}
+
+  // Rows [begin, end); the sum of their losses, in order.
+  double run(int64_t begin, int64_t end) {
+    const int64_t bytes = K_ * int64_t(sizeof(S)) * (call_.grad && call_.grad != call_.logits ? 2 : 1);
+    const int batch = int(max_of<int64_t>(1, min_of<int64_t>(LANES, CACHE_BYTES / bytes)));
+    double total = 0.0;
+    n_ = 0;
+    for (int64_t r = begin; r < end; ++r) {
+      if (call_.op == Op::GRAD) {
+        gradient_from_coefs(r);
+        continue;
+      }
+      const int64_t y = load_target(call_, r);
+      if (y == call_.ignore_index) {
+        ignore(r);
+        continue;
+      }
+      row_[n_] = r;
+      y_[n_] = y;
+      if (++n_ == batch) total += flush();
+    }
+    return total + flush();
+  }
+
+ private:
+  const S* logits(int64_t r) const {
+    const Strides& s = call_.logits_strides;
+    return static_cast<const S*>(call_.logits) + r / call_.inner * s.so + r % call_.inner * s.si;
+  }
+  S* grad(int64_t r) const {
+    const Strides& s = call_.grad_strides;
+    return static_cast<S*>(call_.grad) + r / call_.inner * s.so + r % call_.inner * s.si;
+  }
+
+  // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
+  // (the cache holds what the sweep before touched last).
+  template <class F>
+  void each_block(bool backwards, const F& f) const {
+    const auto range = [&](int64_t b0, int64_t b1) {
+      for (int64_t i = b0; i < b1; ++i) {
+        const int64_t b = backwards ? b1 - 1 - (i - b0) : i;
+        f(b, b * BLOCK, int(min_of(BLOCK, K_ - b * BLOCK)));
+      }
+    };
+    if (split_)
+      parallel_for(num_blocks_, 8, range);
+    else
+      range(0, num_blocks_);
+  }
+
+  static int target_in_block(int64_t y, int64_t k0, int n) { return y >= k0 && y < k0 + n ? int(y - k0) : -1; }
+
+  void fill(int64_t r, T value) const {
+    if (!call_.grad) return;
+    S* g = grad(r);
+    S bits;
+    store_one(&bits, value);
+    for (int64_t k = 0; k < K_; ++k) g[k] = bits;
+  }
+
+  void write_coefs(int64_t r, const RowState& s, double inv_sum) const {
+    if (!call_.coefs) return;
+    const double values[NUM_COEFS] = {s.max, inv_sum, s.a, s.b, s.a_above, s.c, s.bw, s.cw, s.target};
+    for (int i = 0; i < NUM_COEFS; ++i) static_cast<T*>(call_.coefs)[i * num_rows_ + r] = T(values[i]);
+  }
+
+  void ignore(int64_t r) const {
+    if (call_.op == Op::STATS) return write_ignored_statistics(call_, r, num_rows_);
+    if (call_.row_loss) static_cast<T*>(call_.row_loss)[r] = T(0);
+    write_coefs(r, RowState{}, 0.0);
+    fill(r, T(0));
+  }
+
+  // First sweep of the row in slot i, merged over its blocks.
+  void first_sweep(int i) {
+    const S* z = logits(row_[i]);
+    Block* blocks = blocks_ + i * num_blocks_;
+    const int64_t y = y_[i];
+    each_block(false, [&](int64_t b, int64_t k0, int n) { Sw::first(z + k0, n, target_in_block(y, k0, n), blocks[b]); });
+    RowState& s = state_[i];
+    s = RowState{};
+    s.max = -INF;
+    s.min = INF;
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      s.max = max_of(s.max, blocks[b].max);
+      s.min = min_of(s.min, blocks[b].min);
+    }
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      const Block& k = blocks[b];
+      if (k.max == -INF) continue;
+      const double below = s.max - k.max;
+      s.tail += below == 0.0 ? k.tail : k.tail * exp(-below);
+      s.gap += k.gap + k.count * below;
+      s.count += k.count;
+    }
+    const double z_y = double(load_one(z + y));
+    // NaN and +inf leave a NaN gap; a row without classes, or whose target does not exist, is NaN by definition.
+    const bool bad = s.gap != s.gap || s.max == -INF || z_y == -INF;
+    x_y_.x[i] = bad ? NaN : z_y - s.max;
+    tail_.x[i] = bad ? NaN : s.tail;
+  }
+
+  // above_sum and the other statistics that need the final lse, into lane i.
+  void second_sweep(int i, unsigned needs) {
+    const RowState& s = state_[i];
+    const double T = prog_.log_floor_neg, thr = s.log_sum - T, lse_gap = T - s.log_sum;
+    const bool focal = needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
+    double above_sum = 0, below_rest = 0, above_count = 0, focal_sum = 0, weight = 0, focal_above = 0, weight_above = 0;
+    if (!needs || s.log_sum != s.log_sum) {
+    } else if (!focal && s.min - s.max > thr) {  // every class above the clamp: closed form
+      above_count = s.count;
+      above_sum = s.count * lse_gap - s.gap;
+    } else {
+      const S* z = logits(row_[i]);
+      Block* blocks = blocks_ + i * num_blocks_;
+      const int64_t y = y_[i];
+      each_block(true, [&](int64_t b, int64_t k0, int n) {
+        Block& k = blocks[b];
+        const int yb = target_in_block(y, k0, n);
+        const double below = s.max - k.max;
+        if (focal) {
+          Sw::template second<true, true>(z + k0, n, yb, s, prog_, k);
+        } else if (-below <= thr) {
+          k.above_sum = k.above_count = 0.0;
+          k.below_rest = k.tail * exp(-below) * s.inv_sum;
+        } else if (k.min - s.max > thr) {
+          k.above_count = k.count;
+          k.above_sum = k.count * (lse_gap - below) - k.gap;
+          k.below_rest = 0.0;
+        } else if (needs & NEED_ABOVE_MASS) {
+          Sw::template second<true, false>(z + k0, n, yb, s, prog_, k);
+        } else {
+          Sw::template second<false, false>(z + k0, n, yb, s, prog_, k);
+        }
+      });
+      for (int64_t b = 0; b < num_blocks_; ++b) {
+        const Block& k = blocks[b];
+        above_sum += k.above_sum;
+        above_count += k.above_count;
+        below_rest += k.below_rest;
+        if (!focal) continue;
+        focal_sum += k.focal_sum;
+        weight += k.focal_weight;
+        focal_above += k.focal_above_sum;
+        weight_above += k.focal_above_weight;
+      }
+    }
+    const double values[] = {above_sum, below_rest, above_count, focal_sum, weight, focal_above, weight_above};
+    for (int j = 0; j < 7; ++j) second_[j].x[i] = values[j];
+  }
+
+  // The rows gathered so far: sweeps, the mathematics of all of them at once, results. Returns their losses' sum.
+  double flush() {
+    if (n_ == 0) return 0.0;
+    Lane gap, count, log_sum, prob;
+    for (int i = 0; i < LANES; ++i) {
+      if (i < n_) {
+        first_sweep(i);
+      } else {  // idle lanes compute something harmless
+        x_y_.x[i] = tail_.x[i] = 0.0;
+        state_[i] = RowState{};
+      }
+      gap.x[i] = state_[i].gap;
+      count.x[i] = state_[i].count;
+    }
+    RowStatistics<M> s;
+    target_statistics<M>(s, x_y_.get(), tail_.get());
+    s.num_classes = count.get();
+    s.neg_log_sum = s.num_classes * s.log_sum + gap.get();
+    log_sum.set(s.log_sum);
+    prob.set(M::exp(-s.log_sum));
+    target_tail_.set(s.target_tail);
+    for (int i = 0; i < LANES; ++i) {
+      state_[i].log_sum = log_sum.x[i];
+      state_[i].inv_sum = log_sum.x[i] != log_sum.x[i] ? NaN : prob.x[i];
+      if (i < n_)
+        second_sweep(i, prog_.needs);
+      else
+        for (Lane& lane : second_) lane.x[i] = 1.0;
+    }
+    s.above_sum = second_[0].get();
+    s.below_rest = second_[1].get();
+    s.above_count = second_[2].get();
+    s.focal_sum = second_[3].get();
+    s.focal_weight = second_[4].get();
+    s.focal_above_sum = second_[5].get();
+    s.focal_above_weight = second_[6].get();
+    const int n = n_;
+    n_ = 0;
+    if (call_.op == Op::STATS) {
+      write_statistics(s, n);
+      return 0.0;
+    }
+    return finish(s, n);
+  }
+
+  double finish(const RowStatistics<M>& s, int n) {
+    Coefficients<M> g;
+    Lane loss, target, fields[6];
+    loss.set(evaluate<M>(prog_, s, g));
+    target.set(g.target);
+    const M::V values[6] = {g.a, g.b, g.a_above, g.c, g.bw, g.cw};
+    for (int j = 0; j < 6; ++j) fields[j].set(values[j]);
+    double total = 0.0;
+    for (int i = 0; i < n; ++i) {
+      const int64_t r = row_[i];
+      const double weight = class_weight<T>(call_, y_[i]), scale = weight * call_.loss_scale;
+      RowState& row = state_[i];
+      total += loss.x[i] * weight;
+      if (call_.row_loss) static_cast<T*>(call_.row_loss)[r] = T(loss.x[i] * weight);
+      double* out[6] = {&row.a, &row.b, &row.a_above, &row.c, &row.bw, &row.cw};
+      for (int j = 0; j < 6; ++j) *out[j] = fields[j].x[i] * scale;
+      row.target = target.x[i] * scale;
+      write_coefs(r, row, row.inv_sum);
+      if (call_.grad) write_gradient(r, row, y_[i], blocks_ + i * num_blocks_);
+    }
+    return total;
+  }
+
+  void write_statistics(const RowStatistics<M>& s, int n) const {
+    const bool focal = prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE), above = prog_.needs;
+    const M::V absent = M::set(NaN);
+    const M::V values[NUM_STATS] = {
+        M::set(0.0), s.log_sum, s.target_log_prob, s.num_classes, s.neg_log_sum, above ? s.above_sum : absent,
+        prog_.needs & NEED_ABOVE_MASS ? M::set(1.0) - below_mass<M>(prog_, s) : absent, above ? s.above_count : absent,
+        focal ? s.focal_sum : absent, focal ? s.focal_weight : absent, focal ? s.focal_above_sum : absent,
+        focal ? s.focal_above_weight : absent, M::set(1.0)};
+    for (int j = 0; j < NUM_STATS; ++j) {
+      Lane lane;
+      lane.set(values[j]);
+      for (int i = 0; i < n; ++i) {
+        const bool bad = state_[i].log_sum != state_[i].log_sum;
+        const double x = j == STAT_MAX ? state_[i].max : lane.x[i];
+        call_.stats[j * num_rows_ + row_[i]] = bad && j != STAT_VALID ? NaN : x;
+      }
+    }
+  }
+
+  // blocks: the first sweep's (whole blocks above or below the clamp then take the short loop), or null.
+  void write_gradient(int64_t r, const RowState& s, int64_t y, Block* blocks) {
+    if (s.inv_sum != s.inv_sum) return fill(r, T(NaN));
+    const S* z = logits(r);
+    S* g = grad(r);
+    const T* log_q = static_cast<const T*>(call_.log_q);
+    const double es = entropy_scale<T>(call_), thr = s.log_sum - prog_.log_floor_neg;
+    double mean = 0.0, target = s.target;
+    if (log_q) {
+      each_block(false, [&](int64_t b, int64_t k0, int n) { Sw::dot(z + k0, n, log_q + k0, s.max, blocks_[b]); });
+      for (int64_t b = 0; b < num_blocks_; ++b) mean += blocks_[b].dot;
+      mean *= s.inv_sum;
+      target += es * exp(double(load_one(z + y)) - s.max) * s.inv_sum * (double(log_q[y]) - mean);
+    }
+    const bool focal = s.bw != 0.0 || s.cw != 0.0, clamped = s.a_above != s.a || s.c != 0.0;
+    RowState all = s;  // of a block wholly above the clamp
+    all.a = s.a_above;
+    all.b += s.c;
+    each_block(!log_q, [&](int64_t b, int64_t k0, int n) {
+      const S* zb = z + k0;
+      S* gb = g + k0;
+      const bool above = blocks && blocks[b].min - s.max > thr, below = blocks && blocks[b].max - s.max <= thr;
+      const bool mixed = clamped && !above && !below, exist = blocks && blocks[b].min != -INF;
+      const RowState& k = above ? all : s;
+      if (log_q)
+        Sw::template gradient<true, true, true, true>(zb, gb, n, s, prog_, log_q + k0, es, mean);
+      else if (focal)
+        Sw::template gradient<true, true, true, false>(zb, gb, n, s, prog_, log_q, es, mean);
+      else if (mixed)
+        Sw::template gradient<true, false, true, false>(zb, gb, n, s, prog_, log_q, es, mean);
+      else if (exist || k.b == 0.0)
+        Sw::template gradient<false, false, false, false>(zb, gb, n, k, prog_, log_q, es, mean);
+      else
+        Sw::template gradient<false, false, true, false>(zb, gb, n, k, prog_, log_q, es, mean);
+    });
+    store_one(g + y, T(target));
+  }
+
+  void gradient_from_coefs(int64_t r) {
+    const T* coefs = static_cast<const T*>(call_.coefs) + r;
+    const double go = grad_output<T>(call_, r);
+    double x[NUM_COEFS];
+    for (int i = 0; i < NUM_COEFS; ++i) x[i] = double(coefs[i * num_rows_]);
+    if (x[COEF_INV_SUM] == 0.0) return fill(r, T(0));
+    RowState s = {};
+    s.max = x[COEF_MAX];
+    s.inv_sum = x[COEF_INV_SUM];
+    s.log_sum = -log(s.inv_sum);
+    s.a = x[COEF_A] * go;
+    s.b = x[COEF_B] * go;
+    s.a_above = x[COEF_A_ABOVE] * go;
+    s.c = x[COEF_C] * go;
+    s.bw = x[COEF_BW] * go;
+    s.cw = x[COEF_CW] * go;
+    s.target = x[COEF_TARGET] * go;
+    write_gradient(r, s, load_target(call_, r), nullptr);
+  }
+
+  const Call& call_;
+  const Program& prog_;
+  const int64_t K_, num_blocks_, num_rows_;
+  Block* blocks_;
+  const bool split_;
+  int n_ = 0;
+  int64_t row_[LANES], y_[LANES];
+  RowState state_[LANES];
+  Lane x_y_, tail_, target_tail_, second_[7];
+};
+
+// sum over rows of p_ij: a thread owns a range of classes (and, where these are few, one of a fixed number of row
+// chunks); within it rows are added in order.
+template <class S>
+void column_sums(const Call& call) {
+  using T = typename Storage<S>::Acc;
+  constexpr int W = Traits<T>::width;
+  const int64_t K = call.num_classes, N = call.outer * call.inner, num_blocks = ceil_div(K, BLOCK);
+  const int64_t chunks = max_of<int64_t>(1, min_of<int64_t>(min_of<int64_t>(16, 64 / num_blocks), ceil_div(N, 64)));
+  const int64_t rows = ceil_div(N, chunks);
+  Scratch<double> partial(chunks * K);
+  parallel_for(chunks * num_blocks, max_of<int64_t>(1, GROUP_ELEMENTS / (rows * min_of(K, BLOCK) + 1)),
+               [&](int64_t begin, int64_t end) {
+    T sums[BLOCK + W];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / num_blocks, k0 = task % num_blocks * BLOCK, n = min_of(BLOCK, K - k0);
+      double* out = partial.data + chunk * K + k0;
+      for (int64_t k = 0; k < n; ++k) out[k] = 0.0;
+      const int64_t stop = min_of(N, (chunk + 1) * rows);
+      for (int64_t r0 = chunk * rows; r0 < stop; r0 += 32) {  // a few rows in T, then on in double
+        memset(sums, 0, sizeof(sums));
+        for (int64_t r = r0; r < min_of(stop, r0 + 32); ++r) {
+          const T* coefs = static_cast<const T*>(call.coefs) + r;
+          const T high = coefs[COEF_MAX * N], inv_sum = coefs[COEF_INV_SUM * N];
+          if (inv_sum == T(0)) continue;
+          const S* z = static_cast<const S*>(call.logits) + r / call.inner * call.logits_strides.so +
+                       r % call.inner * call.logits_strides.si + k0;
+          for (int64_t k = 0; k < n; k += W) {
+            const auto v = n - k >= W ? Storage<S>::load(z + k) : load_part(z + k, int(n - k), set1(T(-INF)));
+            Storage<T>::store(sums + k, Storage<T>::load(sums + k) + vexp<T>(v - high) * inv_sum);
+          }
+        }
+        for (int64_t k = 0; k < n; ++k) out[k] += double(sums[k]);
+      }
+    }
+  });
+  for (int64_t k = 0; k < K; ++k) {
+    double total = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial.data[chunk * K + k];
+    call.sums[k] = total;
+  }
+}
+
+template <class S>
+double run(const Call& call) {
+  if (call.op == Op::COLUMN_SUMS) {
+    column_sums<S>(call);
+    return 0.0;
+  }
+  const int64_t N = call.outer * call.inner, K = call.num_classes, num_blocks = ceil_div(K, BLOCK);
+  if (K >= SPLIT_ELEMENTS && N < 4 * num_threads() && num_threads() > 1) {
+    Scratch<Block> blocks(num_blocks * LANES);
+    return Rows<S>(call, blocks.data, true).run(0, N);
+  }
+  // A group's size depends on K alone, so that the order of the sum does not depend on the number of threads.
+  const int64_t group = max_of<int64_t>(1, min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES));
+  const int64_t num_groups = ceil_div(N, group);
+  Scratch<double> partial(num_groups);
+  parallel_for(num_groups, max_of<int64_t>(1, GROUP_ELEMENTS / (group * K)), [&](int64_t begin, int64_t end) {
+    Scratch<Block> blocks(num_blocks * LANES);
+    Rows<S> rows(call, blocks.data, false);
+    for (int64_t i = begin; i < end; ++i) partial.data[i] = rows.run(i * group, min_of(N, (i + 1) * group));
+  });
+  double total = 0.0;
+  for (int64_t i = 0; i < num_groups; ++i) total += partial.data[i];
+  return total;
+}
+
+}  // namespace
+
+double rows_entry(const Call& call) {
+  switch (call.dtype) {
+    case FLOAT32: return run<float>(call);
+    case FLOAT64: return run<double>(call);
+    case FLOAT16: return run<half_t>(call);
+    default: return run<bfloat16_t>(call);
+  }
+}
+
+}  // namespace ANL_ISA
+}  // namespace anl
