@@ -1,0 +1,1 @@
+"""The backends: thin adapters between a call's tensors and what computes."""

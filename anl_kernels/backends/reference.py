@@ -1,0 +1,159 @@
+"""The losses in plain PyTorch: every device, every transform, double backward and forward mode.
+
+It keeps tens of bytes a logit. What the other backends are compared with, and what they leave to it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..entropy import batch_entropy
+from ..layout import acc_dtype, bad_label
+from ..stats import Statistics
+
+NAME = "reference"
+PURPOSE = "plain PyTorch on every device, with double backward and forward mode"
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def cannot_run(logits: Tensor, call) -> str | None:
+    if call.inplace:
+        return "it keeps the logits: inplace=True is for the fused backends"
+    return None
+
+
+class LogitStatistics(Statistics):
+    """Statistics of rows of `logits` (..., K) and `target` (...), differentiable, each made when first read.
+
+    A row that must be NaN (a NaN or +inf logit, -inf at the target, `bad`) is NaN in every statistic and derivative.
+    """
+
+    def __init__(self, logits: Tensor, target: Tensor, bad: Tensor, min_prob: float, gamma: float | None):
+        super().__init__(min_prob, gamma)
+        label = target.unsqueeze(-1)
+        top, top_label = logits.detach().max(-1, keepdim=True)
+        poison = bad.unsqueeze(-1) | ~(top < math.inf) | (logits.detach().gather(-1, label) == -math.inf)
+        logits = logits * torch.where(poison, math.nan, 1.0).to(logits.dtype)
+        self._label = label
+        self._top = top
+        self._exists = logits != -math.inf
+        self._below_top = (logits - top).masked_fill(~self._exists, 0.0)
+        # The sum without the largest keeps log p and 1 - p accurate as p -> 1; derivatives are those of the whole sum.
+        exps = (logits - top).exp()
+        rest = exps.scatter(-1, top_label, 0.0).sum(-1)
+        log_sum = exps.sum(-1).log()
+        self._log_sum = log_sum + (rest.log1p() - log_sum).detach()
+        target_below_top = self._below_top.gather(-1, label).squeeze(-1)
+        target_is_top = (label == top_label).squeeze(-1)
+        target_exp = torch.where(target_is_top, target_below_top, 0.0).exp()
+        self.target_log_prob = torch.where(
+            target_is_top, -torch.log1p(rest / target_exp), target_below_top - self._log_sum
+        )
+
+    def _make(self, name):
+        return getattr(self, "_make_" + name)()
+
+    @property
+    def log_prob(self) -> Tensor:
+        """l (..., K); 0 for a class that does not exist."""
+        if "_log_prob" not in self.__dict__:
+            log_prob = (self._below_top - self._log_sum.unsqueeze(-1)).masked_fill(~self._exists, 0.0)
+            # One l_y for the target and for the sums: where a loss is their quotient, the parts cancel exactly.
+            self._log_prob = log_prob.scatter(-1, self._label, self.target_log_prob.unsqueeze(-1))
+        return self._log_prob
+
+    @property
+    def prob(self) -> Tensor:
+        """p (..., K)."""
+        return self.log_prob.exp().masked_fill(~self._exists, 0.0)
+
+    @property
+    def _above(self) -> Tensor:
+        return (self._exists & (self.log_prob.detach() > self.log_floor)).to(self.log_prob.dtype)
+
+    @property
+    def _focal_weight(self) -> Tensor:
+        return (-torch.expm1(self.log_prob.detach())) ** self.gamma
+
+    def _make_lse(self):
+        return self._top.squeeze(-1) + self._log_sum
+
+    def _make_target_logit(self):
+        return self.target_log_prob + self.lse
+
+    def _make_num_classes(self):
+        return self._exists.sum(-1).to(self.target_log_prob.dtype)
+
+    def _make_neg_log_sum(self):
+        return -self.log_prob.sum(-1)
+
+    def _make_above_count(self):
+        return self._above.sum(-1)
+
+    def _make_above_sum(self):
+        return (self._above * (self.log_prob - self.log_floor)).sum(-1)
+
+    def _make_above_mass(self):
+        return (self._above * self.prob).sum(-1)
+
+    @property
+    def other_above_mass(self) -> Tensor:  # a sum without the target, rather than the sum less the target
+        return (self._above * self.prob).scatter(-1, self._label, 0.0).sum(-1)
+
+    def _make_focal_sum(self):
+        return (self._focal_weight * -self.log_prob).sum(-1)
+
+    def _make_focal_above_sum(self):
+        return (self._above * (self.focal_floor + self._focal_weight * self.log_prob)).sum(-1)
+
+
+def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """The loss of a validated call, class dimension and keywords as in `functional.robust_loss`."""
+    rows = logits.movedim(1, -1) if logits.dim() > 1 else logits
+    rows = rows.to(acc_dtype(logits.dtype))
+    target = target.long()
+    valid = target != call.ignore_index
+    out_of_range = valid & ((target < 0) | (target >= rows.shape[-1]))
+    _raise_for_labels(target, out_of_range)
+    label = torch.where(valid & ~out_of_range, target, 0)
+    rows = rows.masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row's logits may be NaN
+    s = LogitStatistics(rows, label, out_of_range, call.min_prob, call.expression.gamma)
+    loss = reduce_rows(call.expression.value(s), label, valid, weight, call.reduction)
+    if call.entropy_weight:
+        sums = (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
+        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call)
+    return loss
+
+
+def reduce_rows(rows: Tensor, label: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """mean, sum or none of `rows`, with class weights, as F.cross_entropy reduces."""
+    rows = torch.where(valid, rows, 0.0)
+    share = valid.to(rows.dtype)
+    if weight is not None:
+        share = share * weight.to(rows.dtype)[label]
+        rows = rows * share
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / share.sum()
+
+
+def _raise_for_labels(target: Tensor, out_of_range: Tensor) -> None:
+    """IndexError where labels can be read without cost: plain CPU tensors. Elsewhere the row is NaN."""
+    if out_of_range.device.type == "cpu" and is_concrete(out_of_range) and out_of_range.any():
+        raise bad_label(int(target[out_of_range].flatten()[0]))
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: no compiler, no fake tensors, no functorch transform."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -1,0 +1,36 @@
+"""The batch entropy term R = log K + sum_j q_j log q_j, q the mean of the rows' p. Ye et al., arXiv 2412.02373."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def world_size(group) -> int:
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
+def all_reduced(local: Tensor, group) -> Tensor:
+    """The sum of `local` over the ranks of `group` (a new tensor, no gradient)."""
+    total = local.detach().clone()
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def batch_entropy(sums: Tensor, count: Tensor, call) -> Tensor:
+    """R from the column sums of p (K,) and the number of rows, of all ranks of `call.batch_group`.
+
+    Differentiable by `sums`. Where ranks share R, its gradient here is world_size times the share of this rank, so that
+    the average of the ranks' gradients (DDP) is the gradient of R.
+    """
+    if call.batch_group is not None:
+        shared = sums * world_size(call.batch_group)
+        sums = shared + (all_reduced(sums, call.batch_group) - shared).detach()
+        count = all_reduced(count, call.batch_group)
+    q = sums / count
+    positive = torch.where(q == 0, 1.0, q)  # a class without probability adds 0; NaN stays NaN
+    entropy = math.log(sums.shape[0]) + (positive * positive.log()).sum()
+    return torch.where(count > 0, entropy, 0.0) if call.reduction == "sum" else entropy

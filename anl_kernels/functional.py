@@ -1,0 +1,276 @@
+"""The public functions: one short function a loss, and the one they all call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .layout import check_inputs
+from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Call(NamedTuple):
+    """The validated keywords of a call."""
+
+    expression: Expression
+    ignore_index: int
+    reduction: str
+    entropy_weight: float
+    min_prob: float
+    inplace: bool
+    recompute: bool | None
+    backend: str
+    batch_group: object
+
+
+def robust_loss(
+    logits: Tensor,
+    target: Tensor,
+    expression: Algebra,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    entropy_weight: float = 0.0,
+    min_prob: float = 1e-7,
+    inplace: bool = False,
+    recompute: bool | None = None,
+    backend: str = "auto",
+    class_group=None,
+    batch_group=None,
+) -> Tensor:
+    """The loss `expression` (a term or a weighted sum of terms) of every row of logits, reduced.
+
+    Equivalent to, in PyTorch, with f the sum of the terms' formulas::
+
+        log_p = logits.float().log_softmax(1)                       # float64 logits stay float64
+        rows = f(log_p, target) * weight[target]                    # 0 where target == ignore_index
+        loss = rows.sum() / weight[target][target != ignore_index].sum()      # "mean"
+        q = log_p.exp().mean(0)                                     # over the rows that are not ignored
+        loss = loss + entropy_weight * (math.log(K) + (q * q.log()).sum())
+
+    Args:
+        logits: (N, K), (K,) or (N, K, d1, ...), float16, bfloat16, float32 or float64, any strides. A class at -inf
+            does not exist for that row.
+        target: (N,), () or (N, d1, ...), class indices, int64, int32, int16 or uint8.
+        expression: e.g. `5 * NCE() + 5 * NNCE()`.
+        weight: (K,), floating point: a factor for the rows of each class, as in F.cross_entropy.
+        ignore_index: rows with this label count nowhere; their logits are not read.
+        reduction: "mean", "sum" or "none".
+        entropy_weight: the factor of the batch entropy term R = log K + sum_j q_j log q_j (not with "none"; class
+            weights do not enter q).
+        min_prob: the clamp of NNCE, NNFL and RCE; K * min_prob must stay below 1.
+        inplace: the gradient overwrites the logits' storage; they must not be used again.
+        recompute: True: forward keeps O(N) numbers and backward reads the logits again. False: forward makes the
+            gradient. None: True for float16, where a GradScaler's factor must come before rounding.
+        backend: "auto", or a name of `backends()`; ANL_KERNELS_BACKEND overrides "auto".
+        class_group: not available in this version.
+        batch_group: a torch.distributed process group whose ranks' rows share q. The gradient is such that the average
+            over ranks (DDP) is that of one process with all rows.
+
+    Returns:
+        The loss: float32 (float64 for float64 logits), a scalar, or target's shape with "none". An ignored row is 0;
+        "mean" of no rows is NaN. A NaN or +inf logit, or -inf at the target, makes its row NaN and no other.
+
+    Raises:
+        IndexError: a label outside [0, K) that is not ignore_index, on the CPU.
+        ValueError: shapes, devices, K < 2, K * min_prob >= 1, two focal exponents in one sum, an option's value.
+        TypeError: dtypes, or an argument of the wrong type.
+        RuntimeError: the backend asked for cannot run the call, or the loss is differentiated twice or in forward mode
+            on a backend other than "reference".
+
+    Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
+    """
+    call = _checked_call(
+        expression, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group,
+        batch_group,
+    )
+    check_inputs(logits, target, weight, call.min_prob)
+    return registry.choose(logits, call).robust_loss(logits, target, weight, call)
+
+
+def _checked_call(
+    expression, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group, batch_group
+) -> Call:
+    if not isinstance(expression, Algebra):
+        raise TypeError(f"expression must be a loss such as 5 * NCE() + NNCE(), got {type(expression).__name__}")
+    if not isinstance(expression, Expression):
+        expression = Expression(expression.terms_of())
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    entropy_weight = number("entropy_weight", entropy_weight)
+    min_prob = number("min_prob", min_prob)
+    if not 0.0 < min_prob < 1.0:
+        raise ValueError(f"min_prob must be between 0 and 1, got {min_prob:g}")
+    if not math.isfinite(entropy_weight):
+        raise ValueError(f"entropy_weight must be finite, got {entropy_weight}")
+    if entropy_weight != 0.0 and reduction == "none":
+        raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
+    if class_group is not None:
+        raise ValueError("class_group is not available in this version: leave it None")
+    return Call(
+        expression, ignore_index, reduction, entropy_weight, min_prob, bool(inplace), recompute, backend, batch_group
+    )
+
+
+_SHARED = """
+
+    Args:
+        logits: (N, K), (K,) or (N, K, d1, ...), float16, bfloat16, float32 or float64.
+        target: (N,), () or (N, d1, ...), class indices.
+        weight, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group,
+            batch_group: the keywords of `robust_loss`, whose documentation has shapes, results and errors."""
+
+
+def _loss(function):
+    """Documents the keywords that `function` hands on to robust_loss."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = [p for p in inspect.signature(robust_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    function.__signature__ = inspect.Signature(own + shared, return_annotation=Tensor)
+    function.__doc__ = function.__doc__.rstrip() + _SHARED
+    return function
+
+
+_cached = functools.lru_cache(maxsize=256)  # the expression of a function's parameters, with its kernels' programs
+
+
+@_cached
+def _one(term_class, *parameters) -> Expression:
+    return Expression(term_class(*parameters).terms_of())
+
+
+@_cached
+def _pair(alpha, first, beta, second, *parameters) -> Expression:
+    return alpha * first(*parameters) + beta * second(*parameters)
+
+
+@_loss
+def anl_ce(logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 1.0, **options) -> Tensor:
+    """Active negative loss on cross entropy: alpha NCE + beta NNCE. Ye et al., NeurIPS 2023.
+
+    NCE = log p_y / sum_j log p_j, NNCE = 1 - (T + log p_y) / sum_j (T + log p_j), T = -log(min_prob), p clamped to
+    min_prob in NNCE. Published (alpha, beta): MNIST 1, 1; CIFAR-10 5, 5; CIFAR-100 10, 1; WebVision 20, 1, each with an
+    L1 penalty on the parameters (`l1_penalty`).
+    """
+    return robust_loss(logits, target, _pair(alpha, NCE, beta, NNCE), **options)
+
+
+@_loss
+def anl_fl(
+    logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.5, **options
+) -> Tensor:
+    """Active negative loss on the focal loss: alpha NFL + beta NNFL. Ye et al., NeurIPS 2023.
+
+    The focal weights (1 - p)^gamma are detached, as in the authors' code.
+    """
+    return robust_loss(logits, target, _pair(alpha, NFL, beta, NNFL, gamma), **options)
+
+
+@_loss
+def nce(logits: Tensor, target: Tensor, **options) -> Tensor:
+    """Normalized cross entropy: log p_y / sum_j log p_j. Ma et al., ICML 2020."""
+    return robust_loss(logits, target, _one(NCE), **options)
+
+
+@_loss
+def nnce(logits: Tensor, target: Tensor, **options) -> Tensor:
+    """Normalized negative cross entropy: 1 - (T + log p_y) / sum_j (T + log p_j), p clamped to min_prob = exp(-T).
+
+    Ye et al., NeurIPS 2023.
+    """
+    return robust_loss(logits, target, _one(NNCE), **options)
+
+
+@_loss
+def nfl(logits: Tensor, target: Tensor, *, gamma: float = 0.5, **options) -> Tensor:
+    """Normalized focal loss: w_y log p_y / sum_j w_j log p_j, w = (1 - p)^gamma detached. Ma et al., ICML 2020."""
+    return robust_loss(logits, target, _one(NFL, gamma), **options)
+
+
+@_loss
+def nnfl(logits: Tensor, target: Tensor, *, gamma: float = 0.5, **options) -> Tensor:
+    """Normalized negative focal loss: 1 - (A + w_y log p_y) / sum_j (A + w_j log p_j), p clamped to min_prob.
+
+    w = (1 - p)^gamma detached, A = -(1 - min_prob)^gamma log(min_prob). Ye et al., NeurIPS 2023.
+    """
+    return robust_loss(logits, target, _one(NNFL, gamma), **options)
+
+
+@_loss
+def cross_entropy(logits: Tensor, target: Tensor, **options) -> Tensor:
+    """Cross entropy: -log p_y, as F.cross_entropy with class indices (no label smoothing)."""
+    return robust_loss(logits, target, _one(CE), **options)
+
+
+@_loss
+def focal(logits: Tensor, target: Tensor, *, gamma: float = 0.5, **options) -> Tensor:
+    """Focal loss: -(1 - p_y)^gamma log p_y, the weight detached as in the ANL authors' code. Lin et al., 2017."""
+    return robust_loss(logits, target, _one(FL, gamma), **options)
+
+
+@_loss
+def mae(logits: Tensor, target: Tensor, **options) -> Tensor:
+    """Mean absolute error, to its usual scale: 1 - p_y."""
+    return robust_loss(logits, target, _one(MAE), **options)
+
+
+@_loss
+def rce(logits: Tensor, target: Tensor, *, floor: float = 1e-4, **options) -> Tensor:
+    """Reverse cross entropy: -log(floor) sum_{k != y} max(p_k, min_prob). Wang et al., ICCV 2019."""
+    return robust_loss(logits, target, _one(RCE, floor), **options)
+
+
+@_loss
+def sce(
+    logits: Tensor, target: Tensor, *, alpha: float = 0.1, beta: float = 1.0, floor: float = 1e-4, **options
+) -> Tensor:
+    """Symmetric cross entropy: alpha CE + beta RCE. Wang et al., ICCV 2019 (CIFAR-10: 0.1, 1; CIFAR-100: 6, 0.1)."""
+    return robust_loss(logits, target, _sce(alpha, beta, floor), **options)
+
+
+@_cached
+def _sce(alpha, beta, floor) -> Expression:
+    return alpha * CE() + beta * RCE(floor)
+
+
+@_loss
+def gce(logits: Tensor, target: Tensor, *, q: float = 0.7, **options) -> Tensor:
+    """Generalized cross entropy: (1 - p_y^q) / q. Zhang & Sabuncu, NeurIPS 2018."""
+    return robust_loss(logits, target, _one(GCE, q), **options)
+
+
+@_loss
+def agce(logits: Tensor, target: Tensor, *, a: float = 0.6, q: float = 0.6, **options) -> Tensor:
+    """Asymmetric generalized cross entropy: ((a + 1)^q - (a + p_y)^q) / q. Zhou et al., ICML 2021."""
+    return robust_loss(logits, target, _one(AGCE, a, q), **options)
+
+
+@_loss
+def aul(logits: Tensor, target: Tensor, *, a: float = 5.5, q: float = 3.0, **options) -> Tensor:
+    """Asymmetric unhinged loss: ((a - p_y)^q - (a - 1)^q) / q. Zhou et al., ICML 2021."""
+    return robust_loss(logits, target, _one(AUL, a, q), **options)
+
+
+@_loss
+def ael(logits: Tensor, target: Tensor, *, a: float = 2.5, **options) -> Tensor:
+    """Asymmetric exponential loss: exp(-p_y / a). Zhou et al., ICML 2021."""
+    return robust_loss(logits, target, _one(AEL, a), **options)
+
+
+def l1_penalty(parameters: Iterable[Tensor] | torch.nn.Module) -> Tensor:
+    """Sum of |theta| over `parameters` (or a module's): ANL's term loss + delta * l1_penalty(model.parameters())."""
+    if isinstance(parameters, torch.nn.Module):
+        parameters = parameters.parameters()
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    return sum((p.abs().sum() for p in parameters), start=torch.zeros(()))

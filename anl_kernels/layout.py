@@ -1,0 +1,78 @@
+"""Shapes, strides and dtypes: what a call is given, checked and seen as rows without copies."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("anl_kernels")
+_said = set()
+
+LOGIT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def log_once(message: str, level: int = logging.WARNING) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.log(level, message)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of the loss."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None, min_prob: float) -> None:
+    """Raises if `logits`, `target` and `weight` cannot be a call's."""
+    for name, tensor in (("logits", logits), ("target", target), ("weight", weight)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "weight"):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {_dtype(logits)}")
+    if target.dtype not in TARGET_DTYPES:
+        hint = ": class indices are needed, probabilities are not supported" if target.is_floating_point() else ""
+        raise TypeError(f"target must be int64, int32, int16 or uint8, got {_dtype(target)}{hint}")
+    if logits.dim() == 0:
+        raise ValueError("logits must be (K,), (N, K) or (N, K, d1, ...), got a tensor without dimensions")
+    class_dim = 1 if logits.dim() > 1 else 0
+    shape = logits.shape
+    expected = shape[:class_dim] + shape[class_dim + 1 :]
+    if target.shape != expected:
+        raise ValueError(
+            f"target must have the shape of logits without the classes, {tuple(expected)} for logits of shape "
+            f"{tuple(shape)}; got {tuple(target.shape)}"
+        )
+    classes = shape[class_dim]
+    if classes < 2:
+        raise ValueError(f"at least 2 classes are needed, but logits of shape {tuple(shape)} have {classes}")
+    if classes * min_prob >= 1.0:
+        raise ValueError(
+            f"min_prob={min_prob:g} clamps a uniform row of {classes} classes: choose it below 1/{classes} = "
+            f"{1.0 / classes:.3g}"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, but target is on {target.device}: move one of them")
+    if weight is not None:
+        _check_weight(weight, logits, classes)
+
+
+def _check_weight(weight: Tensor, logits: Tensor, classes: int) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {_dtype(weight)}")
+    if weight.shape != (classes,):
+        raise ValueError(f"weight must hold one number a class, shape ({classes},); got {tuple(weight.shape)}")
+    if weight.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, but weight is on {weight.device}: move one of them")
+    if weight.requires_grad:
+        raise ValueError("weight is a constant of the loss, but it requires grad: pass weight.detach()")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def bad_label(label: int) -> IndexError:
+    return IndexError(f"Target {label} is out of bounds.")
