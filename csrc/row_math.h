@@ -207,18 +207,18 @@ ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, Co
   for (int t = 0; t < prog.num_terms; ++t) add_term<M>(prog, t, s, w_y, loss, f);
 
   const V above = s.target_log_prob > M::set(-prog.log_floor_neg) ? one : zero;
-  g.a_above = s.num_classes * f.S - s.above_count * f.U + below_mass<M>(prog, s) * f.P + s.focal_weight * f.F -
-              s.focal_above_weight * f.G - f.l;
+  const V below = below_mass<M>(prog, s);
+  const V a = s.num_classes * f.S - s.above_count * f.U + s.focal_weight * f.F - s.focal_above_weight * f.G - f.l;
+  g.a_above = a + below * f.P;
   g.a = g.a_above - f.P;
   g.b = -f.S;
   g.c = f.U;
   g.bw = -f.F;
   g.cw = f.G;
   // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
-  g.target = (s.num_classes - one) * f.S - (s.above_count - above) * f.U +
-             (s.below_rest - (one - above) * s.target_tail) * f.P + (s.focal_weight - w_y) * f.F -
-             (s.focal_above_weight - above * w_y) * f.G;
-  g.target = g.target - (above > zero ? g.a_above : g.a) * s.target_tail;
+  g.target = (s.num_classes - one) * f.S - (s.above_count - above) * f.U + (s.focal_weight - w_y) * f.F -
+             (s.focal_above_weight - above * w_y) * f.G - a * s.target_tail +
+             (below - (one - above)) * s.target_prob * f.P;
   return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
 }
 
