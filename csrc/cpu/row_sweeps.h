@@ -2,7 +2,8 @@
 //
 // A block is a fixed number of classes, small enough for the first-level cache, with statistics of its own relative to
 // its own maximum. Blocks are merged in order, so a row gives the same bits whether one thread or many swept it.
-// exp is computed anew in each sweep: with vectors that is cheaper than keeping it, for every dtype.
+// The first sweep may keep its exps (in the gradient's own memory, or in a scratch row that the cache holds): then the
+// gradient of a block that lies wholly on one side of the clamp is one multiply and add. Elsewhere exp is computed anew.
 #pragma once
 
 #include "common.h"
@@ -62,13 +63,6 @@ struct Sweep {
     return lanes;
   }
 
-  template <class Reduce>
-  static ANL_INLINE T fold(V v, const Reduce& reduce) {
-    T x = v[0];
-    for (int i = 1; i < W; ++i) x = reduce(x, v[i]);
-    return x;
-  }
-
   static ANL_INLINE void extrema(const S* z, int n, T& high, T& low) {
     const V first = set1(load_one(z));
     V hi[4] = {first, first, first, first}, lo[4] = {first, first, first, first};
@@ -83,19 +77,22 @@ struct Sweep {
     }
     for (; i + W <= n; i += W) body(0, Storage<S>::load(z + i), 0);
     if (i < n) body(0, load_part(z + i, n - i, first), 0);
-    high = fold(vmax(vmax(hi[0], hi[1]), vmax(hi[2], hi[3])), [](T a, T b) { return a > b ? a : b; });
-    low = fold(vmin(vmin(lo[0], lo[1]), vmin(lo[2], lo[3])), [](T a, T b) { return a < b ? a : b; });
+    high = fold_lanes<T>(vmax(vmax(hi[0], hi[1]), vmax(hi[2], hi[3])),
+                         [](T a, T b) __attribute__((always_inline)) { return a > b ? a : b; });
+    low = fold_lanes<T>(vmin(vmin(lo[0], lo[1]), vmin(lo[2], lo[3])),
+                        [](T a, T b) __attribute__((always_inline)) { return a < b ? a : b; });
   }
 
-  template <bool MASKED>
-  static ANL_INLINE void exp_sums(const S* z, int n, int y, T high, Block& out) {
+  template <bool MASKED, bool KEEP>
+  static ANL_INLINE void exp_sums(const S* z, int n, int y, T high, T* kept, Block& out) {
     V tail[4] = {}, gap[4] = {};
     I missing = {};
     for_vectors(
         z, n, y,
-        [&](int u, V v, int) __attribute__((always_inline)) {
-          const V x = v - high;
-          tail[u] += vexp<T>(x);
+        [&](int u, V v, int i) __attribute__((always_inline)) {
+          const V x = v - high, e = vexp<T>(x);
+          tail[u] += e;
+          if (KEEP) Storage<T>::store(kept + i, e);
           if (MASKED) {
             gap[u] -= v == T(-INF) ? V{} : x;
             missing -= v == T(-INF);
@@ -103,9 +100,10 @@ struct Sweep {
             gap[u] -= x;
           }
         },
-        [&](V v, int, int, I keep) __attribute__((always_inline)) {
-          const V x = v - high;
-          tail[0] += keep ? vexp<T>(x) : V{};
+        [&](V v, int i, int m, I keep) __attribute__((always_inline)) {
+          const V x = v - high, e = vexp<T>(x);
+          tail[0] += keep ? e : V{};
+          if (KEEP) store_part(kept + i, m, e);
           gap[0] -= v == T(-INF) ? V{} : x;
           missing -= v == T(-INF);
         });
@@ -117,8 +115,8 @@ struct Sweep {
     out.count = double(n - (absent - padding));
   }
 
-  // First sweep. y: the target's place in the block, or -1.
-  static void first(const S* z, int n, int y, Block& out) {
+  // First sweep. y: the target's place in the block, or -1. kept: where the exps go, or null.
+  static void first(const S* z, int n, int y, T* kept, Block& out) {
     T high, low;
     extrema(z, n, high, low);
     out.max = high;
@@ -126,9 +124,11 @@ struct Sweep {
     if (high == T(-INF)) {
       out.tail = out.gap = out.count = 0.0;
     } else if (low == T(-INF)) {
-      exp_sums<true>(z, n, y, high, out);
+      exp_sums<true, false>(z, n, y, high, kept, out);
+    } else if (kept) {
+      exp_sums<false, true>(z, n, y, high, kept, out);
     } else {
-      exp_sums<false>(z, n, y, high, out);
+      exp_sums<false, false>(z, n, y, high, kept, out);
     }
   }
 
@@ -181,6 +181,14 @@ struct Sweep {
           acc[0] += vexp<T>(v - high) * load_part(log_q + i, m, V{});
         });
     out.dot = lane_sum(acc[0] + acc[1] + (acc[2] + acc[3]));
+  }
+
+  // The gradient of a block from its kept exps, whose maximum is block_max.
+  static void gradient_kept(const T* kept, S* g, int n, double block_max, const RowState& row) {
+    const T slope = T(row.a * row.inv_sum * exp(block_max - row.max)), offset = T(row.b);
+    int i = 0;
+    for (; i + W <= n; i += W) Storage<S>::store(g + i, Storage<T>::load(kept + i) * slope + offset);
+    if (i < n) store_part(g + i, n - i, load_part(kept + i, n - i, V{}) * slope + offset);
   }
 
   // The gradient of a block. MASKED: classes that do not exist get 0. ENTROPY: adds scale p_j (log_q_j - mean).

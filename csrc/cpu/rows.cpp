@@ -13,6 +13,7 @@ using M = LaneMath<double>;
 constexpr int LANES = Traits<double>::width;
 constexpr int64_t CACHE_BYTES = 256 << 10;      // a batch's share of the second-level cache
 constexpr int64_t GROUP_ELEMENTS = 32 << 10;    // rows are handed to threads in groups of about this many logits
+constexpr int64_t KEPT_BYTES = 256 << 10;       // exps of a batch that go to scratch memory
 constexpr int64_t SPLIT_ELEMENTS = 128 << 10;   // a row this long is worth spreading over threads
 
 // One field of up to LANES rows, as a vector.
@@ -28,14 +29,28 @@ class Rows {
   using Sw = Sweep<S>;
 
  public:
-  Rows(const Call& call, Block* blocks, bool split)
+  Rows(const Call& call, Block* blocks, T* kept, bool split)
       : call_(call), prog_(call.program), K_(call.num_classes), num_blocks_(ceil_div(K_, BLOCK)),
-        num_rows_(call.outer * call.inner), blocks_(blocks), split_(split) {}
+        num_rows_(call.outer * call.inner), blocks_(blocks), kept_(kept), split_(split) {}
+
+  static int batch_size(const Call& call) {
+    const int64_t bytes = call.num_classes * int64_t(sizeof(S)) * (call.grad && call.grad != call.logits ? 2 : 1);
+    return int(max_of<int64_t>(1, min_of<int64_t>(LANES, CACHE_BYTES / bytes)));
+  }
+  // Scratch for the exps of a batch: none if nothing reads them, or too many for the cache; the gradient's own memory
+  // serves if it has the right type and is not the logits'.
+  static int64_t kept_size(const Call& call) {
+    const int64_t size = call.num_classes * batch_size(call);
+    const bool wanted = call.op == Op::LOSS && call.grad && size * int64_t(sizeof(T)) <= KEPT_BYTES;
+    return wanted && !keeps_in_grad(call) ? size : 0;
+  }
+  static bool keeps_in_grad(const Call& call) {
+    return sizeof(S) == sizeof(T) && call.op == Op::LOSS && call.grad && call.grad != call.logits;
+  }
 
   // Rows [begin, end); the sum of their losses, in order.
   double run(int64_t begin, int64_t end) {
-    const int64_t bytes = K_ * int64_t(sizeof(S)) * (call_.grad && call_.grad != call_.logits ? 2 : 1);
-    const int batch = int(max_of<int64_t>(1, min_of<int64_t>(LANES, CACHE_BYTES / bytes)));
+    const int batch = batch_size(call_);
     double total = 0.0;
     n_ = 0;
     for (int64_t r = begin; r < end; ++r) {
@@ -104,12 +119,20 @@ class Rows {
     fill(r, T(0));
   }
 
+  // Where the exps of the row in slot i are, or null.
+  T* kept_row(int i) const {
+    return keeps_in_grad(call_) ? reinterpret_cast<T*>(grad(row_[i])) : kept_ ? kept_ + i * K_ : nullptr;
+  }
+
   // First sweep of the row in slot i, merged over its blocks.
   void first_sweep(int i) {
     const S* z = logits(row_[i]);
     Block* blocks = blocks_ + i * num_blocks_;
     const int64_t y = y_[i];
-    each_block(false, [&](int64_t b, int64_t k0, int n) { Sw::first(z + k0, n, target_in_block(y, k0, n), blocks[b]); });
+    T* kept = kept_row(i);
+    each_block(false, [&](int64_t b, int64_t k0, int n) {
+      Sw::first(z + k0, n, target_in_block(y, k0, n), kept ? kept + k0 : nullptr, blocks[b]);
+    });
     RowState& s = state_[i];
     s = RowState{};
     s.max = -INF;
@@ -245,7 +268,7 @@ class Rows {
       for (int j = 0; j < 6; ++j) *out[j] = fields[j].x[i] * scale;
       row.target = target.x[i] * scale;
       write_coefs(r, row, row.inv_sum);
-      if (call_.grad) write_gradient(r, row, y_[i], blocks_ + i * num_blocks_);
+      if (call_.grad) write_gradient(r, row, y_[i], blocks_ + i * num_blocks_, kept_row(i));
     }
     return total;
   }
@@ -270,7 +293,7 @@ class Rows {
   }
 
   // blocks: the first sweep's (whole blocks above or below the clamp then take the short loop), or null.
-  void write_gradient(int64_t r, const RowState& s, int64_t y, Block* blocks) {
+  void write_gradient(int64_t r, const RowState& s, int64_t y, const Block* blocks, const T* kept) {
     if (s.inv_sum != s.inv_sum) return fill(r, T(NaN));
     const S* z = logits(r);
     S* g = grad(r);
@@ -299,6 +322,8 @@ class Rows {
         Sw::template gradient<true, true, true, false>(zb, gb, n, s, prog_, log_q, es, mean);
       else if (mixed)
         Sw::template gradient<true, false, true, false>(zb, gb, n, s, prog_, log_q, es, mean);
+      else if (exist && kept)
+        Sw::gradient_kept(kept + k0, gb, n, blocks[b].max, k);
       else if (exist || k.b == 0.0)
         Sw::template gradient<false, false, false, false>(zb, gb, n, k, prog_, log_q, es, mean);
       else
@@ -324,13 +349,14 @@ class Rows {
     s.bw = x[COEF_BW] * go;
     s.cw = x[COEF_CW] * go;
     s.target = x[COEF_TARGET] * go;
-    write_gradient(r, s, load_target(call_, r), nullptr);
+    write_gradient(r, s, load_target(call_, r), nullptr, nullptr);
   }
 
   const Call& call_;
   const Program& prog_;
   const int64_t K_, num_blocks_, num_rows_;
   Block* blocks_;
+  T* kept_;
   const bool split_;
   int n_ = 0;
   int64_t row_[LANES], y_[LANES];
@@ -389,7 +415,7 @@ double run(const Call& call) {
   const int64_t N = call.outer * call.inner, K = call.num_classes, num_blocks = ceil_div(K, BLOCK);
   if (K >= SPLIT_ELEMENTS && N < 4 * num_threads() && num_threads() > 1) {
     Scratch<Block> blocks(num_blocks * LANES);
-    return Rows<S>(call, blocks.data, true).run(0, N);
+    return Rows<S>(call, blocks.data, nullptr, true).run(0, N);
   }
   // A group's size depends on K alone, so that the order of the sum does not depend on the number of threads.
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES));
@@ -397,7 +423,9 @@ double run(const Call& call) {
   Scratch<double> partial(num_groups);
   parallel_for(num_groups, max_of<int64_t>(1, GROUP_ELEMENTS / (group * K)), [&](int64_t begin, int64_t end) {
     Scratch<Block> blocks(num_blocks * LANES);
-    Rows<S> rows(call, blocks.data, false);
+    const int64_t num_kept = Rows<S>::kept_size(call);
+    Scratch<typename Storage<S>::Acc> kept(num_kept);
+    Rows<S> rows(call, blocks.data, num_kept ? kept.data : nullptr, false);
     for (int64_t i = begin; i < end; ++i) partial.data[i] = rows.run(i * group, min_of(N, (i + 1) * group));
   });
   double total = 0.0;

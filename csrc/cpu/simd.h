@@ -242,9 +242,8 @@ struct Storage<bfloat16_t> {
   }
   static ANL_INLINE void store(bfloat16_t* p, VecF v) {  // to nearest, ties to even
     const IntF b = bit_cast<IntF>(v);
-    const IntF r = b + ((b >> 16) & 1) + 0x7fff;
-    const IntF out = v != v ? (b >> 16) | 0x40 : r >> 16;
-    const Vec16 h = __builtin_convertvector(out, Vec16);
+    // A NaN stays one: those that arise here have their low bits clear, so the carry cannot run out of them.
+    const Vec16 h = __builtin_convertvector((b + ((b >> 16) & 1) + 0x7fff) >> 16, Vec16);
     memcpy(p, &h, sizeof(h));
   }
 };
@@ -289,7 +288,34 @@ struct Storage<half_t> {
   }
 };
 
-// The first n lanes from memory (the others `fill`), and back.
+// The first n lanes from memory (the others `fill`), and back. Nothing past them is touched.
+#if defined(__AVX512F__)
+ANL_INLINE uint32_t first_lanes(int n) { return (1u << n) - 1u; }
+ANL_INLINE VecF load_part(const float* p, int n, VecF fill) {
+  return (VecF)_mm512_mask_loadu_ps((__m512)fill, __mmask16(first_lanes(n)), p);
+}
+ANL_INLINE VecD load_part(const double* p, int n, VecD fill) {
+  return (VecD)_mm512_mask_loadu_pd((__m512d)fill, __mmask8(first_lanes(n)), p);
+}
+template <class S>
+ANL_INLINE VecF load_part(const S* p, int n, VecF fill) {
+  S bits[16];
+  _mm256_storeu_si256((__m256i*)bits, _mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), p));
+  return (VecF)_mm512_mask_mov_ps((__m512)fill, __mmask16(first_lanes(n)), (__m512)Storage<S>::load(bits));
+}
+ANL_INLINE void store_part(float* p, int n, VecF v) {
+  _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n)), (__m512)v);
+}
+ANL_INLINE void store_part(double* p, int n, VecD v) {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), (__m512d)v);
+}
+template <class S>
+ANL_INLINE void store_part(S* p, int n, VecF v) {
+  S bits[16];
+  Storage<S>::store(bits, v);
+  _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(n)), _mm256_loadu_si256((const __m256i*)bits));
+}
+#else
 template <class S, class V>
 ANL_INLINE V load_part(const S* p, int n, V fill) {
   constexpr int width = Traits<typename Storage<S>::Acc>::width;
@@ -305,6 +331,7 @@ ANL_INLINE void store_part(S* p, int n, V v) {
   Storage<S>::store(buffer, v);
   memcpy(p, buffer, n * sizeof(S));
 }
+#endif
 
 template <class S>
 ANL_INLINE typename Storage<S>::Acc load_one(const S* p) {
@@ -319,11 +346,22 @@ ANL_INLINE void store_one(S* p, typename Storage<S>::Acc x) {
   *p = buffer[0];
 }
 
+// All lanes of a vector into one number, by halves; X: what to do it in.
+template <class X, class V, class Combine>
+ANL_INLINE X fold_lanes(V v, const Combine& combine) {
+  constexpr int width = sizeof(V) / sizeof(v[0]);
+  X x[width];
+  for (int i = 0; i < width; ++i) x[i] = X(v[i]);
+#pragma GCC unroll 8
+  for (int half = width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) x[i] = combine(x[i], x[i + half]);
+  }
+  return x[0];
+}
 template <class V>
 ANL_INLINE double lane_sum(V v) {
-  double s = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) s += v[i];
-  return s;
+  return fold_lanes<double>(v, [](double a, double b) __attribute__((always_inline)) { return a + b; });
 }
 
 }  // namespace ANL_ISA
