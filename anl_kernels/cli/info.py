@@ -1,0 +1,88 @@
+"""`python -m anl_kernels info`: what can run here, what would, and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import torch
+
+import anl_kernels
+
+from .common import compiled_module, environment
+
+PLANNED = {"cuda": "not part of this version", "triton": "not part of this version"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def backend_rows() -> list[tuple[str, bool, str]]:
+    found = [(b.name, b.available, b.reason) for b in anl_kernels.backends()]
+    known = {name for name, _, _ in found}
+    return found + [(name, False, reason) for name, reason in PLANNED.items() if name not in known]
+
+
+def shadowed_module() -> str | None:
+    """A hint where the source tree hides an installed package that has the compiled module."""
+    here = Path(anl_kernels.__file__).resolve().parent
+    if compiled_module() is not None:
+        return None
+    for folder in map(Path, sys.path):
+        other = folder / "anl_kernels"
+        if other.resolve() != here and any(other.glob("_cpu.*.so")):
+            return f"{other} has the compiled module, but {here} was imported: run elsewhere, or pip install -e ."
+    return None
+
+
+def text() -> str:
+    facts = environment()
+    lines = [
+        f"anl_kernels {anl_kernels.__version__} in {Path(anl_kernels.__file__).resolve().parent}",
+        f"python {facts['python']}, torch {facts['torch']}, {facts['system']}",
+        f"processor: {facts['device']}, {facts['threads']} threads (torch.get_num_threads)",
+        f"gpu: {facts['gpu'] or 'none that torch can use'}",
+        f"triton: {version_of('triton') or 'not installed'}",
+        "",
+        "backends",
+    ]
+    for name, available, reason in backend_rows():
+        lines.append(f"  {name:<10} {'available' if available else 'no':<10} {reason}")
+    if facts["cpu_module"]:
+        lines += ["", "compiled module anl_kernels._cpu"]
+        for key, value in facts["cpu_module"].items():
+            value = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"  {key:<10} {value}")
+    lines += ["", f'backend="auto" takes, for a tensor on the CPU: {chosen()}']
+    hint = shadowed_module()
+    return "\n".join(lines + ([f"hint: {hint}"] if hint else []))
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def chosen() -> str:
+    """The backend that a plain call takes, asked of the registry itself."""
+    from anl_kernels import functional, registry
+
+    options = {k: v for k, v in functional.robust_loss.__kwdefaults__.items() if k in functional.Call._fields}
+    call = functional.Call(expression=1.0 * anl_kernels.NCE(), **options)
+    return registry.choose(torch.zeros(2, 10), call).__name__.rsplit(".", 1)[-1]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json:
+        import json
+
+        rows = [{"name": n, "available": a, "reason": r} for n, a, r in backend_rows()]
+        print(json.dumps({**environment(), "backends": rows}, indent=1, default=str))
+    else:
+        print(text())
+    return 0

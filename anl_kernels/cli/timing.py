@@ -1,0 +1,149 @@
+"""Times in turns, so that every contender meets the same machine, and the peak of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .contenders import Run
+
+COLD_FROM = 1 << 20  # bytes: below, the logits are warm in any training loop
+SMALL_SAMPLE = 2e-3  # seconds: short calls are repeated until a sample takes this long
+
+
+class Times(NamedTuple):
+    """Seconds a call."""
+
+    median: float
+    low: float  # the 10 % quantile
+    high: float  # the 90 % quantile
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Times:
+        ordered = sorted(values)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
+
+
+class Cache:
+    """Evicts the processor's caches by walking through more memory than they hold."""
+
+    def __init__(self, size: int = 128 << 20):
+        self.filler = torch.zeros(size // 4)
+
+    def evict(self) -> None:
+        self.filler.add_(1.0)
+
+
+def one_sample(run: Run, calls: int, cache: Cache | None) -> float:
+    if run.before:
+        run.before()
+    if cache:
+        cache.evict()
+    call = run.call
+    if calls == 1:
+        start = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - start
+        del result  # handing memory back is the caller's, for every contender alike
+        return elapsed
+    if run.before is None:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+    spent = 0.0
+    for _ in range(calls):  # a call that overwrites its input: restored between calls, outside the clock
+        run.before()
+        start = time.perf_counter()
+        call()
+        spent += time.perf_counter() - start
+    return spent / calls
+
+
+def interleaved(runs: Sequence[Run], size: int, seconds: float, rounds: tuple[int, int] = (5, 60)) -> list[Times]:
+    """Times of `runs`, one sample of each a round, for about `seconds`. size: bytes of the logits (COLD_FROM)."""
+    cache = Cache() if size >= COLD_FROM else None
+    first = [min(one_sample(run, 1, None) for _ in range(2)) for run in runs]
+    calls = [1 if cache else max(1, round(SMALL_SAMPLE / max(t, 1e-7))) for t in first]
+    samples: list[list[float]] = [[] for _ in runs]
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start, done = time.perf_counter(), 0
+        while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
+            for step in range(len(runs)):
+                index = (step + done) % len(runs)  # nobody always follows the same neighbour
+                samples[index].append(one_sample(runs[index], calls[index], cache))
+            done += 1
+    finally:
+        if enabled:
+            gc.enable()
+    return [Times.of(values) for values in samples]
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Kineto writes a line for every start and stop straight to file descriptor 2."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def peak_bytes(run: Run) -> int:
+    """The most that PyTorch's allocator held during one call above what it held before (exact, from its profiler)."""
+    from torch.autograd import profiler
+
+    if run.before:
+        run.before()
+    gc.collect()
+    with quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as seen:
+        result = run.call()
+    del result
+    changes = [(e.start_ns(), e.nbytes()) for e in seen.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def peak_resident(run: Run) -> int | None:
+    """The growth of the process's resident memory in one call: also what no allocator of PyTorch sees. Linux only."""
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if run.before:
+        run.before()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        refs.write_text("5")  # the high-water mark starts again from here
+        before = resident(status.read_text(), "VmRSS")
+        result = run.call()
+        after = resident(status.read_text(), "VmHWM")
+    except (OSError, AttributeError):
+        return None
+    del result
+    return max(0, after - before)
+
+
+def resident(status: str, field: str) -> int:
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
