@@ -1,0 +1,412 @@
+"""The gradient as PyTorch uses it: any grad_output, retained graphs, in-place, transforms, compile, AMP."""
+
+import math
+
+import helpers
+import oracle
+import pytest
+import torch
+from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, calculate, dtype_id, expression
+
+import anl_kernels as ak
+
+SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
+ANL_CE = EXPRESSIONS["anl_ce"]
+MADE = pytest.mark.parametrize("recompute", [False, True, None], ids=["forward", "recompute", "default"])
+
+
+def batch(dtype=torch.float32, classes=17):
+    return helpers.batch(classes, dtype)
+
+
+# ---- grad_output
+
+
+@SOME
+@MADE
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("scale", [1.0, 3.7, 0.0, -2.0, 65536.0])
+def test_scalar_grad_output(backend, name, recompute, dtype, scale):
+    values, labels = batch(dtype)
+    if dtype == torch.float16 and scale == 65536.0:
+        labels = labels.where(torch.arange(len(labels)) < 12, torch.tensor(-100))
+    for reduction in ("mean", "sum"):
+        if dtype == torch.float16 and reduction == "sum" and scale == 65536.0:
+            continue  # overflows, as it should
+        keywords = dict(reduction=reduction, grad_output=torch.tensor(scale, dtype=helpers.acc(dtype)))
+        helpers.check(
+            values,
+            labels,
+            EXPRESSIONS[name],
+            recompute=recompute,
+            backend=backend.name,
+            twice_rounded=recompute is False,
+            **keywords,
+        )
+
+
+def test_a_zero_grad_output_is_a_zero_gradient(backend):
+    values, labels = batch()
+    for recompute in (False, True):
+        _, grad = calculate(
+            values, labels, expression(ANL_CE), recompute=recompute, grad_output=torch.tensor(0.0), backend=backend.name
+        )
+        assert (grad == 0).all()
+
+
+def test_gradscaler_saves_small_gradients(backend):
+    """65536 rows in float16: a gradient of 1e-9 is 0, but times 2^16 it is not. The scale enters before the rounding."""
+    rows, classes, scale = 65536, 4, 65536.0
+    logits = torch.randn(rows, classes, generator=helpers.generator(0)).half()
+    target = torch.randint(classes, (rows,), generator=helpers.generator(1))
+    true = helpers.truth(logits, target, ANL_CE, grad_output=torch.tensor(scale))
+    result = calculate(logits, target, expression(ANL_CE), grad_output=torch.tensor(scale), backend=backend.name)
+    helpers.assert_as_accurate(*result, target, true)
+
+
+@SOME
+@pytest.mark.parametrize("layout", ["rows", "spatial", "channels_last", "transposed"])
+def test_per_row_grad_output(backend, name, layout):
+    """Random, strided and stride-0 grad_outputs of reduction="none"; rows with 0 get 0."""
+    values, labels = batch()
+    logits, target = helpers.lay_out(layout, values, labels)
+    weights = torch.randn(len(labels), generator=helpers.generator(0))
+    weights[::5] = 0
+    room = torch.full((len(labels), 2), math.nan)
+    room[:, 0] = weights
+    outputs = [weights.view(target.shape), torch.tensor(0.3).expand(target.shape)]
+    if target.dim() == 1:
+        outputs.append(room[:, 0])
+    else:
+        outputs.append(weights.view(target.shape).transpose(0, 1).contiguous().transpose(0, 1))
+    for output in outputs:
+        true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="none", grad_output=output.reshape(-1))
+        for recompute in (False, True, None):
+            loss, grad = calculate(
+                logits,
+                target,
+                expression(EXPRESSIONS[name]),
+                reduction="none",
+                grad_output=output,
+                recompute=recompute,
+                backend=backend.name,
+            )
+            helpers.assert_as_accurate(loss.reshape(-1), oracle.as_rows(grad), labels, true)
+
+
+def test_loss_dot_sum_and_mean_of_none(backend):
+    """.sum() hands a stride-0 grad_output down, .mean() one of 1/N."""
+    values, labels = helpers.rows_of_every_kind(17, torch.float32)
+    for reduce, reduction in ((torch.sum, "sum"), (torch.mean, "mean")):
+        logits = values.clone().requires_grad_()
+        reduce(ak.anl_ce(logits, labels, reduction="none", backend=backend.name)).backward()
+        _, expected = calculate(values, labels, expression(ANL_CE), reduction=reduction, backend=backend.name)
+        torch.testing.assert_close(logits.grad, expected, rtol=2e-6, atol=1e-9)
+
+
+@SOME
+def test_a_nan_grad_output_reaches_only_its_row(backend, name):
+    values, labels = helpers.rows_of_every_kind(17, torch.float32)
+    output = torch.ones(len(labels))
+    output[4] = math.nan
+    _, grad = calculate(
+        values, labels, expression(EXPRESSIONS[name]), reduction="none", grad_output=output, backend=backend.name
+    )
+    assert grad[4].isnan().any()
+    assert grad[[0, 1, 2, 3, 5, 6]].isfinite().all()
+
+
+# ---- graphs
+
+
+@MADE
+@pytest.mark.parametrize("keywords", [dict(), dict(reduction="none"), dict(entropy_weight=0.5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+def test_backward_twice(backend, recompute, keywords, dtype):
+    """retain_graph: the saved gradient is not scaled twice, whatever the grad_outputs."""
+    values, labels = batch(dtype)
+    logits = values.clone().requires_grad_()
+    loss = ak.anl_ce(logits, labels, recompute=recompute, backend=backend.name, **keywords)
+    seeds = [torch.full_like(loss, s) for s in (1.0, 4.0, 0.5, 1.0)]
+    grads = [torch.autograd.grad(loss, logits, seed, retain_graph=True)[0].clone() for seed in seeds]
+    grads.append(torch.autograd.grad(loss, logits, seeds[1])[0])
+    for grad, factor in zip(grads, (1.0, 4.0, 0.5, 1.0, 4.0)):
+        torch.testing.assert_close(
+            grad.float(), grads[0].float() * factor, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6
+        )
+    with pytest.raises(RuntimeError, match="second time|freed"):
+        torch.autograd.grad(loss, logits, seeds[0])
+
+
+def test_gradients_handed_out_are_not_written_again(backend):
+    """What one backward returned stays as it was after the next."""
+    values, labels = batch()
+    logits = values.clone().requires_grad_()
+    loss = ak.anl_ce(logits, labels, recompute=False, backend=backend.name)
+    (first,) = torch.autograd.grad(loss, logits, torch.tensor(1.0), retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, logits, torch.tensor(7.0), retain_graph=True)
+    assert torch.equal(first, kept)
+    first.zero_()
+    (third,) = torch.autograd.grad(loss, logits, torch.tensor(1.0))
+    torch.testing.assert_close(third, kept, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(second, kept * 7, rtol=1e-6, atol=1e-8)
+
+
+def test_grad_accumulates(backend):
+    values, labels = batch()
+    logits = values.clone().requires_grad_()
+    for _ in range(3):
+        ak.anl_ce(logits, labels, backend=backend.name).backward()
+    _, once = calculate(values, labels, expression(ANL_CE), backend=backend.name)
+    torch.testing.assert_close(logits.grad, 3 * once)
+
+
+def test_logits_changed_between_forward_and_backward(fused):
+    """recompute reads the logits again, so torch's version check must speak up."""
+    values, labels = batch()
+    logits = values.clone().requires_grad_()
+    hidden = logits * 1
+    loss = ak.anl_ce(hidden, labels, recompute=True, backend=fused.name)
+    hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_grad_where_none_is_wanted(backend):
+    values, labels = batch()
+    assert not ak.anl_ce(values, labels, backend=backend.name).requires_grad
+    with torch.no_grad():
+        loss = ak.anl_ce(values.clone().requires_grad_(), labels, backend=backend.name)
+    assert not loss.requires_grad
+    with torch.inference_mode():
+        same = ak.anl_ce(values, labels, backend=backend.name)
+    torch.testing.assert_close(same, loss, rtol=0, atol=0)
+    _ = ak.anl_ce(values.clone().requires_grad_(), labels, backend=backend.name).detach()
+    torch.testing.assert_close(
+        calculate(values, labels, expression(ANL_CE), backend=backend.name)[0], loss, rtol=1e-6, atol=0
+    )
+
+
+def test_no_gradient_by_target_or_weight(backend):
+    values, labels = helpers.rows_of_every_kind(9, torch.float32)
+    logits = values.clone().requires_grad_()
+    loss = ak.anl_ce(logits, labels, weight=torch.ones(9), backend=backend.name)
+    loss.backward()
+    assert labels.grad is None
+
+
+# ---- in place
+
+
+@SOME
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["rows", "padded", "every_other_class", "transposed", "spatial", "channels_last"])
+def test_inplace_writes_the_gradient_over_the_logits(fused, name, dtype, layout):
+    values, labels = batch(dtype)
+    logits, target = helpers.lay_out(layout, values, labels)
+    hidden = helpers.Alias.apply(logits.requires_grad_())
+    address, version = hidden.data_ptr(), hidden._version
+    grads = []
+    hidden.register_hook(grads.append)
+    loss = ak.robust_loss(
+        hidden, target, expression(EXPRESSIONS[name]), inplace=True, backend=fused.name, reduction="sum"
+    )
+    assert hidden._version > version
+    loss.backward()
+    assert grads[0].data_ptr() == address
+    assert torch.equal(oracle.as_rows(hidden.detach()).nan_to_num(7), oracle.as_rows(grads[0]).nan_to_num(7))
+    helpers.assert_as_accurate(
+        loss.detach(),
+        oracle.as_rows(grads[0]),
+        labels,
+        helpers.truth(values, labels, EXPRESSIONS[name], reduction="sum"),
+    )
+
+
+def test_inplace_is_noticed_by_whoever_saved_the_logits(fused):
+    values, labels = batch()
+    leaf = values.clone().requires_grad_()
+    hidden = leaf.nan_to_num().exp()  # exp saves its result
+    loss = ak.anl_ce(hidden, labels, inplace=True, backend=fused.name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_of_a_linear_layers_output(fused):
+    g = helpers.generator(0)
+    x, weight = torch.randn(24, 5, generator=g), torch.randn(17, 5, generator=g)
+    _, labels = batch()
+    grads = []
+    for inplace in (False, True):
+        w = weight.clone().requires_grad_()
+        ak.anl_ce(torch.nn.functional.linear(x, w), labels, inplace=inplace, backend=fused.name).mul(3.7).backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_inplace_of_a_leaf_is_refused(fused):
+    values, labels = batch()
+    with pytest.raises(ValueError, match="leaf"):
+        ak.anl_ce(values.clone().requires_grad_(), labels, inplace=True, backend=fused.name)
+
+
+def test_inplace_without_grad_writes_nothing(fused):
+    values, labels = batch()
+    logits = values.clone()
+    loss = ak.anl_ce(logits, labels, inplace=True, backend=fused.name)
+    assert torch.equal(logits.nan_to_num(9), values.nan_to_num(9))
+    torch.testing.assert_close(loss, ak.anl_ce(values, labels, backend=fused.name), rtol=0, atol=0)
+
+
+def test_the_reference_does_not_write_in_place():
+    with pytest.raises((RuntimeError, ValueError), match="inplace"):
+        ak.anl_ce(torch.randn(3, 4), torch.tensor([0, 1, 2]), inplace=True, backend="reference")
+
+
+# ---- gradcheck, and what the fused backends refuse
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_gradcheck(one_backend, name):
+    if any("gamma" in parameters for _, _, parameters in EXPRESSIONS[name]):
+        pytest.skip("the focal weight is detached, as in the authors' code: not the derivative of the value")
+    logits = torch.randn(4, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()
+    target = torch.tensor([0, 5, 2, -100])
+    criterion = expression(EXPRESSIONS[name])
+    for keywords in (dict(), dict(reduction="none"), dict(recompute=True), dict(entropy_weight=0.5)):
+        assert torch.autograd.gradcheck(
+            lambda z, k=keywords: ak.robust_loss(z, target, criterion, backend=one_backend.name, **k), logits
+        )
+
+
+@pytest.mark.parametrize(
+    "keywords", [dict(), dict(recompute=True), dict(reduction="none"), dict(entropy_weight=0.5)], ids=str
+)
+@pytest.mark.parametrize(
+    "build",
+    [lambda: expression(ANL_CE), lambda: ak.RowLoss(lambda s: s.lse - s.target_logit)],
+    ids=["fused", "row_loss"],
+)
+def test_double_backward_names_the_way_out(cpu, keywords, build):
+    logits = torch.randn(4, 6, requires_grad=True)
+    loss = ak.robust_loss(logits, torch.tensor([0, 5, 2, 1]), build(), backend="cpu", **keywords).sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="reference"):
+        torch.autograd.grad(grad.square().sum(), logits)
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(reduction="none")], ids=str)
+def test_forward_mode_names_the_way_out(cpu, keywords):
+    target = torch.tensor([0, 5, 2, 1])
+    with pytest.raises(RuntimeError, match="reference"):
+        torch.func.jvp(
+            lambda z: ak.anl_ce(z, target, backend="cpu", **keywords).sum(), (torch.randn(4, 6),), (torch.ones(4, 6),)
+        )
+
+
+@pytest.mark.parametrize("name", ["anl_ce", "nce+rce", "nce+agce"])
+def test_reference_has_second_derivatives(name):
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()
+    target, criterion = torch.tensor([0, 4, 2]), expression(EXPRESSIONS[name])
+
+    def loss(z):
+        return ak.robust_loss(z, target, criterion, backend="reference", reduction="sum", entropy_weight=0.5)
+
+    assert torch.autograd.gradgradcheck(loss, logits)
+    tangent = torch.randn(3, 5, dtype=torch.float64, generator=helpers.generator(1))
+    value, derivative = torch.func.jvp(loss, (logits.detach(),), (tangent,))
+    (grad,) = torch.autograd.grad(loss(logits), logits)
+    torch.testing.assert_close(derivative, (grad * tangent).sum())
+    torch.testing.assert_close(value, loss(logits.detach()))
+
+
+# ---- torch.func
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(reduction="sum", entropy_weight=0.5)], ids=str)
+def test_func_grad(one_backend, keywords):
+    values, labels = helpers.rows_of_every_kind(9, torch.float32)
+    function = lambda z: ak.anl_ce(z, labels, backend=one_backend.name, **keywords)
+    loss, expected = calculate(values, labels, expression(ANL_CE), backend=one_backend.name, **keywords)
+    torch.testing.assert_close(torch.func.grad(function)(values), expected, rtol=1e-6, atol=1e-9)
+    grad, value = torch.func.grad_and_value(function)(values)
+    torch.testing.assert_close((value, grad), (loss, expected), rtol=1e-6, atol=1e-9)
+    _, pull = torch.func.vjp(function, values)
+    torch.testing.assert_close(pull(torch.tensor(2.0))[0], 2 * expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "keywords", [dict(), dict(recompute=True), dict(reduction="none"), dict(weight=torch.arange(1.0, 8.0))], ids=str
+)
+@pytest.mark.parametrize("dims", [(0, 0), (1, 0), (0, None), (None, 0)], ids=str)
+def test_vmap(one_backend, keywords, dims):
+    """A batch of batches, batched anywhere, is a loop."""
+    g = helpers.generator(0)
+    logits, target = torch.randn(3, 4, 7, generator=g), torch.randint(7, (3, 4), generator=g)
+    target[1, 2] = -100
+    given = (logits if dims[0] is not None else logits[0], target if dims[1] is not None else target[0])
+    given = (given[0].movedim(0, dims[0]) if dims[0] else given[0], given[1])
+
+    def loss(z, y):
+        return ak.anl_ce(z, y, backend=one_backend.name, **keywords)
+
+    def pick(i):
+        return logits[i if dims[0] is not None else 0], target[i if dims[1] is not None else 0]
+
+    expected = torch.stack([loss(*pick(i)) for i in range(3)])
+    torch.testing.assert_close(torch.func.vmap(loss, in_dims=dims)(*given), expected, rtol=1e-6, atol=1e-8)
+    one = lambda z, y: loss(z, y).sum()
+    expected = torch.stack([torch.func.grad(one)(*pick(i)) for i in range(3)])
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(one), in_dims=dims)(*given), expected, rtol=1e-6, atol=1e-8
+    )
+
+
+def test_per_sample_gradients(one_backend):
+    """The usual use of vmap(grad): one gradient of the weights for each sample, logits (K,) within."""
+    g = helpers.generator(0)
+    weight, x, y = torch.randn(7, 5, generator=g), torch.randn(6, 5, generator=g), torch.randint(7, (6,), generator=g)
+    loss = lambda w, a, b: ak.anl_ce(w @ a, b, backend=one_backend.name)
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, y)
+    expected = torch.stack([torch.func.grad(loss)(weight, a, b) for a, b in zip(x, y)])
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_func_jacrev(one_backend):
+    values, labels = helpers.rows_of_every_kind(9, torch.float64)
+    loss = lambda z: ak.anl_ce(z, labels, reduction="none", backend=one_backend.name)
+    jacobian = torch.func.jacrev(loss)(values)
+    _, expected = calculate(values, labels, expression(ANL_CE), reduction="none", backend=one_backend.name)
+    torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=1).t(), expected, rtol=1e-10, atol=1e-12)
+    assert jacobian.abs().sum() == pytest.approx(expected.abs().sum().item())
+
+
+# ---- autocast
+
+
+def test_autocast(one_backend):
+    """Under autocast the half-precision logits of a layer are taken as they are: loss float32, gradients the parameters'."""
+    layer, x, labels = torch.nn.Linear(5, 7), torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(x)
+        loss = ak.anl_ce(logits, labels, backend=one_backend.name)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.isfinite().all()
+    torch.testing.assert_close(loss.detach(), ak.anl_ce(logits.detach(), labels, backend=one_backend.name))
+
+
+def test_gradscaler(one_backend):
+    """A whole float16 step: scale, backward, unscale, against float64."""
+    g = helpers.generator(0)
+    w, x = torch.randn(7, 5, generator=g).half().requires_grad_(), torch.randn(64, 5, generator=g).half()
+    labels = torch.randint(7, (64,), generator=g)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    loss = ak.anl_ce((x @ w.t()), labels, backend=one_backend.name)
+    scaler.scale(loss).backward()
+    w64 = w.detach().double().requires_grad_()
+    oracle.loss((x.double() @ w64.t()).half().double() + 0 * (x.double() @ w64.t()), labels, ANL_CE)
+    true = oracle.loss(x.double() @ w64.t(), labels, ANL_CE)
+    true.backward()
+    torch.testing.assert_close(w.grad.double() / 2.0**14, w64.grad, rtol=2e-2, atol=2e-4)

@@ -1,0 +1,398 @@
+"""The table of cases, row by row: what happens with odd dtypes, labels, masks, sizes and empty batches."""
+
+import math
+
+import helpers
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, calculate, dtype_id, expression
+
+import anl_kernels as ak
+
+SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
+ANL_CE = EXPRESSIONS["anl_ce"]
+
+
+def logits_of(rows, classes, seed=0, dtype=torch.float32):
+    return (torch.randn(rows, classes, generator=helpers.generator(seed)) * 2).to(dtype)
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(
+    "keywords", [dict(), dict(reduction="none"), dict(recompute=True), dict(entropy_weight=1.0)], ids=str
+)
+def test_dtypes_of_loss_and_gradient(one_backend, dtype, keywords):
+    logits = logits_of(4, 6, dtype=dtype).requires_grad_()
+    loss = ak.anl_ce(logits, torch.tensor([0, 1, 2, 3]), backend=one_backend.name, **keywords)
+    loss.sum().backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert logits.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=dtype_id)
+def test_logits_that_are_no_floats_are_refused(one_backend, dtype):
+    with pytest.raises(TypeError, match="logits"):
+        ak.anl_ce(torch.ones(4, 6, dtype=dtype), torch.tensor([0, 1, 2, 3]), backend=one_backend.name)
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("classes", [2, 10, 256, 300])
+@SOME
+def test_label_dtypes(backend, name, dtype, classes):
+    logits = logits_of(16, classes)
+    target = torch.arange(16) * 37 % min(classes, 256)
+    expected = calculate(logits, target, expression(EXPRESSIONS[name]), backend=backend.name)
+    for recompute in (False, True):
+        result = calculate(
+            logits, target.to(dtype), expression(EXPRESSIONS[name]), recompute=recompute, backend=backend.name
+        )
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_probabilities_as_targets_are_refused(one_backend, dtype):
+    with pytest.raises(TypeError, match="class indices"):
+        ak.anl_ce(torch.randn(4, 6), torch.rand(4, 6).to(dtype), backend=one_backend.name)
+    with pytest.raises(TypeError, match="class indices"):
+        ak.anl_ce(torch.randn(4, 6), torch.rand(4).to(dtype), backend=one_backend.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64], ids=str)
+def test_other_label_dtypes_are_refused(one_backend, dtype):
+    with pytest.raises(TypeError, match="target"):
+        ak.anl_ce(torch.randn(4, 6), torch.ones(4).to(dtype), backend=one_backend.name)
+
+
+BAD = [
+    (torch.int64, 6),
+    (torch.int64, -1),
+    (torch.int64, -99),
+    (torch.int64, 2**40),
+    (torch.int64, -(2**63)),
+    (torch.int64, 2**32),
+    (torch.int64, 2**32 + 1),
+    (torch.int32, 6),
+    (torch.int32, -1),
+    (torch.int32, -(2**31)),
+    (torch.int16, 6),
+    (torch.int16, -2),
+    (torch.uint8, 6),
+    (torch.uint8, 255),
+]
+
+
+@pytest.mark.parametrize(("dtype", "label"), BAD, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "spatial"])
+def test_labels_out_of_bounds(backend, dtype, label, layout):
+    """An IndexError that names the label, in every mode, and nothing written: in-place logits are untouched."""
+    shape, labels = ((7, 6), 7) if layout == "rows" else ((2, 6, 5), 10)
+    logits = torch.randn(shape, generator=helpers.generator(0))
+    target = torch.zeros(labels, dtype=dtype)
+    target[labels // 2] = label
+    target = target.view(shape[0], *shape[2:])
+    for keywords in (
+        dict(),
+        dict(recompute=True),
+        dict(reduction="none"),
+        dict(entropy_weight=1.0),
+        dict(inplace=True),
+    ):
+        if "inplace" in keywords and not backend.fused:
+            continue
+        for criterion in (expression(ANL_CE), ak.RowLoss(lambda s: s.lse)):
+            for grad in (False, True):
+                given = logits.clone().requires_grad_(grad)
+                alias = helpers.Alias.apply(given) if grad else given
+                with pytest.raises(IndexError, match=str(label)):
+                    ak.robust_loss(alias, target, criterion, backend=backend.name, **keywords)
+                assert torch.equal(given.detach(), logits)
+
+
+def test_the_last_label_is_within_bounds(backend):
+    for classes in (2, 17, 256):
+        target = torch.tensor([classes - 1, 0], dtype=torch.uint8)
+        assert ak.anl_ce(torch.randn(2, classes), target, backend=backend.name).isfinite()
+
+
+def test_bad_label_among_many(backend):
+    """Found wherever it is, also in the last row of a batch that several threads share."""
+    logits, target = torch.randn(4099, 10), torch.zeros(4099, dtype=torch.int64)
+    for row in (0, 1, 2048, 4098):
+        target[row] = 10
+        with pytest.raises(IndexError):
+            ak.anl_ce(logits, target, backend=backend.name)
+        target[row] = 0
+
+
+def test_labels_with_strides(backend):
+    logits = logits_of(8, 6)
+    room = torch.full((8, 3), 99)
+    room[:, 1] = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
+    for target in (room[:, 1], room.t().contiguous()[1], torch.tensor(3).expand(8), room[:, 1].clone().flip(0).flip(0)):
+        expected = calculate(logits, target.contiguous().clone(), expression(ANL_CE), backend=backend.name)
+        for recompute in (False, True):
+            result = calculate(logits, target, expression(ANL_CE), recompute=recompute, backend=backend.name)
+            torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)
+    spatial = torch.randn(2, 6, 3, 5)
+    target = torch.randint(6, (2, 5, 3)).transpose(1, 2)
+    torch.testing.assert_close(
+        calculate(spatial, target, expression(ANL_CE), backend=backend.name),
+        calculate(spatial, target.contiguous(), expression(ANL_CE), backend=backend.name),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+
+
+# ---- ignored rows, weights and the mean's denominator
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignored"),
+    [(torch.int64, -100), (torch.int64, 3), (torch.uint8, 255), (torch.int16, -1), (torch.int32, 77)],
+    ids=str,
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@SOME
+def test_ignore_index(backend, name, dtype, ignored, reduction):
+    """Loss and gradient 0, the logits of the row not read (they are NaN), the mean over what remains."""
+    values, _ = helpers.rows_of_every_kind(9, torch.float32, kinds=(*helpers.ROW_KINDS[:9], "normal"))
+    values = values.clone()
+    target = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 0, 1])
+    target[[1, 5, 6]] = ignored
+    values[[1, 5, 6]] = math.nan
+    for recompute in (False, True):
+        keywords = dict(reduction=reduction, ignore_index=ignored)
+        loss, grad = helpers.check(
+            values, target.to(dtype), EXPRESSIONS[name], recompute=recompute, backend=backend.name, **keywords
+        )
+        assert (grad[[1, 5, 6]] == 0).all()
+        if reduction == "none":
+            assert (loss[[1, 5, 6]] == 0).all()
+
+
+def test_ignore_index_out_of_the_labels_range(backend):
+    """-100 can be no uint8, and 256 neither: then no row is ignored, and 156 (= -100 mod 256) is a bad label, not an ignored one."""
+    target = torch.tensor([0, 156], dtype=torch.uint8)
+    with pytest.raises(IndexError):
+        ak.anl_ce(torch.randn(2, 6), target, backend=backend.name)
+    assert ak.anl_ce(torch.randn(2, 200), target, backend=backend.name).isfinite()
+    target = torch.tensor([0, 1], dtype=torch.uint8)
+    expected = calculate(torch.ones(2, 6), target, expression(ANL_CE), backend=backend.name)
+    torch.testing.assert_close(
+        calculate(torch.ones(2, 6), target, expression(ANL_CE), ignore_index=256, backend=backend.name), expected
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+@SOME
+def test_class_weights(backend, name, dtype, reduction):
+    values, labels = helpers.rows_of_every_kind(9, dtype)
+    weight = (torch.rand(9, generator=helpers.generator(0)) * 3).to(dtype)
+    weight[int(labels[1])] = 0
+    for recompute in (False, True):
+        for ignored in (-100, int(labels[0])):
+            keywords = dict(weight=weight, reduction=reduction, ignore_index=ignored)
+            helpers.check(values, labels, EXPRESSIONS[name], recompute=recompute, backend=backend.name, **keywords)
+    criterion = helpers.row_loss_expression(EXPRESSIONS[name])
+    helpers.check(
+        values, labels, EXPRESSIONS[name], criterion, weight=weight, reduction=reduction, backend=backend.name
+    )
+
+
+def test_class_weights_of_another_dtype_or_stride(backend):
+    """float64 or strided weights with float32 logits, as class counts come."""
+    values, labels = helpers.rows_of_every_kind(9, torch.float32)
+    weight = torch.rand(9, 3, generator=helpers.generator(0), dtype=torch.float64)[:, 1]
+    helpers.check(values, labels, ANL_CE, weight=weight, backend=backend.name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_row_ignored(backend, reduction, recompute):
+    logits = torch.full((5, 7), math.nan)
+    loss, grad = calculate(
+        logits,
+        torch.full((5,), -100),
+        expression(ANL_CE),
+        reduction=reduction,
+        recompute=recompute,
+        backend=backend.name,
+    )
+    if reduction == "mean":
+        assert loss.isnan()  # as F.cross_entropy
+    else:
+        assert torch.equal(loss, torch.zeros(5) if reduction == "none" else torch.tensor(0.0))
+    assert (grad == 0).all()
+
+
+def test_all_weight_zero_is_a_mean_of_nothing(backend):
+    """As F.cross_entropy: 0 / 0."""
+    logits, target, weight = logits_of(3, 4), torch.tensor([0, 0, 1]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert F.cross_entropy(logits, target, weight=weight).isnan()
+    assert ak.anl_ce(logits, target, weight=weight, backend=backend.name).isnan()
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 0), (1,), (0,), (2, 1, 3)], ids=str)
+def test_fewer_than_two_classes(one_backend, shape):
+    target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"2 classes|two classes"):
+        ak.anl_ce(torch.zeros(shape), target, backend=one_backend.name)
+
+
+@pytest.mark.parametrize(("classes", "min_prob"), [(10, 0.1), (10, 0.2), (2, 0.5), (1000, 1e-3)])
+def test_a_clamp_above_the_uniform_row(one_backend, classes, min_prob):
+    with pytest.raises(ValueError, match="min_prob"):
+        ak.anl_ce(
+            torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64), min_prob=min_prob, backend=one_backend.name
+        )
+    assert ak.anl_ce(
+        torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64), min_prob=min_prob / 2.01, backend=one_backend.name
+    ).isfinite()
+
+
+@pytest.mark.parametrize("min_prob", [0.0, -1e-7, math.nan, 1.0])
+def test_a_clamp_that_is_no_probability(one_backend, min_prob):
+    with pytest.raises(ValueError, match="min_prob"):
+        ak.anl_ce(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), min_prob=min_prob, backend=one_backend.name)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 0, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "keywords", [dict(), dict(recompute=True), dict(weight=torch.ones(5))], ids=["", "recompute", "weight"]
+)
+def test_empty_batch(backend, shape, reduction, keywords):
+    logits, target = torch.randn(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    for criterion in (expression(ANL_CE), ak.RowLoss(lambda s: s.lse)):
+        loss, grad = calculate(logits, target, criterion, reduction=reduction, backend=backend.name, **keywords)
+        expected = F.cross_entropy(logits, target, reduction=reduction)
+        assert loss.shape == expected.shape and torch.equal(loss.isnan(), expected.isnan())
+        assert torch.equal(loss.nan_to_num(), expected.nan_to_num())
+        assert grad.shape == logits.shape
+
+
+@pytest.mark.parametrize(
+    ("logits", "target"),
+    [
+        ((4, 6), (5,)),
+        ((4, 6), (4, 1)),
+        ((4, 6), ()),
+        ((6,), (1,)),
+        ((6,), (6,)),
+        ((4, 6, 3), (4,)),
+        ((4, 6, 3), (4, 6)),
+        ((4, 6, 3), (3, 4)),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit(one_backend, logits, target):
+    with pytest.raises(ValueError, match="logits"):
+        ak.anl_ce(torch.zeros(logits), torch.zeros(target, dtype=torch.int64), backend=one_backend.name)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [(torch.ones(5), ValueError), (torch.ones(6, 1), ValueError), (torch.ones(()), ValueError), ([1.0] * 6, TypeError)],
+    ids=["length", "shape", "scalar", "list"],
+)
+def test_weights_that_do_not_fit(one_backend, weight, error):
+    with pytest.raises(error, match="weight"):
+        ak.anl_ce(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64), weight=weight, backend=one_backend.name)
+
+
+def test_tensors_on_two_devices(one_backend):
+    with pytest.raises((ValueError, RuntimeError), match="meta"):
+        ak.anl_ce(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64, device="meta"), backend=one_backend.name)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        dict(reduction="avg"),
+        dict(reduction=None),
+        dict(backend="nothing"),
+        dict(class_group=object()),
+        dict(reduction="none", entropy_weight=1.0),
+    ],
+    ids=str,
+)
+def test_keywords_without_meaning_are_refused(keywords):
+    with pytest.raises(ValueError, match=r"\w"):
+        ak.anl_ce(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64), **keywords)
+
+
+def test_unknown_keywords_are_refused():
+    with pytest.raises(TypeError):
+        ak.anl_ce(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target"), [([[1.0, 2.0]], torch.tensor([0])), (torch.zeros(1, 2), [0])], ids=["logits", "target"]
+)
+def test_lists_are_no_tensors(logits, target):
+    with pytest.raises(TypeError):
+        ak.anl_ce(logits, target)
+
+
+# ---- masked classes
+
+
+@SOME
+@pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
+def test_padding_with_minus_infinity_changes_nothing(backend, name, layout):
+    """A padded vocabulary whose last columns are -inf: the loss of the real classes, gradient 0 in the padding."""
+    values, labels = helpers.rows_of_every_kind(21, torch.float32, kinds=helpers.ROW_KINDS[:9] + ("normal",) * 3)
+    padded = torch.cat([values, torch.full((12, 11), -math.inf)], 1)
+    logits, target = helpers.lay_out(layout, padded, labels)
+    true = helpers.truth(values, labels, EXPRESSIONS[name])
+    for criterion in (expression(EXPRESSIONS[name]), helpers.row_loss_expression(EXPRESSIONS[name])):
+        for recompute in (False, True):
+            loss, grad = calculate(logits, target, criterion, recompute=recompute, backend=backend.name)
+            grad = oracle.as_rows(grad)
+            assert (grad[:, 21:] == 0).all()
+            helpers.assert_as_accurate(loss, grad[:, :21].contiguous(), labels, true)
+
+
+def test_only_two_classes_left(backend):
+    """Every other class masked: as with two classes."""
+    few = torch.tensor([[0.5, -1.0]])
+    many = torch.full((1, 300), -math.inf)
+    many[0, [17, 255]] = few[0]
+    for name in EXPRESSIONS:
+        loss, grad = calculate(many, torch.tensor([255]), expression(EXPRESSIONS[name]), backend=backend.name)
+        true = helpers.truth(few, torch.tensor([1]), EXPRESSIONS[name])
+        helpers.assert_as_accurate(loss, grad[:, [17, 255]], torch.tensor([1]), true)
+        assert grad.count_nonzero() <= 2
+
+
+# ---- expanded logits
+
+
+def test_expanded_rows(backend):
+    """Rows that share memory are read as they lie; writing over them in place is refused, as torch refuses it."""
+    row = torch.randn(1, 11, generator=helpers.generator(0))
+    logits, target = row.expand(5, 11), torch.tensor([0, 3, 10, 5, 5])
+    expected = calculate(logits.clone(), target, expression(ANL_CE), backend=backend.name)
+    result = calculate(logits, target, expression(ANL_CE), backend=backend.name)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+    before = row.clone()
+    if not backend.fused:
+        return
+    with pytest.raises((RuntimeError, ValueError), match=r"overlap|single memory|expand|share"):
+        ak.anl_ce(
+            helpers.Alias.apply(row.clone().requires_grad_().expand(5, 11)), target, inplace=True, backend=backend.name
+        )
+    assert torch.equal(row, before)

@@ -1,0 +1,350 @@
+"""Every loss x backend x layout x dtype against the papers' formulas in float64: values and gradients.
+
+The error may not exceed plain PyTorch's in the same arithmetic by more than a few roundings (helpers.assert_as_accurate).
+`torch.empty` is full of NaN while these run (conftest.poison), and so is all memory around the views.
+"""
+
+import math
+from functools import lru_cache
+
+import helpers
+import oracle
+import pytest
+import torch
+from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
+
+ALL = pytest.mark.parametrize("name", EXPRESSIONS)
+SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+
+
+@lru_cache(maxsize=64)
+def row_weights(rows):
+    return torch.rand(rows, generator=helpers.generator(rows)) * 4 - 2
+
+
+# mode -> (keywords for package and oracle, keywords for the package alone)
+MODES = {
+    "forward": (dict(reduction="mean"), dict(recompute=False)),
+    "recompute": (dict(reduction="sum"), dict(recompute=True)),
+    "none": (dict(reduction="none"), dict()),
+    "row_loss": (dict(reduction="mean"), dict()),
+    "inplace": (dict(reduction="sum"), dict(inplace=True)),  # not on the reference, which keeps the logits
+    "entropy": (dict(reduction="mean", entropy_weight=0.7), dict()),
+}
+
+
+def modes(backend):
+    return [mode for mode in MODES if backend.fused or mode != "inplace"]
+
+
+@lru_cache(maxsize=1024)
+def true_batch(classes, dtype, name, mode):
+    values, labels = helpers.batch(classes, dtype)
+    return helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, len(labels)))
+
+
+def shared_keywords(mode, rows):
+    keywords = dict(MODES[mode][0])
+    if mode == "none":
+        keywords["grad_output"] = row_weights(rows)
+    return keywords
+
+
+def run(logits, target, name, mode, backend):
+    """The package on one tensor; loss and gradient as rows."""
+    terms = EXPRESSIONS[name]
+    criterion = helpers.row_loss_expression(terms) if mode == "row_loss" else helpers.expression(terms)
+    keywords = {**shared_keywords(mode, target.numel()), **MODES[mode][1], "backend": backend.name}
+    if mode == "none":
+        keywords["grad_output"] = keywords["grad_output"].to(helpers.acc(logits.dtype)).view(target.shape)
+    if mode == "inplace":
+        keywords["leaf"] = False
+    loss, grad = helpers.calculate(logits, target, criterion, **keywords)
+    return loss.reshape(-1) if loss.dim() else loss, oracle.as_rows(grad)
+
+
+def compare_batch(classes, dtype, name, mode, backend, layout="rows"):
+    values, labels = helpers.batch(classes, dtype)
+    logits, target = helpers.lay_out(layout, values, labels)
+    loss, grad = run(logits, target, name, mode, backend)
+    helpers.assert_as_accurate(loss, grad, labels, true_batch(classes, dtype, name, mode))
+    assert (grad[labels == -100] == 0).all()
+    assert (grad[values == -math.inf] == 0).all()
+
+
+@ALL
+@EVERY_DTYPE
+@pytest.mark.parametrize("classes", [2, 3, 10, 37])
+def test_every_loss(backend, name, dtype, classes):
+    for mode in modes(backend):
+        compare_batch(classes, dtype, name, mode, backend)
+
+
+@SOME
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", helpers.LAYOUTS)
+def test_every_layout(backend, name, dtype, layout):
+    for classes in (10, 33):
+        for mode in modes(backend):
+            compare_batch(classes, dtype, name, mode, backend, layout)
+
+
+@SOME
+@EVERY_DTYPE
+def test_every_number_of_classes(backend, name, dtype):
+    """Every tail of a vector loop."""
+    for classes in (
+        4,
+        5,
+        7,
+        8,
+        9,
+        15,
+        16,
+        17,
+        23,
+        31,
+        32,
+        47,
+        48,
+        49,
+        63,
+        64,
+        65,
+        95,
+        100,
+        127,
+        128,
+        129,
+        255,
+        257,
+        1001,
+    ):
+        for mode in ("forward", "recompute", "row_loss"):
+            compare_batch(classes, dtype, name, mode, backend)
+
+
+@SOME
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", ["rows", "transposed", "spatial_1d"])
+def test_thousands_of_classes(backend, name, dtype, layout):
+    for classes, mode in ((4097, "forward"), (16387, "recompute"), (16387, "forward")):
+        compare_batch(classes, dtype, name, mode, backend, layout)
+
+
+@pytest.mark.parametrize("classes", [65_536, 300_000, 300_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@SOME
+def test_few_long_rows(backend, name, dtype, classes):
+    """So few that each is split over the threads; the clamp cuts through one row and spares the other."""
+    values, labels = helpers.rows_of_every_kind(classes, dtype, kinds=("normal", "mixed", "wrong"))
+    for mode in ("forward", "recompute"):
+        loss, grad = run(values, labels, name, mode, backend)
+        helpers.assert_as_accurate(loss, grad, labels, true_long(classes, dtype, name, mode))
+
+
+@lru_cache(maxsize=64)
+def true_long(classes, dtype, name, mode):
+    values, labels = helpers.rows_of_every_kind(classes, dtype, kinds=("normal", "mixed", "wrong"))
+    return helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, len(labels)))
+
+
+@SOME
+@pytest.mark.parametrize("mode", MODES)
+def test_one_row(backend, name, mode):
+    """(K,) with a label without dimensions, and (1, K), short and long."""
+    if mode not in modes(backend):
+        pytest.skip("the reference keeps the logits")
+    for classes in (2, 10, 1001, 200_003):
+        for kind in ("normal", "mixed"):
+            values, labels = helpers.rows_of_every_kind(classes, torch.float32, kinds=(kind,))
+            true = helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, 1))
+            for logits, target in ((values[0], labels[0]), (values, labels)):
+                loss, grad = run(logits, target, name, mode, backend)
+                helpers.assert_as_accurate(loss.view(true.loss.shape), grad, labels, true)
+
+
+@SOME
+@EVERY_DTYPE
+def test_every_alignment_of_a_row(backend, name, dtype):
+    """The view begins at each of 16 elements, and the rows' stride is odd, so every row is aligned in its own way."""
+    values, labels = helpers.rows_of_every_kind(67, dtype)
+    rows = len(labels)
+    true = helpers.truth(values, labels, EXPRESSIONS[name])
+    for start in range(16):
+        room = torch.full((start + rows * 71,), math.nan, dtype=dtype)
+        logits = room[start:].view(rows, 71)[:, :67].copy_(values)
+        loss, grad = run(logits, labels, name, "forward", backend)
+        helpers.assert_as_accurate(loss, grad, labels, true)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_around_the_clamp(backend, name, dtype):
+    """Rows wholly above it (the closed form), rows it cuts through, rows with all but one class below; several clamps."""
+    spreads = (0.3, 3.0, 8.0, 40.0, 300.0)
+    for min_prob in (1e-3, 1e-7, 1e-12):
+        for classes in (10, 129):
+            values = torch.stack(
+                [torch.randn(classes, generator=helpers.generator(5), dtype=torch.float64) * s for s in spreads]
+            )
+            values = helpers.away_from_clamp(values.to(dtype), min_prob)
+            labels = torch.tensor(
+                [int(row.argsort()[classes // 2]) for row in values]
+            )  # mostly below the clamp themselves
+            for target in (labels, values.argmax(1)):
+                for recompute in (False, True):
+                    helpers.check(
+                        values,
+                        target,
+                        EXPRESSIONS[name],
+                        reduction="sum",
+                        min_prob=min_prob,
+                        recompute=recompute,
+                        backend=backend.name,
+                    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_every_gamma(backend, gamma, dtype):
+    values, labels = helpers.rows_of_every_kind(37, dtype)
+    for name in ("fl", "nfl", "nnfl"):
+        terms = helpers.single(name, gamma=gamma)
+        helpers.check(values, labels, terms, reduction="sum", backend=backend.name)
+        helpers.check(values, labels, terms, helpers.row_loss_expression(terms), reduction="sum", backend=backend.name)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        helpers.single("gce", q=0.1),
+        helpers.single("gce", q=1.0),
+        helpers.single("rce", floor=1e-2),
+        helpers.single("agce", a=6.0, q=1.5),
+        helpers.single("agce", a=0.6, q=0.6),
+        helpers.single("aul", a=1.5, q=0.9),
+        helpers.single("aul", a=6.3, q=1.5),
+        helpers.single("ael", a=0.5),
+        helpers.single("ael", a=5.0),
+    ],
+    ids=lambda terms: "-".join(map(str, (terms[0][1], *terms[0][2].values()))),
+)
+def test_every_parameter(backend, terms):
+    values, labels = helpers.rows_of_every_kind(37, torch.float32)
+    helpers.check(values, labels, terms, reduction="sum", backend=backend.name)
+    helpers.check(values, labels, terms, helpers.row_loss_expression(terms), reduction="sum", backend=backend.name)
+
+
+# ---- confident rows: float64 itself cancels there, 120 digits do not
+
+CONFIDENT = ("ce", "nce", "fl", "nfl", "mae", "rce", "gce", "agce", "aul", "anl_ce", "anl_fl", "nce+rce")
+
+
+@pytest.mark.parametrize("name", CONFIDENT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_no_cancellation_as_the_target_becomes_certain(backend, name, dtype):
+    """Loss and gradient keep relative digits while 1 - p_y falls from 1e-2 to 1e-12."""
+    terms, relative = EXPRESSIONS[name], 3e-6 if dtype == torch.float32 else 1e-13
+    # NNCE and NNFL are 1 minus a ratio near 1, by their definition: of them no more than roundings of 1 is asked.
+    floor = 8 * helpers.EPS[dtype] if any(term.startswith("nn") for _, term, _ in terms) else 0.0
+    for margin in (5.0, 9.0, 14.0, 20.0, 28.0):
+        row = torch.tensor([0.25, -0.5, 0.0, 0.75, -1.25, 0.125, -0.25], dtype=dtype)
+        label = 3
+        row[label] += margin
+        exact_loss, exact_grad = exact_row(tuple(row.tolist()), label, name)
+        for recompute in (False, True):
+            loss, grad = helpers.calculate(
+                row, torch.tensor(label), helpers.expression(terms), recompute=recompute, backend=backend.name
+            )
+            assert abs(loss.item() - exact_loss) <= relative * abs(exact_loss) + floor, (
+                margin,
+                loss.item(),
+                exact_loss,
+            )
+            expected = torch.tensor(exact_grad, dtype=torch.float64)
+            error = (grad.double() - expected).abs()
+            assert (error <= 2 * relative * expected.abs().max() + floor).all(), (margin, grad.tolist(), exact_grad)
+
+
+@lru_cache(maxsize=512)
+def exact_row(row, label, name):
+    return oracle.exact(row, label, EXPRESSIONS[name])
+
+
+def test_certain_rows_are_finite(backend):
+    """p_y = 1 to every digit: nothing divides by the zero that is left."""
+    logits = torch.zeros(3, 10)
+    logits[0, 4], logits[1, 4], logits[2, 4] = 60.0, 200.0, 3e4
+    for name, terms in EXPRESSIONS.items():
+        loss, grad = helpers.calculate(
+            logits, torch.tensor([4, 4, 4]), helpers.expression(terms), reduction="sum", backend=backend.name
+        )
+        assert loss.isfinite(), name
+        assert grad.isfinite().all(), name
+
+
+# ---- rows that are no numbers
+
+POISONS = (math.nan, math.inf)
+
+
+@ALL
+@pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
+def test_a_row_of_nan_harms_no_other(backend, name, layout):
+    values, labels = helpers.batch(33, torch.float32)
+    values = values.clone()
+    broken = [3, 11, 17]
+    labels = labels.where(labels >= 0, torch.tensor(0))
+    values[values.isnan().any(1)] = 0.5
+    clean = helpers.truth(values, labels, EXPRESSIONS[name], reduction="none")
+    values[3, 32], values[11, 0] = POISONS
+    values[17, labels[17]] = math.nan
+    logits, target = helpers.lay_out(layout, values, labels)
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[broken] = False
+    criterion = helpers.expression(EXPRESSIONS[name])
+    for extra in (dict(), dict(reduction="sum", recompute=False), dict(reduction="sum", recompute=True)):
+        loss, grad = helpers.calculate(
+            logits, target, criterion, **{"reduction": "none", **extra}, backend=backend.name
+        )
+        grad = oracle.as_rows(grad)
+        assert grad[broken].isnan().all()
+        if extra:
+            assert loss.isnan()
+        else:
+            assert loss.reshape(-1)[broken].isnan().all()
+            helpers.check_loss(loss.reshape(-1)[others], clean.of(others))
+        helpers.check_grad(grad[others], labels[others], clean.of(others))
+
+
+@ALL
+def test_a_target_that_does_not_exist_is_nan(backend, name):
+    logits = torch.randn(3, 7, generator=helpers.generator(0))
+    logits[1, 2] = -math.inf
+    loss, grad = helpers.calculate(
+        logits, torch.tensor([0, 2, 6]), helpers.expression(EXPRESSIONS[name]), reduction="none", backend=backend.name
+    )
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad[[0, 2]].isfinite().all()
+
+
+# ---- the same bits
+
+
+@SOME
+@pytest.mark.parametrize("shape", [(1, 200_000), (5, 30_000), (3000, 129), (8, 19, 64, 33)], ids=str)
+def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, shape):
+    logits = torch.randn(shape, generator=helpers.generator(1)) * 4
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=helpers.generator(2))
+    criterion = helpers.expression(EXPRESSIONS[name])
+    for keywords in (dict(), dict(recompute=True), dict(entropy_weight=0.3)):
+        results = []
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(helpers.calculate(logits, target, criterion, backend=backend.name, **keywords))
+        for loss, grad in results[1:] if backend.fused else results[2:3]:
+            first = results[0] if backend.fused else results[1]
+            assert torch.equal(loss, first[0])
+            assert torch.equal(grad, first[1])

@@ -1,0 +1,144 @@
+"""The public functions: each is its formula, with its parameters and the keywords that all share."""
+
+import inspect
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import single
+
+import anl_kernels as ak
+
+# function -> (its own parameters, the oracle's terms for them)
+FUNCTIONS = {
+    "cross_entropy": [({}, single("ce"))],
+    "nce": [({}, single("nce"))],
+    "nnce": [({}, single("nnce"))],
+    "focal": [({}, single("fl", gamma=0.5)), ({"gamma": 2.0}, single("fl", gamma=2.0))],
+    "nfl": [({}, single("nfl", gamma=0.5)), ({"gamma": 1.0}, single("nfl", gamma=1.0))],
+    "nnfl": [({}, single("nnfl", gamma=0.5)), ({"gamma": 1.0}, single("nnfl", gamma=1.0))],
+    "mae": [({}, single("mae"))],
+    "rce": [({}, single("rce", floor=1e-4)), ({"floor": 1e-2}, single("rce", floor=1e-2))],
+    "sce": [
+        ({}, ((0.1, "ce", {}), (1.0, "rce", {"floor": 1e-4}))),
+        ({"alpha": 6.0, "beta": 0.5, "floor": 1e-3}, ((6.0, "ce", {}), (0.5, "rce", {"floor": 1e-3}))),
+    ],
+    "gce": [({}, single("gce", q=0.7)), ({"q": 0.3}, single("gce", q=0.3))],
+    "agce": [({}, single("agce", a=0.6, q=0.6)), ({"a": 6.0, "q": 1.5}, single("agce", a=6.0, q=1.5))],
+    "aul": [({}, single("aul", a=5.5, q=3.0)), ({"a": 6.3, "q": 1.5}, single("aul", a=6.3, q=1.5))],
+    "ael": [({}, single("ael", a=2.5)), ({"a": 5.0}, single("ael", a=5.0))],
+    "anl_ce": [
+        ({}, ((1.0, "nce", {}), (1.0, "nnce", {}))),
+        ({"alpha": 5.0, "beta": 2.0}, ((5.0, "nce", {}), (2.0, "nnce", {}))),
+    ],
+    "anl_fl": [
+        ({}, ((1.0, "nfl", {"gamma": 0.5}), (1.0, "nnfl", {"gamma": 0.5}))),
+        ({"alpha": 5.0, "beta": 2.0, "gamma": 2.0}, ((5.0, "nfl", {"gamma": 2.0}), (2.0, "nnfl", {"gamma": 2.0}))),
+    ],
+}
+SHARED = {
+    "weight": None,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "entropy_weight": 0.0,
+    "min_prob": 1e-7,
+    "inplace": False,
+    "recompute": None,
+    "backend": "auto",
+    "class_group": None,
+    "batch_group": None,
+}
+CALLS = [(name, parameters, terms) for name, cases in FUNCTIONS.items() for parameters, terms in cases]
+
+
+def differentiate(function, logits, *args, **keywords):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, *args, **keywords)
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "terms"), CALLS, ids=[f"{n}{list(p.values()) or ''}" for n, p, _ in CALLS]
+)
+def test_every_function(one_backend, name, parameters, terms):
+    values, labels = helpers.rows_of_every_kind(23, torch.float32)
+    weight = torch.rand(23, generator=helpers.generator(0)) + 0.5
+    for keywords in (
+        dict(),
+        dict(reduction="sum", min_prob=1e-3, entropy_weight=0.5),
+        dict(reduction="none", weight=weight, ignore_index=int(labels[0])),
+    ):
+        values_ = helpers.away_from_clamp(values, keywords.get("min_prob", 1e-7))
+        result = differentiate(getattr(ak, name), values_, labels, **parameters, backend=one_backend.name, **keywords)
+        helpers.assert_as_accurate(*result, labels, helpers.truth(values_, labels, terms, **keywords))
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "robust_loss"])
+def test_every_function_takes_the_shared_keywords(name):
+    parameters = inspect.signature(getattr(ak, name)).parameters
+    for keyword, default in SHARED.items():
+        assert parameters[keyword].default == default, keyword
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6, 5), (5,), (4, 5, 3), (2, 5, 3, 2)], ids=str)
+def test_cross_entropy_is_torchs(one_backend, reduction, shape):
+    """A stranger's check: no oracle, torch itself; weight, ignore_index, shapes and reductions mean the same."""
+    g = helpers.generator(0)
+    logits, weight = (
+        torch.randn(shape, generator=g, dtype=torch.float64),
+        torch.rand(5, generator=g, dtype=torch.float64),
+    )
+    target = torch.randint(5, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=g)
+    if target.dim():
+        target.view(-1)[1] = 2
+    for keywords in (dict(), dict(weight=weight), dict(ignore_index=2), dict(weight=weight, ignore_index=2)):
+        ours = differentiate(
+            ak.cross_entropy, logits, target, reduction=reduction, backend=one_backend.name, **keywords
+        )
+        theirs = differentiate(F.cross_entropy, logits, target, reduction=reduction, **keywords)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_anl_ce_is_the_authors_code(one_backend):
+    """Their two losses as published (one-hot, clamp, log), alpha and beta 5."""
+
+    def authors(pred, labels, min_prob=1e-7):
+        hot = F.one_hot(labels, pred.shape[1])
+        log_p = F.log_softmax(pred, dim=1)
+        nce = -1 * torch.sum(hot * log_p, dim=1) / (-log_p.sum(dim=1))
+        p = F.softmax(pred, dim=1).clamp(min=min_prob, max=1)
+        negative = torch.tensor(min_prob, dtype=p.dtype).log() - p.log()
+        return (5 * nce + 5 * (1 - (hot * negative).sum(dim=1) / negative.sum(dim=1))).mean()
+
+    logits = torch.randn(20, 10, dtype=torch.float64, generator=helpers.generator(3)) * 5
+    labels = torch.randint(10, (20,), generator=helpers.generator(4))
+    ours = differentiate(ak.anl_ce, logits, labels, alpha=5.0, beta=5.0, backend=one_backend.name)
+    torch.testing.assert_close(ours, differentiate(authors, logits, labels), rtol=1e-11, atol=1e-15)
+
+
+def test_l1_penalty():
+    parameters = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
+    penalty = ak.l1_penalty(iter(parameters))
+    torch.testing.assert_close(penalty, sum(p.detach().abs().sum() for p in parameters))
+    penalty.backward()
+    for parameter in parameters:
+        assert torch.equal(parameter.grad, parameter.detach().sign())
+    assert torch.isfinite(ak.l1_penalty(torch.nn.Linear(3, 2).parameters()))
+
+
+def test_robust_loss_and_a_call_of_the_expression_are_one():
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    criterion = 2 * ak.NCE() + 3 * ak.RCE()
+    keywords = dict(reduction="sum", min_prob=1e-4, ignore_index=3)
+    assert torch.equal(criterion(logits, target, **keywords), ak.robust_loss(logits, target, criterion, **keywords))
+    assert torch.equal(ak.NCE()(logits, target), ak.nce(logits, target))
+
+
+def test_a_term_alone_is_an_expression(one_backend):
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    assert torch.equal(
+        ak.robust_loss(logits, target, ak.MAE(), backend=one_backend.name),
+        ak.mae(logits, target, backend=one_backend.name),
+    )

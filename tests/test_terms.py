@@ -1,0 +1,241 @@
+"""Terms and their algebra; partials written by hand against autograd of the same formula."""
+
+import copy
+import pickle
+
+import helpers
+import oracle
+import pytest
+import torch
+from helpers import EXPRESSIONS, dtype_id
+
+import anl_kernels as ak
+
+TERMS = [
+    ak.CE(),
+    ak.NCE(),
+    ak.NNCE(),
+    ak.FL(),
+    ak.NFL(),
+    ak.NNFL(),
+    ak.MAE(),
+    ak.RCE(),
+    ak.GCE(),
+    ak.AGCE(),
+    ak.AUL(),
+    ak.AEL(),
+]
+
+
+# ---- partials by hand == autograd of f
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_fused_gradient_is_autograds_of_the_formula(backend, name, dtype):
+    """One kernel with partials by hand, `RowLoss(term.value)` with partials by autograd, and the oracle."""
+    values, labels = helpers.batch(19, dtype)
+    terms = EXPRESSIONS[name]
+    true = helpers.truth(values, labels, terms)
+    for criterion in (helpers.expression(terms), helpers.row_loss_expression(terms)):
+        result = helpers.calculate(values, labels, criterion, backend=backend.name)
+        helpers.assert_as_accurate(*result, labels, true)
+
+
+def test_a_loss_of_ones_own(backend):
+    """A formula the package does not have, over statistics of every kind, against the same by plain autograd."""
+    z = torch.randn(9, 13, dtype=torch.float64, generator=helpers.generator(0)) * 8
+    y = torch.randint(13, (9,), generator=helpers.generator(1))
+    min_prob, floor = 1e-5, -torch.tensor(1e-5, dtype=torch.float64).log()
+
+    def mine(s):
+        return (
+            s.target_log_prob.square() / s.neg_log_sum
+            + 0.1 * s.above_sum.sqrt()
+            + s.above_mass / (1 + s.target_prob)
+            + 1e-3 * s.lse
+        )
+
+    def plain(z):
+        log_p = z.log_softmax(1)
+        above = (log_p > -floor).detach()
+        l_y, p_y = oracle.take(log_p, y), oracle.take(log_p, y).exp()
+        u, mass = (above * (floor + log_p)).sum(1), (above * log_p.exp()).sum(1)
+        return l_y.square() / -log_p.sum(1) + 0.1 * u.sqrt() + mass / (1 + p_y) + 1e-3 * z.logsumexp(1)
+
+    given = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(plain(given).mean(), given)
+    loss, grad = helpers.calculate(z, y, ak.RowLoss(mine), min_prob=min_prob, backend=backend.name)
+    torch.testing.assert_close(loss, plain(z).mean(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_what_a_loss_sees(one_backend):
+    """Every statistic, against its definition."""
+    z = torch.randn(6, 11, dtype=torch.float64, generator=helpers.generator(0)) * 9
+    y = torch.randint(11, (6,), generator=helpers.generator(1))
+    z[2, (y[2] + 1) % 11] = -torch.inf
+    gamma, min_prob, seen = 0.8, 1e-4, {}
+    names = "lse target_logit neg_log_sum above_sum above_mass focal_sum focal_above_sum target_log_prob target_prob above_count"
+    names = [*names.split(), "target_above", "num_classes", "log_floor"]
+
+    def spy(s):
+        seen.update({name: torch.as_tensor(getattr(s, name), dtype=torch.float64).detach() for name in names})
+        return s.lse
+
+    ak.robust_loss(z, y, ak.RowLoss(spy, gamma=gamma), min_prob=min_prob, backend=one_backend.name)
+    l = z.log_softmax(1)
+    p, exists, above = l.exp(), z.isfinite(), l > torch.tensor(min_prob).log()
+    w, zero = (1 - p) ** gamma, torch.zeros(())
+    height = -((1 - min_prob) ** gamma) * torch.tensor(min_prob, dtype=torch.float64).log()
+    log_floor = torch.tensor(min_prob, dtype=torch.float64).log()
+    expected = {
+        "lse": z.logsumexp(1),
+        "target_logit": oracle.take(z, y),
+        "neg_log_sum": -l.where(exists, zero).sum(1),
+        "above_sum": (l - log_floor).where(above, zero).sum(1),
+        "above_mass": p.where(above, zero).sum(1),
+        "focal_sum": -(w * l).where(exists, zero).sum(1),
+        "focal_above_sum": (height + w * l).where(above, zero).sum(1),
+        "target_log_prob": oracle.take(l, y),
+        "target_prob": oracle.take(p, y),
+        "above_count": above.sum(1).double(),
+        "target_above": oracle.take(above, y).double(),
+        "num_classes": exists.sum(1).double(),
+        "log_floor": log_floor,
+    }
+    for name in names:
+        torch.testing.assert_close(
+            seen[name].expand_as(expected[name]),
+            expected[name],
+            rtol=1e-12,
+            atol=1e-13,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def test_a_row_loss_joins_a_sum(one_backend):
+    values, labels = helpers.batch(19, torch.float32)
+    mixed = 2 * ak.NCE() + 0.5 * ak.RowLoss(lambda s: 1 - s.target_prob)
+    result = helpers.calculate(values, labels, mixed, backend=one_backend.name)
+    helpers.assert_as_accurate(*result, labels, helpers.truth(values, labels, ((2.0, "nce", {}), (0.5, "mae", {}))))
+
+
+def test_row_loss_that_ignores_its_statistics(one_backend):
+    """A constant, or a loss of one statistic: the partials that autograd does not give are zero."""
+    z, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    loss, grad = helpers.calculate(
+        z, y, ak.RowLoss(lambda s: s.lse * 0 + 2.0), reduction="sum", backend=one_backend.name
+    )
+    assert loss == 8
+    assert (grad == 0).all()
+
+
+def test_row_loss_with_focal_statistics_needs_a_gamma():
+    with pytest.raises(ValueError, match="gamma"):
+        ak.RowLoss(lambda s: s.focal_sum)(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+# ---- the algebra
+
+
+def value(criterion, **keywords):
+    logits = torch.randn(6, 9, dtype=torch.float64, generator=helpers.generator(0))
+    target = torch.randint(9, (6,), generator=helpers.generator(1))
+    return torch.cat([x.reshape(-1) for x in helpers.calculate(logits, target, criterion, **keywords)])
+
+
+def test_linear(one_backend):
+    a, b = ak.NCE(), ak.RCE()
+    both = value(3 * a + 0.5 * b, backend=one_backend.name)
+    apart = 3 * value(a, backend=one_backend.name) + 0.5 * value(b, backend=one_backend.name)
+    torch.testing.assert_close(both, apart, rtol=1e-12, atol=1e-14)
+
+
+def test_ways_to_write_a_sum():
+    nce, nnce = ak.NCE(), ak.NNCE()
+    expected = value(2 * nce + 3 * nnce)
+    for criterion in (
+        nce * 2 + nnce * 3,
+        nce + nce + nnce * 3.0,
+        (nce + 1.5 * nnce) * 2,
+        2 * (nce + 1.5 * nnce),
+        sum([nce, nce, 3 * nnce]),
+        3 * (nce + nnce) - nce,
+        (4 * nce + 6 * nnce) / 2,
+        -(-2 * nce - 3 * nnce),
+    ):
+        torch.testing.assert_close(value(criterion), expected, rtol=1e-13, atol=1e-15)
+
+
+def test_two_gammas_are_refused():
+    for criterion in (
+        lambda: ak.FL(gamma=0.5) + ak.NFL(gamma=2.0),
+        lambda: ak.NFL(gamma=0.5) + ak.RowLoss(lambda s: s.focal_sum, gamma=1.0),
+    ):
+        with pytest.raises(ValueError, match="gamma"):
+            criterion()(torch.randn(2, 3), torch.tensor([0, 1]))
+    (ak.FL(gamma=2.0) + ak.NFL(gamma=2.0) + ak.CE())(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("term", TERMS, ids=lambda t: type(t).__name__)
+def test_terms_are_values(term):
+    again = type(term)()
+    assert term == again and hash(term) == hash(again) and term is not again
+    assert type(term).__name__ in repr(term)
+    assert eval(repr(term), vars(ak)) == term
+    assert copy.deepcopy(term) == term
+    assert pickle.loads(pickle.dumps(term)) == term
+    fields = getattr(term, "__dataclass_fields__", {})
+    for field in fields or ["anything"]:
+        with pytest.raises(AttributeError):
+            setattr(term, field, 3.0)
+
+
+def test_expressions_are_values():
+    assert 2 * ak.NCE() + ak.RCE() == 2 * ak.NCE() + ak.RCE()
+    assert hash(2 * ak.NCE() + ak.RCE()) == hash(2 * ak.NCE() + ak.RCE())
+    assert 2 * ak.NCE() != 3 * ak.NCE()
+    assert ak.GCE(q=0.7) != ak.GCE(q=0.6) and ak.AGCE() != ak.AUL()
+    both = pickle.loads(pickle.dumps(2 * ak.NCE() + ak.RCE()))
+    assert both == 2 * ak.NCE() + ak.RCE()
+    assert "NCE" in repr(both) and "RCE" in repr(both) and "2" in repr(both)
+
+
+@pytest.mark.parametrize("wrong", [None, "NCE", object(), torch.tensor(1.0)], ids=str)
+def test_only_terms_add(wrong):
+    with pytest.raises(TypeError):
+        ak.NCE() + wrong
+
+
+def test_only_numbers_scale():
+    with pytest.raises(TypeError):
+        ak.NCE() * ak.NNCE()
+    with pytest.raises(TypeError):
+        "2" * ak.NCE()
+
+
+@pytest.mark.parametrize("wrong", [None, "anl_ce", lambda s: s.lse, 3.0], ids=str)
+def test_a_criterion_is_an_expression(wrong):
+    with pytest.raises(TypeError):
+        ak.robust_loss(torch.randn(2, 3), torch.tensor([0, 1]), wrong)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ak.FL(gamma=-1.0),
+        lambda: ak.NFL(gamma=float("nan")),
+        lambda: ak.GCE(q=0.0),
+        lambda: ak.GCE(q=-1.0),
+        lambda: ak.RCE(floor=0.0),
+        lambda: ak.RCE(floor=1.5),
+        lambda: ak.AEL(a=0.0),
+        lambda: ak.AGCE(a=1.0, q=0.0),
+        lambda: ak.AUL(a=0.5, q=3.0),
+        lambda: ak.AUL(a=5.5, q=0.0),
+    ],
+)
+def test_parameters_without_meaning_are_refused(build):
+    with pytest.raises(ValueError, match=r"\w"):
+        build()
