@@ -20,8 +20,8 @@ def all_reduced(local: Tensor, group) -> Tensor:
     return total
 
 
-def batch_entropy(sums: Tensor, count: Tensor, call) -> Tensor:
-    """R from the column sums of p (K,) and the number of rows, of all ranks of `call.batch_group`.
+def batch_entropy(sums: Tensor, count: Tensor, call) -> tuple[Tensor, Tensor, Tensor]:
+    """R, log q and the number of rows, from the column sums of p (K,) and this rank's number of rows.
 
     Differentiable by `sums`. Where ranks share R, its gradient here is world_size times the share of this rank, so that
     the average of the ranks' gradients (DDP) is the gradient of R.
@@ -31,6 +31,8 @@ def batch_entropy(sums: Tensor, count: Tensor, call) -> Tensor:
         sums = shared + (all_reduced(sums, call.batch_group) - shared).detach()
         count = all_reduced(count, call.batch_group)
     q = sums / count
-    positive = torch.where(q == 0, 1.0, q)  # a class without probability adds 0; NaN stays NaN
-    entropy = math.log(sums.shape[0]) + (positive * positive.log()).sum()
-    return torch.where(count > 0, entropy, 0.0) if call.reduction == "sum" else entropy
+    log_q = torch.where(q == 0, 1.0, q).log()  # a class without probability adds 0; NaN stays NaN
+    entropy = math.log(sums.shape[0]) + (q * log_q).sum()
+    if call.reduction == "sum":
+        entropy = torch.where(count > 0, entropy, 0.0)
+    return entropy, log_q, count

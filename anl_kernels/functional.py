@@ -6,7 +6,6 @@ import functools
 import inspect
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +15,16 @@ from .layout import check_inputs
 from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
 
 REDUCTIONS = ("none", "mean", "sum")
+MAX_CALLS = 64  # kept with an expression
 
 
-class Call(NamedTuple):
-    """The validated keywords of a call."""
+class Call:
+    """The checked keywords of a call, and what the kernels need to know of its expression."""
 
-    expression: Expression
-    ignore_index: int
-    reduction: str
-    entropy_weight: float
-    min_prob: float
-    inplace: bool
-    recompute: bool | None
-    backend: str
-    batch_group: object
+    __slots__ = (
+        "backend", "batch_group", "built_in", "deferred", "entropy_weight", "expression", "gamma", "ignore_index",
+        "inplace", "min_prob", "needs", "program", "recompute", "reduction", "terms",
+    )  # fmt: skip
 
 
 def robust_loss(
@@ -90,16 +85,40 @@ def robust_loss(
 
     Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
     """
-    call = _checked_call(
-        expression, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group,
-        batch_group,
-    )
+    options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
+    if torch.compiler.is_compiling() or batch_group is not None or class_group is not None:
+        call = _checked_call(expression, *options, class_group, batch_group)
+    else:
+        call = _known_call(expression, options)
     check_inputs(logits, target, weight, call.min_prob)
     return registry.choose(logits, call).robust_loss(logits, target, weight, call)
 
 
+def _known_call(expression: Algebra, options: tuple) -> Call:
+    """The call of these keywords: checked when they are first seen, then kept with the expression."""
+    if type(expression) is not Expression and isinstance(expression, Algebra):
+        expression = _expression_of(expression)
+    try:
+        return expression.calls[options]
+    except (AttributeError, KeyError, TypeError):
+        call = _checked_call(expression, *options)
+        if len(expression.calls) >= MAX_CALLS:
+            expression.calls.clear()
+        expression.calls[options] = call
+        return call
+
+
 def _checked_call(
-    expression, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group, batch_group
+    expression,
+    ignore_index,
+    reduction,
+    entropy_weight,
+    min_prob,
+    inplace,
+    recompute,
+    backend,
+    class_group=None,
+    batch_group=None,
 ) -> Call:
     if not isinstance(expression, Algebra):
         raise TypeError(f"expression must be a loss such as 5 * NCE() + NNCE(), got {type(expression).__name__}")
@@ -119,9 +138,21 @@ def _checked_call(
         raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
     if class_group is not None:
         raise ValueError("class_group is not available in this version: leave it None")
-    return Call(
-        expression, ignore_index, reduction, entropy_weight, min_prob, bool(inplace), recompute, backend, batch_group
-    )
+    call = Call()
+    call.expression = expression
+    call.terms = [(term.kind, coef, *term.parameters) for coef, term in expression.terms]
+    call.built_in, call.needs, call.gamma = expression.built_in, expression.needs, expression.gamma
+    call.ignore_index, call.reduction, call.min_prob = ignore_index, reduction, min_prob
+    call.entropy_weight, call.batch_group = entropy_weight, batch_group
+    call.inplace, call.recompute, call.backend = bool(inplace), recompute, backend
+    call.deferred = bool(recompute) or reduction == "none" or entropy_weight != 0.0
+    call.program = None
+    return call
+
+
+@functools.lru_cache(maxsize=256)
+def _expression_of(term: Algebra) -> Expression:
+    return Expression(term.terms_of())
 
 
 _SHARED = """

@@ -25,6 +25,16 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether `tensor` has memory to work on: no compiler, no fake tensors or tracing, no functorch transform."""
+    return (
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None, min_prob: float) -> None:
     """Raises if `logits`, `target` and `weight` cannot be a call's."""
     for name, tensor in (("logits", logits), ("target", target), ("weight", weight)):

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .backends import reference
+from .backends import cpu, reference
 from .layout import log_once
 
 # Fastest first; `auto` takes the first of the device's that can run.
-_MODULES = {"reference": reference}
-_BY_DEVICE = {}
+_MODULES = {"cpu": cpu, "reference": reference}
+_BY_DEVICE = {"cpu": ("cpu", "reference")}
 _ANYWHERE = ("reference",)
 
 
@@ -58,4 +58,9 @@ def _cannot_run(module, logits: Tensor, call) -> str | None:
 def _named(name: str):
     if name not in _MODULES:
         raise ValueError(f"there is no backend {name!r}; there are {', '.join(map(repr, _MODULES))} and 'auto'")
+    return _MODULES[name]
+
+
+def fused(name: str):
+    """The fused backend `name`: for the operators, whose call has been checked."""
     return _MODULES[name]

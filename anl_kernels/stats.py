@@ -30,6 +30,20 @@ DERIVED = {
     "above_count": ("above_sum",),
     "num_classes": (),
 }
+# Rows of the table that the kernels fill, (13, N) in float64: those with a partial derivative, and constants.
+LOG_SUM, TARGET_LOG_PROB, NEG_LOG_SUM, ABOVE_SUM, ABOVE_MASS_SUM, FOCAL_SUM, FOCAL_ABOVE_SUM = 1, 2, 4, 5, 6, 8, 10
+MAX, NUM_CLASSES, ABOVE_COUNT, FOCAL_WEIGHT, FOCAL_ABOVE_WEIGHT, VALID = 0, 3, 7, 9, 11, 12
+_TABLE_ROW = {
+    "target_log_prob": TARGET_LOG_PROB,
+    "num_classes": NUM_CLASSES,
+    "neg_log_sum": NEG_LOG_SUM,
+    "above_sum": ABOVE_SUM,
+    "above_mass": ABOVE_MASS_SUM,
+    "above_count": ABOVE_COUNT,
+    "focal_sum": FOCAL_SUM,
+    "focal_above_sum": FOCAL_ABOVE_SUM,
+}
+
 # The gradient by the focal sums has the exponent in it.
 FOCAL_STATISTICS = ("focal_sum", "focal_above_sum", "target_focal_weight")
 
@@ -118,3 +132,79 @@ def needs_of(names) -> int:
         for primary in DERIVED.get(name, (name,)):
             needs |= PRIMARY[primary]
     return needs
+
+
+class TableStatistics(Statistics):
+    """Statistics from the kernels' table (13, ...); those that `needs` does not cover are not in it."""
+
+    def __init__(self, table: Tensor, min_prob: float, gamma: float | None, needs: int):
+        super().__init__(min_prob, gamma)
+        self._table = table
+        self._needs = needs
+
+    def _make(self, name):
+        if name == "lse":  # max is a constant: the derivative by lse is that by log_sum
+            return self._table[MAX].detach() + self._table[LOG_SUM]
+        if name == "target_logit":
+            return self.target_log_prob + self.lse
+        if needs_of([name]) & ~self._needs:
+            raise RuntimeError(
+                f"the loss reads {name}, which it did not when it was made: name what f reads, RowLoss(f, needs=[...])"
+            )
+        return self._table[_TABLE_ROW[name]]
+
+
+def softmax_coefs(table: Tensor) -> tuple[Tensor, Tensor]:
+    """What gives p_j = exp(z_j - first) second. An ignored row has second = 0, a NaN row NaN."""
+    return table[MAX], torch.where(table[VALID] == 0, 0.0, torch.exp(-table[LOG_SUM]))
+
+
+def coefficients(table: Tensor, partials: Tensor, call, dtype: torch.dtype) -> Tensor:
+    """The kernels' coefficients (9, ...) from the table and f's partials by its rows, both (13, ...).
+
+    Fields: max, 1 / sum exp, then a, b, a + d, c, bw, cw of the gradient (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j,
+    and the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1.
+    """
+    needs = call.needs
+    zero = torch.zeros((), dtype=table.dtype, device=table.device)
+    f_lse, f_l, f_S = partials[LOG_SUM], partials[TARGET_LOG_PROB], partials[NEG_LOG_SUM]
+    f_U, f_P = partials[ABOVE_SUM], partials[ABOVE_MASS_SUM]
+    f_F, f_G = partials[FOCAL_SUM], partials[FOCAL_ABOVE_SUM]
+    log_prob = table[TARGET_LOG_PROB]
+    above = (log_prob > math.log(call.min_prob)).to(table.dtype)
+    missing = -torch.expm1(log_prob)
+    common = f_lse + table[NUM_CLASSES] * f_S  # a, without the parts by l and P
+    constants = -f_S  # what is added to the gradient at the target besides a p_y
+    by_mass = above_part = zero
+    if needs & ABOVE:
+        common = common - table[ABOVE_COUNT] * f_U
+        constants = constants + above * f_U
+    if needs & ABOVE_MASS:
+        by_mass = f_P
+        above_part = (1.0 - table[ABOVE_MASS_SUM]) * f_P
+    if needs & (FOCAL | FOCAL_ABOVE):
+        weight = missing ** (call.gamma or 0.0)
+        if needs & FOCAL:
+            common = common + table[FOCAL_WEIGHT] * f_F
+            constants = constants - weight * f_F
+        if needs & FOCAL_ABOVE:
+            common = common - table[FOCAL_ABOVE_WEIGHT] * f_G
+            constants = constants + above * weight * f_G
+    a_above = common + above_part - f_l
+    a = a_above - by_mass
+    slope = torch.where(above > 0, a_above, a)
+    at_target = common + above_part - (1.0 - above) * by_mass + constants - slope * missing
+    fields = (*softmax_coefs(table), a, -f_S, a_above, f_U, -f_F, f_G, at_target)
+    return torch.stack(torch.broadcast_tensors(*fields)).to(dtype)
+
+
+def reduce_rows(rows: Tensor, label: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """mean, sum or none of `rows`, with class weights, as F.cross_entropy reduces."""
+    rows = torch.where(valid, rows, 0.0)
+    share = valid.to(rows.dtype)
+    if weight is not None:
+        share = share * weight.to(rows.dtype)[label]
+        rows = rows * share
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / share.sum()

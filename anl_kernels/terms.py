@@ -80,18 +80,11 @@ class Expression(Algebra):
         set_once = object.__setattr__
         set_once(self, "gamma", gammas[0] if gammas else None)
         set_once(self, "built_in", all(term.kind is not None for _, term in self.terms))
-        set_once(self, "plans", {})  # validated options of earlier calls: filled by functional.robust_loss
+        set_once(self, "needs", needs_of(name for _, term in self.terms for name in term.reads))
+        set_once(self, "calls", {})  # checked keywords of earlier calls: functional.robust_loss keeps them here
 
     def terms_of(self):
         return self.terms
-
-    @property
-    def needs(self) -> int:
-        """The passes over a row that its statistics ask for (bits of stats.PRIMARY)."""
-        needs = 0
-        for _, term in self.terms:
-            needs |= needs_of(term.reads)
-        return needs
 
     def value(self, s: Statistics) -> Tensor:
         total = None

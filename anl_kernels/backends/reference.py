@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..entropy import batch_entropy
-from ..layout import acc_dtype, bad_label
-from ..stats import Statistics
+from ..layout import acc_dtype, bad_label, is_concrete
+from ..stats import Statistics, reduce_rows
 
 NAME = "reference"
 PURPOSE = "plain PyTorch on every device, with double backward and forward mode"
@@ -123,37 +123,15 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     _raise_for_labels(target, out_of_range)
     label = torch.where(valid & ~out_of_range, target, 0)
     rows = rows.masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row's logits may be NaN
-    s = LogitStatistics(rows, label, out_of_range, call.min_prob, call.expression.gamma)
+    s = LogitStatistics(rows, label, out_of_range, call.min_prob, call.gamma)
     loss = reduce_rows(call.expression.value(s), label, valid, weight, call.reduction)
     if call.entropy_weight:
         sums = (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
-        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call)
+        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call)[0]
     return loss
-
-
-def reduce_rows(rows: Tensor, label: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """mean, sum or none of `rows`, with class weights, as F.cross_entropy reduces."""
-    rows = torch.where(valid, rows, 0.0)
-    share = valid.to(rows.dtype)
-    if weight is not None:
-        share = share * weight.to(rows.dtype)[label]
-        rows = rows * share
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / share.sum()
 
 
 def _raise_for_labels(target: Tensor, out_of_range: Tensor) -> None:
     """IndexError where labels can be read without cost: plain CPU tensors. Elsewhere the row is NaN."""
     if out_of_range.device.type == "cpu" and is_concrete(out_of_range) and out_of_range.any():
         raise bad_label(int(target[out_of_range].flatten()[0]))
-
-
-def is_concrete(tensor: Tensor) -> bool:
-    """Whether Python may look at the values: no compiler, no fake tensors, no functorch transform."""
-    return (
-        type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )

@@ -1,0 +1,193 @@
+"""The compiled CPU kernels: tensors become pointers, shapes and strides here, and nowhere else."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import autograd
+from ..layout import acc_dtype, bad_label, log_once
+
+NAME = "cpu"
+PURPOSE = "fused C++ kernels on PyTorch's threads"
+MAX_TERMS = 16
+
+try:
+    _cpu = importlib.import_module("anl_kernels._cpu")
+    _why_not = None
+except ModuleNotFoundError:
+    _cpu, _why_not = None, "the compiled module anl_kernels._cpu was not built (installed with ANL_KERNELS_NO_EXT=1?)"
+except ImportError as error:
+    _cpu, _why_not = None, f"the compiled module anl_kernels._cpu does not load: {error}"
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_TARGETS = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_ONES = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
+def unavailable() -> str | None:
+    return _why_not
+
+
+def cannot_run(logits: Tensor, call) -> str | None:
+    if logits.device.type != "cpu":
+        return f"the logits are on {logits.device}"
+    if len(call.expression.terms) > MAX_TERMS:
+        return f"a sum holds at most {MAX_TERMS} terms"
+    return None
+
+
+def info() -> dict:
+    """The instruction set in use and those compiled in, the compiler, the threads."""
+    return _cpu.info()
+
+
+def _shape_and_strides(tensor: Tensor):
+    """(outer, K, inner) and their strides in elements; None for both if no such view exists."""
+    shape, strides = tensor.shape, tensor.stride()
+    dims = len(shape)
+    if dims == 2:
+        return (shape[0], shape[1], 1), (strides[0], strides[1], 0)
+    if dims == 1:
+        return (1, shape[0], 1), (0, strides[0], 0)
+    inner, step = 1, 0
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:])):
+        if size == 1:
+            continue
+        if inner == 1:
+            step = stride
+        elif stride != step * inner:
+            return None, None
+        inner *= size
+    return (shape[0], shape[1], inner), (strides[0], strides[1], step)
+
+
+def _rows(logits: Tensor):
+    """The logits, their (outer, K, inner) shape and strides: a view if there is one."""
+    shape, strides = _shape_and_strides(logits)
+    if shape is None:
+        log_once("anl_kernels: the dimensions after the classes are not one run of memory: logits copied", logging.INFO)
+        logits = logits.contiguous()
+        shape, strides = _shape_and_strides(logits)
+    return logits, shape, strides
+
+
+def new_grad(logits: Tensor) -> Tensor:
+    """Memory for the gradient, in the logits' order."""
+    grad = torch.empty_like(logits)
+    if grad.dim() > 2 and _shape_and_strides(grad)[0] is None:
+        grad = logits.new_empty(logits.shape)
+    return grad
+
+
+def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
+    """Memory for what row_grad needs: (9, *target.shape)."""
+    return logits.new_empty((9, *target.shape), dtype=acc_dtype(logits.dtype))
+
+
+def overwritten(logits: Tensor) -> Tensor:
+    """The logits' memory, to hold the gradient; ValueError if it cannot."""
+    if logits.dim() > 2 and _shape_and_strides(logits)[0] is None:
+        raise ValueError("inplace=True needs the dimensions after the classes to be one run of memory")
+    if torch._debug_has_internal_overlap(logits) == 1:
+        raise ValueError("inplace=True needs logits whose elements do not share memory, but these are expanded")
+    return logits.detach()
+
+
+def _program(call):
+    call.program = _cpu.Program(call.terms, call.min_prob, call.gamma or 0.0)
+    return call.program
+
+
+def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
+    """The loss; `grad` (logits' shape) or `coefs` (9, N) are filled if given."""
+    dtype = logits.dtype
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    rows, shape, strides = _rows(logits)
+    if grad is None:
+        grad_ptr, grad_strides, fresh = 0, strides, False
+    else:
+        grad_ptr, grad_strides, fresh = grad.data_ptr(), _shape_and_strides(grad)[1], not call.inplace
+    if not target.is_contiguous():
+        target = target.contiguous()
+    if weight is not None:
+        weight = weight.to(acc).contiguous()
+    loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
+    bad = _cpu.row_loss(
+        call.program or _program(call), _DTYPES[dtype], shape, rows.data_ptr(), strides, grad_ptr, grad_strides,
+        target.data_ptr(), _TARGETS[target.dtype], call.ignore_index, 0 if weight is None else weight.data_ptr(),
+        _REDUCTIONS[call.reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), fresh,
+    )  # fmt: skip
+    if bad >= 0:
+        raise bad_label(int(target.view(-1)[bad]))
+    return loss
+
+
+def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
+    """The statistics' table (13, *target.shape), float64."""
+    rows, shape, strides = _rows(logits)
+    target = target.contiguous()
+    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    bad = _cpu.row_stats(
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), _TARGETS[target.dtype],
+        call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
+    )  # fmt: skip
+    if bad >= 0:
+        raise bad_label(int(target.view(-1)[bad]))
+    return table
+
+
+def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
+    """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
+    rows, shape, strides = _rows(logits)
+    sums = logits.new_empty(shape[1], dtype=torch.float64)
+    _cpu.column_sums(_DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr())
+    return sums
+
+
+def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
+    """grad_output (a number, or one a row; None: 1) times the gradient of `coefs`.
+
+    entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
+    """
+    acc = acc_dtype(logits.dtype)
+    rows, shape, strides = _rows(logits)
+    grad = overwritten(logits) if call.inplace else new_grad(logits)
+    target = target.contiguous()
+    if grad_output is None:
+        grad_output = _ONES[acc]
+    step = 1
+    if not any(grad_output.stride()):  # a number, or a number expanded to the rows
+        step = 0
+    elif not grad_output.is_contiguous():
+        grad_output = grad_output.contiguous()
+    log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
+    _cpu.row_grad(
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), _shape_and_strides(grad)[1],
+        target.data_ptr(), _TARGETS[target.dtype], call.min_prob, call.gamma or 0.0, call.needs,
+        coefs.data_ptr(), grad_output.data_ptr(), step, 0 if log_q is None else log_q.data_ptr(),
+        0 if scale is None else scale.data_ptr(), not call.inplace,
+    )  # fmt: skip
+    if call.inplace:
+        torch.autograd.graph.increment_version(logits)
+    return grad
+
+
+def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """grad * factor; in place unless `keep`, and without touching it if factor is 1."""
+    factor = factor.item()
+    if keep:
+        return grad * factor
+    return grad if factor == 1.0 else grad.mul_(factor)
+
+
+def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    return autograd.robust_loss(_this, logits, target, weight, call)
+
+
+_this = sys.modules[__name__]

@@ -1,0 +1,160 @@
+"""The kernels as torch.library operators, for what must not look at memory: torch.compile, fake tensors, tracing.
+
+Each operator takes numbers, not objects, so that a graph that holds one can be stored. The gradient is made in backward,
+with grad_output folded in: a gradient made in forward would cost another read and write to scale it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import autograd, registry
+from .layout import acc_dtype
+from .stats import coefficients, softmax_coefs
+
+
+class _Kernel:
+    """What the kernels need to know of a call, from an operator's numbers."""
+
+    entropy_weight = 0.0
+    inplace = False
+    program = None
+
+    def __init__(self, terms, min_prob, gamma, needs, ignore_index=-100, reduction="none"):
+        flat = iter(terms)
+        self.terms = [(int(kind), coef, p0, p1) for kind, coef, p0, p1 in zip(flat, flat, flat, flat)]
+        self.min_prob, self.gamma, self.needs = min_prob, gamma, needs
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(*numbers) -> _Kernel:
+    return _Kernel(*numbers)
+
+
+@custom_op("anl_kernels::row_loss", mutates_args=())
+def row_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    terms: list[float],
+    min_prob: float,
+    gamma: float,
+    needs: int,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (9, *target.shape)."""
+    kernels = registry.fused(backend)
+    call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction)
+    coefs = kernels.new_coefs(logits, target)
+    return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
+
+
+@row_loss.register_fake
+def _(logits, target, weight, terms, min_prob, gamma, needs, ignore_index, reduction, backend):
+    dtype = acc_dtype(logits.dtype)
+    loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    return loss, logits.new_empty((9, *target.shape), dtype=dtype)
+
+
+@custom_op("anl_kernels::row_stats", mutates_args=())
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    min_prob: float,
+    gamma: float,
+    needs: int,
+    ignore_index: int,
+    with_sums: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The statistics' table (13, *target.shape), float64, and the column sums of p (K,), or (0,) if not wanted."""
+    kernels = registry.fused(backend)
+    table = kernels.row_stats(_kernel((), min_prob, gamma, needs, ignore_index), logits, target)
+    if not with_sums:
+        return table, table.new_empty(0)
+    coefs = torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype))
+    return table, kernels.column_sums(logits, coefs)
+
+
+@row_stats.register_fake
+def _(logits, target, min_prob, gamma, needs, ignore_index, with_sums, backend):
+    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    classes = logits.shape[1 if logits.dim() > 1 else 0]
+    return table, table.new_empty(classes if with_sums else 0)
+
+
+@custom_op("anl_kernels::row_grad", mutates_args=())
+def row_grad(
+    logits: Tensor,
+    target: Tensor,
+    coefs: Tensor,
+    grad_output: Tensor | None,
+    column_grad: Tensor | None,
+    min_prob: float,
+    gamma: float,
+    needs: int,
+    backend: str,
+) -> Tensor:
+    """The gradient by the logits, from row_loss's coefs; column_grad: the gradient by row_stats' column sums."""
+    kernels = registry.fused(backend)
+    entropy = None if column_grad is None else (column_grad, column_grad.new_ones(()))
+    call = _kernel((), min_prob, gamma, needs)
+    return kernels.row_grad(call, logits, target, coefs.contiguous(), grad_output, entropy)
+
+
+@row_grad.register_fake
+def _(logits, target, coefs, grad_output, column_grad, min_prob, gamma, needs, backend):
+    return registry.fused(backend).new_grad(logits)
+
+
+def _only_once(ctx, *grads):
+    raise RuntimeError(autograd.ONLY_ONCE)
+
+
+def _save_loss(ctx, inputs, output):
+    logits, target, _, _, *ctx.numbers, _, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, target, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grad_of_loss(ctx, grad_loss, _):
+    grad = row_grad(*ctx.saved_tensors, grad_loss, None, *ctx.numbers, ctx.backend)
+    return grad, *[None] * 9
+
+
+def _save_stats(ctx, inputs, output):
+    logits, target, *ctx.numbers, _, ctx.with_sums, ctx.backend = inputs
+    ctx.save_for_backward(logits, target, output[0])
+
+
+def _grad_of_stats(ctx, partials, column_grad):
+    logits, target, table = ctx.saved_tensors
+    call = _Kernel((), *ctx.numbers)
+    coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
+    column_grad = column_grad if ctx.with_sums else None
+    return row_grad(logits, target, coefs, None, column_grad, *ctx.numbers, ctx.backend), *[None] * 7
+
+
+row_loss.register_autograd(_grad_of_loss, setup_context=_save_loss)
+row_stats.register_autograd(_grad_of_stats, setup_context=_save_stats)
+row_grad.register_autograd(_only_once)
+
+
+def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """`autograd.robust_loss` through the operators."""
+    gamma = 0.0 if call.gamma is None else call.gamma
+    if call.built_in and not call.entropy_weight:
+        terms = [float(number) for term in call.terms for number in term]
+        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, kernels.NAME)
+        return row_loss(logits, target, weight, terms, *numbers)[0]
+    with_sums = call.entropy_weight != 0.0
+    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, kernels.NAME)
+    table, sums = row_stats(logits, target, *numbers)
+    return autograd.loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
