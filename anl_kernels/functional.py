@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from .layout import check_inputs
 from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
 
 REDUCTIONS = ("none", "mean", "sum")
-MAX_CALLS = 64  # kept with an expression
+MAX_KEPT = 256  # expressions by their parameters; calls by their keywords
 
 
 class Call:
@@ -23,7 +22,7 @@ class Call:
 
     __slots__ = (
         "backend", "batch_group", "built_in", "deferred", "entropy_weight", "expression", "gamma", "ignore_index",
-        "inplace", "min_prob", "needs", "program", "recompute", "reduction", "terms",
+        "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction", "terms",
     )  # fmt: skip
 
 
@@ -102,7 +101,7 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
         call = _checked_call(expression, *options)
-        if len(expression.calls) >= MAX_CALLS:
+        if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
         expression.calls[options] = call
         return call
@@ -132,7 +131,7 @@ def _checked_call(
     min_prob = number("min_prob", min_prob)
     if not 0.0 < min_prob < 1.0:
         raise ValueError(f"min_prob must be between 0 and 1, got {min_prob:g}")
-    if not math.isfinite(entropy_weight):
+    if not -math.inf < entropy_weight < math.inf:
         raise ValueError(f"entropy_weight must be finite, got {entropy_weight}")
     if entropy_weight != 0.0 and reduction == "none":
         raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
@@ -146,13 +145,8 @@ def _checked_call(
     call.entropy_weight, call.batch_group = entropy_weight, batch_group
     call.inplace, call.recompute, call.backend = bool(inplace), recompute, backend
     call.deferred = bool(recompute) or reduction == "none" or entropy_weight != 0.0
-    call.program = None
+    call.program, call.modules = None, {}  # filled by the backends and by the choice among them
     return call
-
-
-@functools.lru_cache(maxsize=256)
-def _expression_of(term: Algebra) -> Expression:
-    return Expression(term.terms_of())
 
 
 _SHARED = """
@@ -173,15 +167,36 @@ def _loss(function):
     return function
 
 
-_cached = functools.lru_cache(maxsize=256)  # the expression of a function's parameters, with its kernels' programs
+def _kept(build):
+    """Keeps the expressions `build` makes, with their kernels' programs, by their parameters."""
+    known = {}
+
+    def kept(*parameters):
+        if torch.compiler.is_compiling():  # a compiled graph would guard on what is kept
+            return build(*parameters)
+        try:
+            return known[parameters]
+        except KeyError:
+            expression = build(*parameters)
+            if len(known) >= MAX_KEPT:
+                known.clear()
+            known[parameters] = expression
+            return expression
+
+    return kept
 
 
-@_cached
+@_kept
+def _expression_of(term: Algebra) -> Expression:
+    return Expression(term.terms_of())
+
+
+@_kept
 def _one(term_class, *parameters) -> Expression:
     return Expression(term_class(*parameters).terms_of())
 
 
-@_cached
+@_kept
 def _pair(alpha, first, beta, second, *parameters) -> Expression:
     return alpha * first(*parameters) + beta * second(*parameters)
 
@@ -270,7 +285,7 @@ def sce(
     return robust_loss(logits, target, _sce(alpha, beta, floor), **options)
 
 
-@_cached
+@_kept
 def _sce(alpha, beta, floor) -> Expression:
     return alpha * CE() + beta * RCE(floor)
 

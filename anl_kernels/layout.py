@@ -37,25 +37,23 @@ def is_concrete(tensor: Tensor) -> bool:
 
 def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None, min_prob: float) -> None:
     """Raises if `logits`, `target` and `weight` cannot be a call's."""
-    for name, tensor in (("logits", logits), ("target", target), ("weight", weight)):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name == "weight"):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
+        name, value = ("target", target) if isinstance(logits, Tensor) else ("logits", logits)
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {_dtype(logits)}")
     if target.dtype not in TARGET_DTYPES:
         hint = ": class indices are needed, probabilities are not supported" if target.is_floating_point() else ""
         raise TypeError(f"target must be int64, int32, int16 or uint8, got {_dtype(target)}{hint}")
-    if logits.dim() == 0:
-        raise ValueError("logits must be (K,), (N, K) or (N, K, d1, ...), got a tensor without dimensions")
-    class_dim = 1 if logits.dim() > 1 else 0
     shape = logits.shape
-    expected = shape[:class_dim] + shape[class_dim + 1 :]
+    if not shape:
+        raise ValueError("logits must be (K,), (N, K) or (N, K, d1, ...), got a tensor without dimensions")
+    classes, expected = (shape[1], (shape[0], *shape[2:])) if len(shape) > 1 else (shape[0], ())
     if target.shape != expected:
         raise ValueError(
-            f"target must have the shape of logits without the classes, {tuple(expected)} for logits of shape "
+            f"target must have the shape of logits without the classes, {expected} for logits of shape "
             f"{tuple(shape)}; got {tuple(target.shape)}"
         )
-    classes = shape[class_dim]
     if classes < 2:
         raise ValueError(f"at least 2 classes are needed, but logits of shape {tuple(shape)} have {classes}")
     if classes * min_prob >= 1.0:
@@ -70,6 +68,8 @@ def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None, min_prob
 
 
 def _check_weight(weight: Tensor, logits: Tensor, classes: int) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {_dtype(weight)}")
     if weight.shape != (classes,):

@@ -1,7 +1,7 @@
 """The kernels as torch.library operators, for what must not look at memory: torch.compile, fake tensors, tracing.
 
-Each operator takes numbers, not objects, so that a graph that holds one can be stored. The gradient is made in backward,
-with grad_output folded in: a gradient made in forward would cost another read and write to scale it.
+Each operator takes numbers, not objects, so that a graph that holds one can be stored. The gradient is made in
+backward, with grad_output folded in: one made in forward would cost another read and write to scale it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def row_loss(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The reduced loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (9, *target.shape)."""
+    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (9, *target.shape)."""
     kernels = registry.fused(backend)
     call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction)
     coefs = kernels.new_coefs(logits, target)

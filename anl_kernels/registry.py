@@ -36,6 +36,13 @@ def choose(logits: Tensor, call):
     name = call.backend
     if name == "auto":
         name = os.environ.get("ANL_KERNELS_BACKEND", "auto")
+    key = (name, logits.device.type)
+    if key not in call.modules:
+        call.modules[key] = _chosen(name, logits, call)
+    return call.modules[key]
+
+
+def _chosen(name: str, logits: Tensor, call):
     if name != "auto":
         module = _named(name)
         reason = _cannot_run(module, logits, call)
