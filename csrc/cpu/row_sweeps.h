@@ -144,10 +144,13 @@ struct Sweep {
       const auto above = x > -floor;
       sum[u] += above ? x + floor : V{};
       count -= above;
-      if (MASS) rest[u] += (~above & keep) ? vexp<T>(x) * inv_sum : V{};
+      if (MASS && !FOCAL) rest[u] += (~above & keep) ? vexp<T>(x) * inv_sum : V{};
       if (FOCAL) {
         const V l = x - log_sum;
-        const V w = focal_weight<LaneMath<T>>(vmax(-vexpm1<T>(l), V{}), prog.gamma);
+        V others;
+        const V p = vexp_and_rest<T>(l, others);
+        const V w = focal_weight<LaneMath<T>>(others, prog.gamma);
+        if (MASS) rest[u] += (~above & keep) ? p : V{};
         const V wl = w * l;
         focal[u] -= v == T(-INF) ? V{} : wl;
         weight[u] += v == T(-INF) ? V{} : w;
@@ -197,8 +200,9 @@ struct Sweep {
                        double entropy_scale, double entropy_mean) {
     const T high = T(row.max), log_sum = T(row.log_sum), thr = T(row.log_sum - prog.log_floor_neg);
     const double entropy_slope = ENTROPY ? entropy_scale * entropy_mean : 0.0;
-    const T a = T((row.a - entropy_slope) * row.inv_sum), a_above = T((row.a_above - entropy_slope) * row.inv_sum);
-    const T q_scale = T(entropy_scale * row.inv_sum);
+    const double norm = FOCAL ? 1.0 : row.inv_sum;  // what the slopes multiply: p_j, or exp(z_j - max)
+    const T a = T((row.a - entropy_slope) * norm), a_above = T((row.a_above - entropy_slope) * norm);
+    const T q_scale = T(entropy_scale * norm);
     const T b = T(row.b), c = T(row.c), bw = T(row.bw), cw = T(row.cw);
     const auto value = [&](V v, V u) __attribute__((always_inline)) {
       const V x = v - high;
@@ -209,11 +213,15 @@ struct Sweep {
         offset = above ? offset + c : offset;
       }
       if (ENTROPY) slope += u * q_scale;
+      V p;
       if (FOCAL) {
-        const V w = focal_weight<LaneMath<T>>(vmax(-vexpm1<T>(x - log_sum), V{}), prog.gamma);
-        offset += (above ? set1(bw + cw) : set1(bw)) * w;
+        V others;
+        p = vexp_and_rest<T>(x - log_sum, others);
+        offset += (above ? set1(bw + cw) : set1(bw)) * focal_weight<LaneMath<T>>(others, prog.gamma);
+      } else {
+        p = vexp<T>(x);
       }
-      const V y = vexp<T>(x) * slope + offset;
+      const V y = p * slope + offset;
       return MASKED ? (v == T(-INF) ? V{} : y) : y;
     };
     const int full = n / W * W;

@@ -144,6 +144,18 @@ ANL_INLINE V vexpm1(V x) {
   return x < Traits<T>::exp_lowest ? V{} - T(1) : scale * q + (scale - T(1));
 }
 
+// p = e^l and 1 - p, each to full relative accuracy, for l <= 0: one polynomial for both.
+template <class T, class V = typename Traits<T>::V, class I = typename Traits<T>::I>
+ANL_INLINE V vexp_and_rest(V l, V& rest) {
+  I exponent;
+  const V r = exp_reduce<T>(l, exponent);
+  const V q = exp_poly(r) * (r * r) + r;
+  const V scale = bit_cast<V>(exponent + Traits<T>::one_bits);
+  const auto tiny = l < Traits<T>::exp_lowest;
+  rest = tiny ? V{} + T(1) : vmax((T(1) - scale) - scale * q, V{});
+  return tiny ? V{} : scale * q + scale;
+}
+
 ANL_INLINE VecF log_poly(VecF z) {
   VecF y = set1(0.24279078841f) * z + 0.28498786688f;
   y = y * z + 0.40000972152f;

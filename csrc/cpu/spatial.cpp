@@ -217,7 +217,9 @@ class Tiles {
           count += above ? V{} + T(1) : V{};
           if (FOCAL) {
             const V l = x - s.log_sum;
-            const V w = focal_weight<M>(vmax(-vexpm1<T>(l), V{}), prog_.gamma);
+            V others;
+            vexp_and_rest<T>(l, others);
+            const V w = focal_weight<M>(others, prog_.gamma);
             const auto absent = v == T(-INF);
             part[2] -= absent ? V{} : w * l;
             part[3] += absent ? V{} : w;
@@ -325,8 +327,9 @@ class Tiles {
       }
       if (ENTROPY) slope += q_scale * log_q[k];
       if (FOCAL) {
-        const V w = focal_weight<M>(vmax(-vexpm1<T>(x - log_sum), V{}), prog_.gamma);
-        offset += (above ? g.bw + g.cw : g.bw) * w;
+        V others;
+        vexp_and_rest<T>(x - log_sum, others);
+        offset += (above ? g.bw + g.cw : g.bw) * focal_weight<M>(others, prog_.gamma);
       }
       V out = vexp<T>(x) * slope + offset;
       if (masked) out = v == T(-INF) ? zero : out;
