@@ -6,6 +6,7 @@
 >>> loss = criterion(logits, target)
 """
 
+from . import ops as _ops  # noqa: F401  defines the operators, so that a stored graph finds them
 from .functional import (
     ael,
     agce,

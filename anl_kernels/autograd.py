@@ -43,9 +43,11 @@ def _transformed(kernels, logits, target, weight, call):
     if call.inplace:
         raise ValueError("inplace=True overwrites the logits of an eager call: not under torch.compile or torch.func")
     functorch = torch._C._are_functorch_transforms_active()
-    if functorch and torch.compiler.is_compiling():
+    if functorch and torch.compiler.is_compiling():  # an operator has no rules for torch.func
         from .backends import reference
 
+        if call.backend not in ("auto", "reference"):
+            raise RuntimeError(f"backend={call.backend!r} does not run torch.func transforms under torch.compile")
         return reference.robust_loss(logits, target, weight, call)
     if functorch:
         return stats_loss(kernels, logits, target, weight, call)

@@ -162,8 +162,8 @@ def softmax_coefs(table: Tensor) -> tuple[Tensor, Tensor]:
 def coefficients(table: Tensor, partials: Tensor, call, dtype: torch.dtype) -> Tensor:
     """The kernels' coefficients (9, ...) from the table and f's partials by its rows, both (13, ...).
 
-    Fields: max, 1 / sum exp, a, b, a + d, c, bw, cw of the gradient (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j, and
-    the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1.
+    Fields: max, 1 / sum exp; a, b, a + d, c, bw, cw of the gradient (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j,
+    and the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1.
     """
     needs = call.needs
     zero = torch.zeros((), dtype=table.dtype, device=table.device)

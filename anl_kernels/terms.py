@@ -123,7 +123,7 @@ class Term(Algebra):
 
     def _check(self, name: str, low: float, include: bool = False) -> None:
         value = number(f"{type(self).__name__}'s {name}", getattr(self, name))
-        if not (math.isfinite(value) and (value > low or (include and value == low))):
+        if not (low < value < math.inf or (include and value == low)):
             raise ValueError(
                 f"{type(self).__name__}'s {name} must be {'at least' if include else 'above'} {low:g}, got {value:g}"
             )
