@@ -90,9 +90,9 @@ def digits(noise: str, generator: torch.Generator) -> Digits:
 
 def network() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(),
-        nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(),
-        nn.Linear(256, 10),
+        nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(),
+        nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(),
+        nn.Linear(128, 10),
     )  # fmt: skip
 
 
