@@ -20,7 +20,7 @@ struct Block {
   double gap;         // sum of max - z_j over the classes that exist
   double count;       // how many exist
   double above_sum, below_rest, above_count, focal_sum, focal_weight, focal_above_sum, focal_above_weight;
-  double dot;         // sum of exp(z_j - row max) log_q_j
+  double mass, dot;   // sums of exp(z_j - row max), and of the same times log_q_j - center
 };
 
 // What a row's later sweeps know from its first.
@@ -171,19 +171,24 @@ struct Sweep {
     out.focal_above_weight = total(weight_above);
   }
 
-  // sum_j exp(z_j - max) log_q_j, for the entropy term.
-  static void dot(const S* z, int n, const T* log_q, double row_max, Block& out) {
+  // For the entropy term: the mass of a block, and its moment of log_q about a center.
+  static void dot(const S* z, int n, const T* log_q, T center, double row_max, Block& out) {
     const T high = T(row_max);
-    V acc[4] = {};
+    V mass[4] = {}, moment[4] = {};
     for_vectors(
         z, n, -1,
         [&](int u, V v, int i) __attribute__((always_inline)) {
-          acc[u] += vexp<T>(v - high) * Storage<T>::load(log_q + i);
+          const V e = vexp<T>(v - high);
+          mass[u] += e;
+          moment[u] += e * (Storage<T>::load(log_q + i) - center);
         },
         [&](V v, int i, int m, I) __attribute__((always_inline)) {
-          acc[0] += vexp<T>(v - high) * load_part(log_q + i, m, V{});
+          const V e = vexp<T>(v - high);
+          mass[0] += e;
+          moment[0] += e * (load_part(log_q + i, m, V{}) - center);
         });
-    out.dot = lane_sum(acc[0] + acc[1] + (acc[2] + acc[3]));
+    out.mass = lane_sum(mass[0] + mass[1] + (mass[2] + mass[3]));
+    out.dot = lane_sum(moment[0] + moment[1] + (moment[2] + moment[3]));
   }
 
   // The gradient of a block from its kept exps, whose maximum is block_max.
@@ -199,9 +204,10 @@ struct Sweep {
   static void gradient(const S* z, S* g, int n, const RowState& row, const Program& prog, const T* log_q,
                        double entropy_scale, double entropy_mean) {
     const T high = T(row.max), log_sum = T(row.log_sum), thr = T(row.log_sum - prog.log_floor_neg);
-    const double entropy_slope = ENTROPY ? entropy_scale * entropy_mean : 0.0;
+    // log_q_j - mean in two steps: the mean is rounded, and what rounding it left out follows.
+    const T center = T(entropy_mean), lost = T(entropy_mean - double(center));
     const double norm = FOCAL ? 1.0 : row.inv_sum;  // what the slopes multiply: p_j, or exp(z_j - max)
-    const T a = T((row.a - entropy_slope) * norm), a_above = T((row.a_above - entropy_slope) * norm);
+    const T a = T(row.a * norm), a_above = T(row.a_above * norm);
     const T q_scale = T(entropy_scale * norm);
     const T b = T(row.b), c = T(row.c), bw = T(row.bw), cw = T(row.cw);
     const auto value = [&](V v, V u) __attribute__((always_inline)) {
@@ -212,7 +218,7 @@ struct Sweep {
         slope = above ? set1(a_above) : slope;
         offset = above ? offset + c : offset;
       }
-      if (ENTROPY) slope += u * q_scale;
+      if (ENTROPY) slope += ((u - center) - lost) * q_scale;
       V p;
       if (FOCAL) {
         V others;

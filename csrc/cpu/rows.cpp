@@ -292,6 +292,19 @@ class Rows {
     }
   }
 
+  // sum_k p_k log_q_k as center + sum_k p_k (log_q_k - center): the nearer the center, the fewer digits cancel where the
+  // gradient takes the mean from log_q_j.
+  double mean_log_q(const S* z, const T* log_q, const RowState& s, double center) {
+    const T c = T(center);
+    each_block(false, [&](int64_t b, int64_t k0, int n) { Sw::dot(z + k0, n, log_q + k0, c, s.max, blocks_[b]); });
+    double mass = 0.0, moment = 0.0;
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      mass += blocks_[b].mass;
+      moment += blocks_[b].dot;
+    }
+    return double(c) + moment / mass;
+  }
+
   // blocks: the first sweep's (whole blocks above or below the clamp then take the short loop), or null.
   void write_gradient(int64_t r, const RowState& s, int64_t y, const Block* blocks, const T* kept) {
     if (s.inv_sum != s.inv_sum) return fill(r, T(NaN));
@@ -301,9 +314,8 @@ class Rows {
     const double es = entropy_scale<T>(call_), thr = s.log_sum - prog_.log_floor_neg;
     double mean = 0.0, target = s.target;
     if (log_q) {
-      each_block(false, [&](int64_t b, int64_t k0, int n) { Sw::dot(z + k0, n, log_q + k0, s.max, blocks_[b]); });
-      for (int64_t b = 0; b < num_blocks_; ++b) mean += blocks_[b].dot;
-      mean *= s.inv_sum;
+      mean = mean_log_q(z, log_q, s, 0.0);
+      mean = mean_log_q(z, log_q, s, mean);
       target += es * exp(double(load_one(z + y)) - s.max) * s.inv_sum * (double(log_q[y]) - mean);
     }
     const bool focal = s.bw != 0.0 || s.cw != 0.0, clamped = s.a_above != s.a || s.c != 0.0;

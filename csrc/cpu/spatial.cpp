@@ -302,19 +302,34 @@ class Tiles {
     return 0.0;
   }
 
+  // sum_k p_k (log_q_k - center): twice, so that the mean is taken about (nearly) itself and its digits do not cancel.
+  V mean_log_q(V high, const T* log_q, V center) const {
+    V mass = {}, moment = {}, mass_part = {}, moment_part = {}, mass_lost = {}, moment_lost = {};
+    each_class(
+        [&](int64_t k) __attribute__((always_inline)) {
+          const V e = vexp<T>(at(k) - high);
+          mass_part += e;
+          moment_part += e * (log_q[k] - center);
+        },
+        [&]() __attribute__((always_inline)) {
+          add(mass, mass_lost, mass_part);
+          add(moment, moment_lost, moment_part);
+        });
+    return (moment + moment_lost) / (mass + mass_lost);
+  }
+
   template <bool ABOVE, bool FOCAL, bool ENTROPY>
   ANL_INLINE void gradient_classes(I y, V high, V log_sum, V inv_sum, const Coefficients<M>& g, bool masked,
                                    const T* log_q) const {
-    V slope0 = g.a * inv_sum, slope1 = g.a_above * inv_sum, q_scale = {}, target = g.target;
+    V slope0 = g.a * inv_sum, slope1 = g.a_above * inv_sum, q_scale = {}, center = {}, lost = {},
+      target = g.target;
     if (ENTROPY) {
-      V mean = {};
       q_scale = T(entropy_scale<T>(call_)) * inv_sum;
-      for (int64_t k = 0; k < K_; ++k) mean += vexp<T>(at(k) - high) * log_q[k];
-      mean *= inv_sum;
-      slope0 -= q_scale * mean;
-      slope1 -= q_scale * mean;
+      lost = mean_log_q(high, log_q, center);
+      center += lost;
+      lost = mean_log_q(high, log_q, center);
       for (int64_t k = 0; k < K_; ++k)
-        target += y == typename Traits<T>::Int(k) ? q_scale * vexp<T>(at(k) - high) * (log_q[k] - mean) : V{};
+        target += y == typename Traits<T>::Int(k) ? q_scale * vexp<T>(at(k) - high) * ((log_q[k] - center) - lost) : V{};
     }
     const V thr = log_sum - T(prog_.log_floor_neg), zero = target - target;
     for (int64_t k = 0; k < K_; ++k) {
@@ -325,7 +340,7 @@ class Tiles {
         slope = above ? slope1 : slope;
         offset += above ? g.c : V{};
       }
-      if (ENTROPY) slope += q_scale * log_q[k];
+      if (ENTROPY) slope += q_scale * ((log_q[k] - center) - lost);
       if (FOCAL) {
         V others;
         vexp_and_rest<T>(x - log_sum, others);
