@@ -20,10 +20,10 @@ def table(document: dict) -> str:
     for result in document["results"]:
         cases.setdefault((result["loss"], result["shape"], result["dtype"]), {})[result["contender"]] = result
     facts = document["environment"]
+    where = f"{facts['device']}, {facts['threads']} threads, PyTorch {facts['torch']}, {facts['date'][:10]}"
     lines = [
-        f"{facts['device']}, {facts['threads']} threads, PyTorch {facts['torch']}, {facts['date'][:10]}. A column is the "
-        "other's time divided by ours (2.0: ours takes half as long);\nmemory is the peak above the inputs, in units of "
-        "the logits.",
+        f"{where}. A column is the other's time divided by ours (2.0: ours takes half as long);",
+        "memory is the peak above the inputs, in units of the logits.",
         "",
         "| loss | logits | ours | " + " | ".join(OTHERS.values()) + " | memory: ours | formulas |",
         "|---|---|" + "---:|" * (len(OTHERS) + 3),
