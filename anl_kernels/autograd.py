@@ -105,7 +105,7 @@ _fused_loss = super(Function, FusedLoss).apply
 def _with_entropy(kernels, logits, target, weight, call, coefs):
     """The loss with the batch entropy term, and what the term's gradient needs: (log_q, scale)."""
     loss = kernels.row_loss(call, logits, target, weight, None, coefs)
-    rows = (coefs[1] != 0.0).sum()  # of an ignored row the kernels write 0 there
+    rows = (coefs[1] != 0.0).sum(dtype=torch.float64)  # of an ignored row the kernels write 0 there
     entropy, log_q, rows = batch_entropy(kernels.column_sums(logits, coefs), rows, call)
     loss += call.entropy_weight * entropy
     return loss, (log_q, call.entropy_weight * world_size(call.batch_group) / rows)
