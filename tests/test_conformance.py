@@ -87,6 +87,8 @@ def test_every_loss(backend, name, dtype, classes):
 def test_every_layout(backend, name, dtype, layout):
     for classes in (10, 33):
         for mode in modes(backend):
+            if layout == "spatial_permuted" and mode == "inplace":
+                continue  # no one view of its memory: test_cases has the refusal
             compare_batch(classes, dtype, name, mode, backend, layout)
 
 
@@ -161,7 +163,7 @@ def test_one_row(backend, name, mode):
             values, labels = helpers.rows_of_every_kind(classes, torch.float32, kinds=(kind,))
             true = helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, 1))
             for logits, target in ((values[0], labels[0]), (values, labels)):
-                loss, grad = run(logits, target, name, mode, backend)
+                loss, grad = run(logits.clone(), target, name, mode, backend)
                 helpers.assert_as_accurate(loss.view(true.loss.shape), grad, labels, true)
 
 
@@ -246,14 +248,18 @@ CONFIDENT = ("ce", "nce", "fl", "nfl", "mae", "rce", "gce", "agce", "aul", "anl_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_no_cancellation_as_the_target_becomes_certain(backend, name, dtype):
     """Loss and gradient keep relative digits while 1 - p_y falls from 1e-2 to 1e-12."""
-    terms, relative = EXPRESSIONS[name], 3e-6 if dtype == torch.float32 else 1e-13
+    terms, eps = EXPRESSIONS[name], helpers.EPS[dtype]
+    relative = 3e-6 if dtype == torch.float32 else 1e-13
     # NNCE and NNFL are 1 minus a ratio near 1, by their definition: of them no more than roundings of 1 is asked.
-    floor = 8 * helpers.EPS[dtype] if any(term.startswith("nn") for _, term, _ in terms) else 0.0
+    floor = 8 * eps if any(term.startswith("nn") for _, term, _ in terms) else 0.0
     for margin in (5.0, 9.0, 14.0, 20.0, 28.0):
         row = torch.tensor([0.25, -0.5, 0.0, 0.75, -1.25, 0.125, -0.25], dtype=dtype)
         label = 3
         row[label] += margin
         exact_loss, exact_grad = exact_row(tuple(row.tolist()), label, name)
+        missing, _ = exact_row(tuple(row.tolist()), label, "mae")  # 1 - p_y: what the gradient is made of
+        expected = torch.tensor(exact_grad, dtype=torch.float64)
+        allowed = 2 * relative * expected.abs().max() + 100 * eps * missing + floor
         for recompute in (False, True):
             loss, grad = helpers.calculate(
                 row, torch.tensor(label), helpers.expression(terms), recompute=recompute, backend=backend.name
@@ -263,9 +269,7 @@ def test_no_cancellation_as_the_target_becomes_certain(backend, name, dtype):
                 loss.item(),
                 exact_loss,
             )
-            expected = torch.tensor(exact_grad, dtype=torch.float64)
-            error = (grad.double() - expected).abs()
-            assert (error <= 2 * relative * expected.abs().max() + floor).all(), (margin, grad.tolist(), exact_grad)
+            assert ((grad.double() - expected).abs() <= allowed).all(), (margin, grad.tolist(), exact_grad)
 
 
 @lru_cache(maxsize=512)

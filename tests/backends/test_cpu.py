@@ -1,0 +1,342 @@
+"""The compiled module by itself: raw pointers in, poisoned memory out, pages that may not be touched."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anl_kernels as ak
+import helpers
+import oracle
+import pytest
+import torch
+from helpers import DTYPES, EXPRESSIONS, dtype_id
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+TARGET_CODES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+ALL_STATISTICS = 15
+KINDS = dict(ce=0, nce=1, nnce=2, fl=3, nfl=4, nnfl=5, mae=6, rce=7, gce=8, agce=9, aul=10, ael=11)
+
+
+@pytest.fixture(params=[b for b in __import__("conftest").BACKENDS if b.name == "cpu"] or [None], ids=repr)
+def kernels(request, cpu):
+    """The module, with each instruction set that runs here."""
+    if request.param is None:
+        pytest.skip("the cpu backend does not run here")
+    before = cpu.info()["isa"]
+    cpu.set_isa(request.param.isa)
+    yield cpu
+    cpu.set_isa(before)
+
+
+def program(kernels, terms, min_prob=1e-7):
+    parameters = {
+        "rce": lambda p: (-math.log(p["floor"]), 0.0),
+        "gce": lambda p: (p["q"], 0.0),
+        "agce": lambda p: (p["a"], p["q"]),
+        "aul": lambda p: (p["a"], p["q"]),
+        "ael": lambda p: (p["a"], 0.0),
+    }
+    built = [
+        (KINDS[name], coefficient, *parameters.get(name, lambda p: (0.0, 0.0))(p)) for coefficient, name, p in terms
+    ]
+    gammas = {p["gamma"] for _, _, p in terms if "gamma" in p} or {0.0}
+    return kernels.Program(built, min_prob, gammas.pop())
+
+
+def nan(*shape, dtype):
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def row_loss(kernels, terms, logits, target, grad=None, reduction="sum", coefs=None, weight=None, ignore_index=-100):
+    """`_cpu.row_loss` for (N, K) logits of any strides, outputs poisoned."""
+    acc = helpers.acc(logits.dtype)
+    loss = nan(len(logits), dtype=acc) if reduction == "none" else nan(1, dtype=acc)
+    shape = (logits.shape[0], logits.shape[1], 1)
+    bad = kernels.row_loss(
+        program(kernels, terms), CODES[logits.dtype], shape, logits.data_ptr(), (*logits.stride(), 0),
+        0 if grad is None else grad.data_ptr(), (0, 0, 0) if grad is None else (*grad.stride(), 0),
+        target.data_ptr(), TARGET_CODES[target.dtype], ignore_index, 0 if weight is None else weight.data_ptr(),
+        REDUCTIONS[reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), False,
+    )  # fmt: skip
+    return bad, loss
+
+
+def row_grad(kernels, terms, logits, target, grad, coefs, grad_output, step):
+    p = program(kernels, terms)
+    gammas = {q["gamma"] for _, _, q in terms if "gamma" in q} or {0.0}
+    kernels.row_grad(
+        CODES[logits.dtype], (*logits.shape, 1), logits.data_ptr(), (*logits.stride(), 0), grad.data_ptr(), (*grad.stride(), 0),
+        target.data_ptr(), TARGET_CODES[target.dtype], 1e-7, gammas.pop(), p.needs, coefs.data_ptr(),
+        grad_output.data_ptr(), step, 0, 0, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_nothing_outside_the_gradient_is_written(kernels, name, dtype):
+    """The gradient is a view into poisoned memory: all of it is written, and not one element around it."""
+    values, labels = helpers.batch(35, dtype)
+    true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="sum")
+    for strides in ((35, 1), (51, 1), (1, 24), (90, 2), (1, 29)):
+        memory = nan(4000, dtype=dtype)
+        grad = memory.as_strided((24, 35), strides, 40)
+        bad, loss = row_loss(kernels, EXPRESSIONS[name], values, labels, grad)
+        assert bad == -1
+        helpers.assert_as_accurate(loss[0], grad, labels, true)
+        grad.fill_(math.nan)
+        assert memory.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
+    """row_loss without a gradient, then row_grad: into other strides, scaled by a number a row."""
+    values, labels = helpers.batch(35, dtype)
+    output = torch.linspace(-2, 3, 24, dtype=helpers.acc(dtype))
+    true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="none", grad_output=output)
+    coefs = nan(9, 24, dtype=helpers.acc(dtype))
+    _, loss = row_loss(kernels, EXPRESSIONS[name], values, labels, reduction="none", coefs=coefs)
+    for strides in ((35, 1), (51, 1), (1, 24)):
+        memory = nan(4000, dtype=dtype)
+        grad = memory.as_strided((24, 35), strides, 40)
+        row_grad(kernels, EXPRESSIONS[name], values, labels, grad, coefs, output, 1)
+        helpers.assert_as_accurate(loss, grad, labels, true)
+        grad.fill_(math.nan)
+        assert memory.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("classes", [2, 9, 64, 1025])
+def test_statistics(kernels, dtype, classes):
+    """Every field of row_stats against its definition, in float64."""
+    values, labels = helpers.batch(classes, dtype)
+    gamma, min_prob = 0.7, 1e-7
+    table = nan(13, 24, dtype=torch.float64)
+    kernels.row_stats(
+        CODES[dtype], (24, classes, 1), values.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, min_prob, gamma,
+        ALL_STATISTICS, table.data_ptr(),
+    )  # fmt: skip
+    valid = labels != -100
+    assert torch.equal(table[12], valid.double())
+    assert table[:, ~valid].isfinite().all()
+    z, y, got = values[valid].double(), labels[valid], table[:, valid]
+    l = z.log_softmax(1)
+    p, exists, zero = l.exp(), z > -math.inf, torch.zeros((), dtype=torch.float64)
+    floor, height = -math.log(min_prob), -((1 - min_prob) ** gamma) * math.log(min_prob)
+    above, w = (l > -floor) & exists, (p.sum(1, keepdim=True) - p) ** gamma
+    top = z.amax(1)
+    expected = [
+        top,
+        (z - top.view(-1, 1)).exp().sort(1).values[:, :-1].sum(1).log1p(),
+        oracle.take(l, y),
+        exists.sum(1).double(),
+        -l.where(exists, zero).sum(1),
+        (floor + l).where(above, zero).sum(1),
+        p.where(above, zero).sum(1),
+        above.sum(1).double(),
+        -(w * l).where(exists, zero).sum(1),
+        w.where(exists, zero).sum(1),
+        (height + w * l).where(above, zero).sum(1),
+        w.where(above, zero).sum(1),
+    ]
+    relative, absolute = (1e-12, 1e-15) if dtype == torch.float64 else (3e-6, 1e-6)
+    for field, want in enumerate(expected):
+        torch.testing.assert_close(
+            got[field], want, rtol=relative, atol=absolute, msg=lambda m, f=field: f"field {f}: {m}"
+        )
+
+
+@pytest.mark.parametrize("needs", range(16))
+def test_only_the_statistics_asked_for(kernels, needs):
+    values, labels = helpers.rows_of_every_kind(20, torch.float32)
+    tables = []
+    for asked in (needs, ALL_STATISTICS):
+        table = torch.zeros(13, len(labels), dtype=torch.float64)
+        kernels.row_stats(
+            0, (len(labels), 20, 1), values.data_ptr(), (20, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.5, asked, table.data_ptr()
+        )  # fmt: skip
+        tables.append(table)
+    fields = {1: (5, 7), 2: (6,), 4: (8, 9), 8: (10, 11)}
+    always = [0, 1, 2, 3, 4, 12]
+    assert torch.equal(tables[0][always], tables[1][always])
+    for bit, members in fields.items():
+        for field in members:
+            if needs & bit:
+                torch.testing.assert_close(tables[0][field], tables[1][field], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (24, 35), (1000, 17), (3, 5000)])
+def test_column_sums(kernels, dtype, rows, classes):
+    values = torch.randn(rows, classes, generator=helpers.generator(0)).mul(3).to(dtype)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    if rows > 2:
+        labels[1], values[1] = -100, math.nan
+    coefs, sums = nan(9, rows, dtype=helpers.acc(dtype)), nan(classes, dtype=torch.float64)
+    row_loss(kernels, EXPRESSIONS["ce"], values, labels, reduction="none", coefs=coefs)
+    kernels.column_sums(
+        CODES[dtype], (rows, classes, 1), values.data_ptr(), (classes, 1, 0), coefs.data_ptr(), sums.data_ptr()
+    )
+    expected = values[labels >= 0].double().softmax(1).sum(0)
+    torch.testing.assert_close(sums, expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", TARGET_CODES, ids=str)
+def test_the_first_bad_label_is_named_and_nothing_computed(kernels, dtype):
+    values = torch.randn(3000, 10)
+    for row in (0, 1, 1500, 2999):
+        labels = torch.zeros(3000, dtype=dtype)
+        labels[row:] = 10
+        grad = nan(3000, 10, dtype=torch.float32)
+        bad, loss = row_loss(kernels, EXPRESSIONS["anl_ce"], values, labels, grad)
+        assert bad == row
+        assert grad.isnan().all() and loss.isnan().all()
+
+
+def test_instruction_sets(cpu):
+    info = cpu.info()
+    assert info["isa"] in info["isas"]
+    assert "baseline" in info["isas"]
+    with pytest.raises(ValueError, match="mmx"):
+        cpu.set_isa("mmx")
+    cpu.set_isa("baseline")
+    assert cpu.info()["isa"] == "baseline"
+    cpu.set_isa(info["isa"])
+
+
+def test_instruction_sets_agree(cpu):
+    """On what is exact, to the bit; on the rest, to rounding."""
+    results = []
+    before = cpu.info()["isa"]
+    for backend in __import__("conftest").BACKENDS:
+        if backend.isa:
+            cpu.set_isa(backend.isa)
+            values, labels = helpers.batch(129, torch.float32)
+            results.append(helpers.calculate(values, labels, helpers.expression(EXPRESSIONS["anl_fl"]), backend="cpu"))
+    cpu.set_isa(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=2e-5, atol=1e-7)
+
+
+# ---- the module knows nothing of PyTorch
+
+
+def python(code, **environment):
+    package = Path(ak.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(package), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd="/")
+
+
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("anl_kernels._cpu", {path!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+def test_the_module_loads_without_torch(cpu):
+    """Every symbol bound at once, nothing of torch among them, and it computes: on one thread."""
+    code = LOAD.format(path=cpu.__file__) + (
+        "import ctypes, os, array, math\n"
+        f"ctypes.CDLL({cpu.__file__!r}, mode=os.RTLD_NOW)\n"
+        "assert 'torch' not in sys.modules\n"
+        "if os.path.exists('/proc/self/maps'):\n"
+        "    text = open('/proc/self/maps').read()\n"
+        "    assert 'torch' not in text.replace(module.__file__, '') and 'libc10' not in text\n"
+        "z, y, g, l = array.array('f', [0.0] * 8), array.array('q', [0, 1]), array.array('f', [7.0] * 8), array.array('f', [7.0])\n"
+        "address = lambda a: a.buffer_info()[0]\n"
+        "program = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0)\n"
+        "bad = module.row_loss(program, 0, (2, 4, 1), address(z), (4, 1, 0), address(g), (4, 1, 0), address(y), 0, -100, 0, 1, address(l), 0, False)\n"
+        "assert bad == -1 and abs(l[0] - math.log(4)) < 1e-6, l\n"
+        "assert abs(g[0] + 0.375) < 1e-6 and abs(g[1] - 0.125) < 1e-6, g\n"
+        "print(module.info())\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_environment_chooses_the_instruction_set(cpu):
+    code = LOAD.format(path=cpu.__file__) + "print(module.info()['isa'])"
+    assert python(code, ANL_KERNELS_CPU_ISA="baseline").stdout.strip() == "baseline"
+
+
+def test_torchs_threads_are_used(cpu):
+    torch.set_num_threads(2)
+    assert cpu.info()["threads"] == "torch_parallel_for"
+
+
+# ---- memory that may not be touched
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+import anl_kernels as ak
+from anl_kernels import _cpu
+
+libc, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+PAGES = 3
+
+def guarded(elements, dtype, at_end):
+    # A tensor of `elements` that begins or ends where a page begins that no one may touch.
+    memory = mmap.mmap(-1, (PAGES + 2) * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, PAGES + 1):
+        assert libc.mprotect(ctypes.c_void_p(address + page * PAGE), PAGE, 0) == 0
+    size = elements * dtype.itemsize
+    offset = PAGE + (PAGES * PAGE - size if at_end else 0)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    return whole[offset : offset + size].view(dtype)
+
+cases = 0
+for isa in {isas!r}:
+    _cpu.set_isa(isa)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        buffers = dict()
+        for shape in {shapes!r}:
+            classes = shape[1]
+            elements = shape[0] * classes * (shape[2] if len(shape) > 2 else 1)
+            if elements * dtype.itemsize > PAGES * PAGE:
+                continue
+            for at_end in (True, False):
+                memory = guarded(elements, dtype, at_end)
+                target = guarded(elements // classes, torch.uint8, at_end).zero_().view(shape[0], *shape[2:])
+                weight = guarded(classes, torch.float32, at_end).fill_(1.0)
+                flat = memory.copy_(torch.linspace(-9, 9, elements))
+                for tensor in (flat.view(shape), flat.view(shape[0], *shape[2:], classes).movedim(-1, 1)):
+                    for keywords in (dict(weight=weight), dict(recompute=True), dict(reduction="none"), dict(entropy_weight=0.5)):
+                        logits = tensor.detach().requires_grad_()
+                        ak.anl_fl(logits, target, backend="cpu", **keywords).sum().backward()
+                        cases += 1
+                    ak.RowLoss(lambda s: s.lse)(tensor.detach().requires_grad_(), target, backend="cpu").backward()
+                hidden = flat.view(shape).detach().requires_grad_()
+                class Alias(torch.autograd.Function):
+                    @staticmethod
+                    def forward(ctx, x):
+                        return x.detach()
+                    @staticmethod
+                    def backward(ctx, grad):
+                        return grad
+                ak.anl_fl(Alias.apply(hidden), target, inplace=True, backend="cpu").backward()
+print(cases)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1, k) for k in (2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 200, 1000)],
+        [(5, k) for k in (2, 3, 10, 17, 33)] + [(2, 3, 5), (1, 5, 17), (3, 2, 33), (1, 9, 64), (2, 17, 7), (1, 2, 130)],
+    ],
+    ids=["one_row", "rows_and_spatial"],
+)
+def test_no_access_outside_the_tensors(cpu, shapes):
+    """Logits, gradient (in place), labels and weights end or begin at a page that may not be touched: no crash."""
+    isas = [b.isa for b in __import__("conftest").BACKENDS if b.isa]
+    result = python(GUARDED.format(isas=isas, shapes=shapes))
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr[-2000:]}"
+    assert int(result.stdout) > 100 * len(isas)
