@@ -25,7 +25,8 @@ NO_EXT = os.environ.get("ANL_KERNELS_NO_EXT", "") not in ("", "0")
 WAY_OUT = "set ANL_KERNELS_NO_EXT=1 to install without the compiled kernels (plain PyTorch then does the work)"
 
 CXX_FLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fwrapv -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread -Wall"
+    "-std=c++17 -O3 -g0 -fPIC -pthread -fvisibility=hidden -Wall "
+    "-fwrapv -fno-math-errno -fno-trapping-math -ffp-contract=fast"  # never -ffast-math
 ).split()
 ISA_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512".split(),
