@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .layout import check_inputs
+from .layout import acc_dtype, check_inputs
 from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -319,4 +319,5 @@ def l1_penalty(parameters: Iterable[Tensor] | torch.nn.Module) -> Tensor:
     if isinstance(parameters, torch.nn.Module):
         parameters = parameters.parameters()
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    return sum((p.abs().sum() for p in parameters), start=torch.zeros(()))
+    parts = [p.abs().sum(dtype=acc_dtype(p.dtype)) for p in parameters]
+    return sum(parts[1:], start=parts[0]) if parts else torch.zeros(())

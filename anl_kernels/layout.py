@@ -15,6 +15,15 @@ TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def log_once(message: str, level: int = logging.WARNING) -> None:
+    if torch.compiler.is_compiling():  # the tracer refuses loggers, so it calls one itself
+        torch._dynamo.comptime.comptime(_log_while_tracing)
+    elif message not in _said:
+        _said.add(message)
+        logger.log(level, message)
+
+
+def _log_while_tracing(context) -> None:
+    message, level = (context.get_local(name).as_python_constant() for name in ("message", "level"))
     if message not in _said:
         _said.add(message)
         logger.log(level, message)

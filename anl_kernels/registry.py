@@ -10,10 +10,9 @@ from torch import Tensor
 from .backends import cpu, reference
 from .layout import log_once
 
-# Fastest first; `auto` takes the first of the device's that can run.
-_MODULES = {"cpu": cpu, "reference": reference}
-_BY_DEVICE = {"cpu": ("cpu", "reference")}
-_ANYWHERE = ("reference",)
+_MODULES = {"cpu": cpu, "reference": reference}  # fastest first
+# What `auto` tries, in this order, before the reference.
+_FUSED_BY_DEVICE = {"cpu": ("cpu",)}
 
 
 class Backend(NamedTuple):
@@ -33,39 +32,39 @@ def backends() -> list[Backend]:
 
 def choose(logits: Tensor, call):
     """The backend module that runs `call`; an explicit one that cannot raises with the reason."""
-    name = call.backend
+    name, asked_by = call.backend, "backend"
     if name == "auto":
-        name = os.environ.get("ANL_KERNELS_BACKEND", "auto")
+        name, asked_by = os.environ.get("ANL_KERNELS_BACKEND", "auto"), "ANL_KERNELS_BACKEND"
     key = (name, logits.device.type)
     if key not in call.modules:
-        call.modules[key] = _chosen(name, logits, call)
+        call.modules[key] = _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
     return call.modules[key]
 
 
-def _chosen(name: str, logits: Tensor, call):
-    if name != "auto":
-        module = _named(name)
-        reason = _cannot_run(module, logits, call)
-        if reason is not None:
-            raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
-        return module
-    for name in _BY_DEVICE.get(logits.device.type, _ANYWHERE):
-        module = _MODULES[name]
-        reason = _cannot_run(module, logits, call)
+def _named(name: str, asked_by: str, logits: Tensor, call):
+    if name not in _MODULES:
+        known = ", ".join(map(repr, _MODULES))
+        raise ValueError(f"{asked_by}={name!r}: there is no such backend; there are {known} and 'auto'")
+    reason = _cannot_run(_MODULES[name], logits, call)
+    if reason is not None:
+        raise RuntimeError(f"{asked_by}={name!r} cannot run this call: {reason}")
+    return _MODULES[name]
+
+
+def _first_that_can(logits: Tensor, call):
+    for name in _FUSED_BY_DEVICE.get(logits.device.type, ()):
+        reason = _cannot_run(_MODULES[name], logits, call)
         if reason is None:
-            return module
+            return _MODULES[name]
         log_once(f"anl_kernels: the {name} backend is passed over: {reason}")
+    reason = reference.cannot_run(logits, call)
+    if reason is not None:
+        log_once(f"anl_kernels: the reference backend runs a call all the same: {reason}")
     return reference
 
 
 def _cannot_run(module, logits: Tensor, call) -> str | None:
     return module.unavailable() or module.cannot_run(logits, call)
-
-
-def _named(name: str):
-    if name not in _MODULES:
-        raise ValueError(f"there is no backend {name!r}; there are {', '.join(map(repr, _MODULES))} and 'auto'")
-    return _MODULES[name]
 
 
 def fused(name: str):
