@@ -3,7 +3,7 @@
 // A block is a fixed number of classes, small enough for the first-level cache, with statistics of its own relative to
 // its own maximum. Blocks are merged in order, so a row gives the same bits whether one thread or many swept it.
 // The first sweep may keep its exps (in the gradient's own memory, or in a scratch row that the cache holds): then the
-// gradient of a block that lies wholly on one side of the clamp is one multiply and add. Elsewhere exp is computed anew.
+// gradient of a block is little more than a multiply and an add. Elsewhere exp is computed anew.
 #pragma once
 
 #include "common.h"
@@ -191,26 +191,20 @@ struct Sweep {
     out.dot = lane_sum(moment[0] + moment[1] + (moment[2] + moment[3]));
   }
 
-  // The gradient of a block from its kept exps, whose maximum is block_max.
-  static void gradient_kept(const T* kept, S* g, int n, double block_max, const RowState& row) {
-    const T slope = T(row.a * row.inv_sum * exp(block_max - row.max)), offset = T(row.b);
-    int i = 0;
-    for (; i + W <= n; i += W) Storage<S>::store(g + i, Storage<T>::load(kept + i) * slope + offset);
-    if (i < n) store_part(g + i, n - i, load_part(kept + i, n - i, V{}) * slope + offset);
-  }
-
-  // The gradient of a block. MASKED: classes that do not exist get 0. ENTROPY: adds scale p_j (log_q_j - mean).
-  template <bool ABOVE, bool FOCAL, bool MASKED, bool ENTROPY>
-  static void gradient(const S* z, S* g, int n, const RowState& row, const Program& prog, const T* log_q,
-                       double entropy_scale, double entropy_mean) {
+  // The gradient of a block. ABOVE: it has classes on both sides of the clamp. MASKED: classes that do not exist get 0.
+  // KEPT: exp(z_j - row max) is kept_scale kept_j. ENTROPY: adds scale p_j (log_q_j - mean).
+  template <bool ABOVE, bool FOCAL, bool MASKED, bool KEPT, bool ENTROPY>
+  static void gradient(const S* z, S* g, int n, const RowState& row, const Program& prog, const T* kept,
+                       double kept_scale, const T* log_q, double entropy_scale, double entropy_mean) {
     const T high = T(row.max), log_sum = T(row.log_sum), thr = T(row.log_sum - prog.log_floor_neg);
     // log_q_j - mean in two steps: the mean is rounded, and what rounding it left out follows.
     const T center = T(entropy_mean), lost = T(entropy_mean - double(center));
-    const double norm = FOCAL ? 1.0 : row.inv_sum;  // what the slopes multiply: p_j, or exp(z_j - max)
+    // The slopes multiply p_j, exp(z_j - max), or what was kept of it.
+    const double norm = FOCAL ? 1.0 : KEPT ? row.inv_sum * kept_scale : row.inv_sum;
     const T a = T(row.a * norm), a_above = T(row.a_above * norm);
     const T q_scale = T(entropy_scale * norm);
     const T b = T(row.b), c = T(row.c), bw = T(row.bw), cw = T(row.cw);
-    const auto value = [&](V v, V u) __attribute__((always_inline)) {
+    const auto value = [&](V v, V e, V u) __attribute__((always_inline)) {
       const V x = v - high;
       V slope = set1(a), offset = set1(b);
       const auto above = x > thr;
@@ -225,17 +219,19 @@ struct Sweep {
         p = vexp_and_rest<T>(x - log_sum, others);
         offset += (above ? set1(bw + cw) : set1(bw)) * focal_weight<LaneMath<T>>(others, prog.gamma);
       } else {
-        p = vexp<T>(x);
+        p = KEPT ? e : vexp<T>(x);
       }
       const V y = p * slope + offset;
       return MASKED ? (v == T(-INF) ? V{} : y) : y;
     };
-    const int full = n / W * W;
+    const int full = n / W * W, rest = n - full;
     for (int i = 0; i < full; i += W)
-      Storage<S>::store(g + i, value(Storage<S>::load(z + i), ENTROPY ? Storage<T>::load(log_q + i) : V{}));
-    if (full < n)
-      store_part(g + full, n - full, value(load_part(z + full, n - full, set1(T(-INF))),
-                                           ENTROPY ? load_part(log_q + full, n - full, V{}) : V{}));
+      Storage<S>::store(g + i, value(Storage<S>::load(z + i), KEPT ? Storage<T>::load(kept + i) : V{},
+                                     ENTROPY ? Storage<T>::load(log_q + i) : V{}));
+    if (rest)
+      store_part(g + full, rest, value(load_part(z + full, rest, set1(T(-INF))),
+                                       KEPT ? load_part(kept + full, rest, V{}) : V{},
+                                       ENTROPY ? load_part(log_q + full, rest, V{}) : V{}));
   }
 };
 

@@ -328,18 +328,25 @@ class Rows {
       const bool above = blocks && blocks[b].min - s.max > thr, below = blocks && blocks[b].max - s.max <= thr;
       const bool mixed = clamped && !above && !below, exist = blocks && blocks[b].min != -INF;
       const RowState& k = above ? all : s;
+      const T* e = kept && exist && !focal ? kept + k0 : nullptr;
+      const double e_scale = e ? exp(blocks[b].max - s.max) : 1.0;
+      const auto run = [&](auto gradient, const RowState& coefs) {
+        gradient(zb, gb, n, coefs, prog_, e, e_scale, log_q ? log_q + k0 : nullptr, es, mean);
+      };
       if (log_q)
-        Sw::template gradient<true, true, true, true>(zb, gb, n, s, prog_, log_q + k0, es, mean);
+        run(Sw::template gradient<true, true, true, false, true>, s);
       else if (focal)
-        Sw::template gradient<true, true, true, false>(zb, gb, n, s, prog_, log_q, es, mean);
+        run(Sw::template gradient<true, true, true, false, false>, s);
+      else if (mixed && e)
+        run(Sw::template gradient<true, false, false, true, false>, s);
       else if (mixed)
-        Sw::template gradient<true, false, true, false>(zb, gb, n, s, prog_, log_q, es, mean);
-      else if (exist && kept)
-        Sw::gradient_kept(kept + k0, gb, n, blocks[b].max, k);
+        run(Sw::template gradient<true, false, true, false, false>, s);
+      else if (e)
+        run(Sw::template gradient<false, false, false, true, false>, k);
       else if (exist || k.b == 0.0)
-        Sw::template gradient<false, false, false, false>(zb, gb, n, k, prog_, log_q, es, mean);
+        run(Sw::template gradient<false, false, false, false, false>, k);
       else
-        Sw::template gradient<false, false, true, false>(zb, gb, n, k, prog_, log_q, es, mean);
+        run(Sw::template gradient<false, false, true, false, false>, k);
     });
     store_one(g + y, T(target));
   }
