@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = args.seconds or (1.0 if args.quick else 20.0)
     facts, results = environment(), []
     print(f"{args.loss}, forward + backward; {facts['device']}, {facts['threads']} threads, torch {facts['torch']}")
+    if facts["load_average"] and facts["load_average"] > 0.5:
+        print(f"note: load average {facts['load_average']:.1f}: times mislead while other programs use the cores")
     with progress(len(chosen), "shape") as bar:
         for workload in chosen:
             bar.set_description(str(workload))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import os
 import platform
 import sys
 from pathlib import Path
@@ -64,5 +65,6 @@ def environment() -> dict:
         "device": processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the minute before
         "cpu_module": dict(compiled.info()) if compiled else None,
     }
