@@ -79,22 +79,26 @@ def backend(request):
     yield from use(request.param)
 
 
-FUSED = [b for b in BACKENDS if b.fused] or [
-    pytest.param(None, marks=pytest.mark.skip(reason="no fused backend is built here"))
-]
+# A backend that knows several instruction sets takes part with each, or (ONCE) with the best.
+ONCE = [b for b in BACKENDS if b.isa is None or b.isa == runnable_isas()[0]]
+NOTHING_FUSED = [pytest.param(None, marks=pytest.mark.skip(reason="no fused backend is built here"))]
 
 
-@pytest.fixture(params=FUSED, ids=repr)
+@pytest.fixture(params=[b for b in BACKENDS if b.fused] or NOTHING_FUSED, ids=repr)
 def fused(request):
     """Every backend but the reference."""
     yield from use(request.param)
 
 
-@pytest.fixture(
-    params=[b for b in BACKENDS if b.isa is None or b.isa == (runnable_isas() or [None])[0]], ids=lambda b: b.name
-)
+@pytest.fixture(params=ONCE, ids=lambda b: b.name)
 def one_backend(request):
     """Every backend once, with its best instruction set: for what does not depend on it."""
+    yield from use(request.param)
+
+
+@pytest.fixture(params=[b for b in ONCE if b.fused] or NOTHING_FUSED, ids=lambda b: getattr(b, "name", "none"))
+def one_fused(request):
+    """Every fused backend once, with its best instruction set."""
     yield from use(request.param)
 
 

@@ -1,0 +1,177 @@
+"""torch.compile and the operators it sees: one graph, the same numbers, opcheck."""
+
+import anl_kernels as ak
+import helpers
+import pytest
+import torch
+from anl_kernels import ops
+from helpers import EXPRESSIONS, expression
+
+pytestmark = pytest.mark.unpoisoned
+CASES = {
+    "default": dict(),
+    "none": dict(reduction="none"),
+    "sum_recompute": dict(reduction="sum", recompute=True),
+    "weight": dict(weight=torch.linspace(0.5, 2, 33)),
+    "ignore": dict(ignore_index=3, min_prob=1e-4),
+    "entropy": dict(entropy_weight=0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def problem(dtype=torch.float32, shape=(7, 33)):
+    g = helpers.generator(0)
+    logits = (torch.randn(shape, generator=g) * 4).to(dtype)
+    return logits, torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+
+
+def loss_and_grad(function, logits, target):
+    logits = logits.detach().clone().requires_grad_()
+    loss = function(logits, target)
+    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 2.5))
+    return loss.detach(), grad
+
+
+def compare(function, logits, target, compiler, **tolerance):
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    expected = loss_and_grad(function, logits, target)
+    for _ in range(2):
+        torch.testing.assert_close(loss_and_grad(compiled, logits, target), expected, **tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(logits, target), expected[0], **tolerance)
+
+
+CLOSE = dict(rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_in_one_graph(one_fused, case):
+    """fullgraph=True, traced and differentiated ahead of time."""
+    compare(lambda z, y: ak.anl_fl(z, y, backend=one_fused.name, **CASES[case]), *problem(), "aot_eager", **CLOSE)
+
+
+def test_the_reference_compiles():
+    compare(lambda z, y: ak.anl_ce(z, y, backend="reference", entropy_weight=0.5), *problem(), "aot_eager", **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float64, (33, 7, 5)), (torch.bfloat16, (9, 33, 2, 3)), (torch.float16, (7, 33))],
+    ids=["float64", "bfloat16", "float16"],
+)
+def test_compiled_dtypes_and_shapes(one_fused, dtype, shape):
+    tolerance = dict(rtol=1.6e-2, atol=1e-6) if dtype == torch.bfloat16 else dict(rtol=2e-3, atol=1e-5)
+    compare(lambda z, y: ak.anl_ce(z, y, backend=one_fused.name), *problem(dtype, shape), "aot_eager", **tolerance)
+
+
+def test_compiled_row_loss(one_fused):
+    criterion = 2 * ak.RowLoss(lambda s: -s.target_log_prob / s.neg_log_sum) + 0.5 * ak.RCE()
+    compare(lambda z, y: criterion(z, y, backend=one_fused.name), *problem(), "aot_eager", **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["default", "entropy"])
+def test_compiled_by_inductor(one_fused, case):
+    """The compiler people use, around a layer; gradients of its weights."""
+    g = helpers.generator(1)
+    x, weight, target = torch.randn(7, 5, generator=g), torch.randn(33, 5, generator=g), problem()[1]
+    function = lambda w, y: ak.anl_ce(
+        torch.nn.functional.linear(x, w).relu() * 2, y, backend=one_fused.name, **CASES[case]
+    )
+    compare(function, weight, target, "inductor", rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_module_with_sizes_that_change(cpu):
+    """One dynamic graph for any number of rows: no recompilation for each."""
+    criterion = ak.ANLCELoss(alpha=5.0, beta=5.0, backend="cpu")
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager", dynamic=True)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for rows in (4, 6, 9, 13):
+        logits, target = problem(shape=(rows, 33))
+        torch.testing.assert_close(
+            loss_and_grad(compiled, logits, target), loss_and_grad(criterion, logits, target), **CLOSE
+        )
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_refuses_in_place(cpu):
+    logits, target = problem()
+    compiled = torch.compile(
+        lambda z, y: ak.anl_ce(z * 1, y, inplace=True, backend="cpu"), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="inplace"):
+        compiled(logits.requires_grad_(), target)
+
+
+def test_double_backward_names_the_way_out_when_compiled(cpu):
+    logits, target = problem()
+    compiled = torch.compile(lambda z, y: ak.anl_ce(z, y, backend="cpu"), fullgraph=True, backend="eager")
+    logits.requires_grad_()
+    (grad,) = torch.autograd.grad(compiled(logits, target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="reference"):
+        grad.sum().backward()
+
+
+# ---- the operators
+
+
+def terms_of(name):
+    return [
+        float(number)
+        for coef, term in expression(EXPRESSIONS[name]).terms
+        for number in (term.kind, coef, *term.parameters)
+    ]
+
+
+def operator_calls(dtype, shape):
+    """operator, arguments: every operator of the package, as the package calls it."""
+    logits, target = problem(dtype, shape)
+    needs, gamma, weight = 15, 0.5, torch.linspace(0.5, 2, shape[1])
+    for reduction in ("mean", "none"):
+        numbers = (terms_of("anl_fl"), 1e-7, gamma, needs, -100, reduction, "cpu")
+        yield ops.row_loss, (logits.clone().requires_grad_(), target, weight, *numbers)
+        yield ops.row_loss, (logits.clone().requires_grad_(), target, None, *numbers)
+    for with_sums in (False, True):
+        yield ops.row_stats, (logits.clone().requires_grad_(), target, 1e-7, gamma, needs, -100, with_sums, "cpu")
+    _, coefs = ops.row_loss(logits, target, None, terms_of("anl_fl"), 1e-7, gamma, needs, -100, "none", "cpu")
+    output = torch.ones(target.shape, dtype=helpers.acc(dtype))
+    yield ops.row_grad, (logits, target, coefs, output, None, 1e-7, gamma, needs, "cpu")
+    yield (
+        ops.row_grad,
+        (logits, target, coefs, None, torch.ones(shape[1], dtype=torch.float64), 1e-7, gamma, needs, "cpu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.float32, (7, 33)), (torch.float64, (4, 5, 3)), (torch.bfloat16, (7, 33))], ids=str
+)
+def test_opcheck(cpu, dtype, shape):
+    """Schema, fakes and autograd registration of each operator, also with symbolic shapes."""
+    for operator, arguments in operator_calls(dtype, shape):
+        torch.library.opcheck(operator, arguments)
+
+
+def test_every_operator_is_checked(cpu):
+    checked = {operator._opoverload.name() for operator, _ in operator_calls(torch.float32, (4, 5))}
+    prefix = "anl_kernels::"
+    ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    assert {name.split(".")[0] for name in ours} == {name.split(".")[0] for name in checked}
+
+
+def test_fakes_know_shapes_dtypes_and_strides(cpu):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        with FakeTensorMode():
+            logits = torch.empty(4, 6, 5, dtype=dtype).requires_grad_()
+            loss = ak.anl_ce(logits, torch.zeros(4, 5, dtype=torch.int64), reduction="none", backend="cpu")
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.shape == (4, 5) and loss.dtype == helpers.acc(dtype)
+        assert grad.shape == logits.shape and grad.dtype == dtype and grad.stride() == logits.stride()
