@@ -147,5 +147,5 @@ def promised_bytes(contender: Contender, workload: Workload) -> int | None:
     """The most that `contender` may hold above its inputs: the gradient and O(N + K), or O(N + K) alone."""
     if contender.extra is None:
         return None
-    linear = 64 * (workload.rows + workload.shape[1]) + (64 << 10)
+    linear = 48 * workload.rows + 16 * workload.shape[1] + (64 << 10)
     return linear + (workload.bytes if contender.extra == "gradient" else 0)

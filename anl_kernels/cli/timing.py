@@ -47,11 +47,15 @@ class Cache:
 
 
 def one_sample(run: Run, calls: int, cache: Cache | None) -> float:
+    call = run.call
+    if cache:  # one call untimed, so that fresh memory comes as it does in a loop and not as the last contender left it
+        if run.before:
+            run.before()
+        call()
     if run.before:
         run.before()
     if cache:
         cache.evict()
-    call = run.call
     if calls == 1:
         start = time.perf_counter()
         result = call()
