@@ -187,7 +187,7 @@ class RowGrad(Function):
         if log_q is not None:
             parts = zip(logits.unbind(), target.unbind(), coefs.unbind(), log_q.unbind())
             return torch.stack([RowGrad.apply(*part, call, kernels) for part in parts]), 0
-        folded = coefs.movedim(0, 1).reshape(9, *_fold(target, target.dim() > 1).shape)
+        folded = coefs.movedim(0, 1).reshape(coefs.shape[1], *_fold(target, target.dim() > 1).shape)
         grad = RowGrad.apply(
             _fold(logits, logits.dim() > 2), _fold(target, target.dim() > 1), folded, None, call, kernels
         )

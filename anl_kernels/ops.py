@@ -49,7 +49,7 @@ def row_loss(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (9, *target.shape)."""
+    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (10, *target.shape)."""
     kernels = registry.fused(backend)
     call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction)
     coefs = kernels.new_coefs(logits, target)
@@ -60,7 +60,7 @@ def row_loss(
 def _(logits, target, weight, terms, min_prob, gamma, needs, ignore_index, reduction, backend):
     dtype = acc_dtype(logits.dtype)
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((9, *target.shape), dtype=dtype)
+    return loss, logits.new_empty((10, *target.shape), dtype=dtype)
 
 
 @custom_op("anl_kernels::row_stats", mutates_args=())

@@ -160,10 +160,10 @@ def softmax_coefs(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coefficients(table: Tensor, partials: Tensor, call, dtype: torch.dtype) -> Tensor:
-    """The kernels' coefficients (9, ...) from the table and f's partials by its rows, both (13, ...).
+    """The kernels' coefficients (10, ...) from the table and f's partials by its rows, both (13, ...).
 
     Fields: max, 1 / sum exp; a, b, a + d, c, bw, cw of the gradient (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j,
-    and the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1.
+    the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1; log sum exp.
     """
     needs = call.needs
     zero = torch.zeros((), dtype=table.dtype, device=table.device)
@@ -194,7 +194,7 @@ def coefficients(table: Tensor, partials: Tensor, call, dtype: torch.dtype) -> T
     a = a_above - by_mass
     slope = torch.where(above > 0, a_above, a)
     at_target = common + above_part - (1.0 - above) * by_mass + constants - slope * missing
-    fields = (*softmax_coefs(table), a, -f_S, a_above, f_U, -f_F, f_G, at_target)
+    fields = (*softmax_coefs(table), a, -f_S, a_above, f_U, -f_F, f_G, at_target, table[LOG_SUM])
     return torch.stack(torch.broadcast_tensors(*fields)).to(dtype)
 
 

@@ -45,6 +45,8 @@ constexpr unsigned term_needs(int kind) {
                         : 0u;
 }
 
+// What the sweeps over a row find. Sums leave the target out: with its part added by hand, what is equal in a loss and
+// its gradient cancels exactly, however dominant the target or another class.
 template <class M>
 struct RowStatistics {
   using V = typename M::V;
@@ -52,15 +54,15 @@ struct RowStatistics {
   V target_log_prob;  // l_y
   V target_tail;      // 1 - p_y, from the sum without the target: exact as p_y -> 1
   V target_prob;      // p_y
-  V num_classes;      // classes that exist in this row (logit > -inf)
-  V neg_log_sum;      // S = sum_j -l_j
-  V above_sum;        // U = sum_j I_j (T + l_j)
-  V below_rest;       // sum_{j != y} (1 - I_j) p_j: small, so that neither P - p_y nor 1 - P cancels; P = above_mass
-  V above_count;      // n = sum_j I_j
-  V focal_sum;        // F = sum_j -w_j l_j
-  V focal_weight;     // W = sum_j w_j
-  V focal_above_sum;  // G = sum_j I_j (A + w_j l_j)
-  V focal_above_weight;  // W+ = sum_j I_j w_j
+  V classes;          // how many exist (logit > -inf) besides the target
+  V neg_log_sum;      // sum_{j != y} -l_j, and so on
+  V above_sum;        // I_j (T + l_j)
+  V above_count;      // I_j
+  V below_mass;       // (1 - I_j) p_j
+  V focal_sum;        // -w_j l_j
+  V focal_weight;     // w_j
+  V focal_above_sum;  // I_j (A + w_j l_j)
+  V focal_above_weight;  // I_j w_j
 };
 
 template <class M>
@@ -96,10 +98,10 @@ ANL_HD void target_statistics(RowStatistics<M>& s, typename M::V x_y, typename M
   s.target_prob = e_y / sum;
 }
 
-// f and its partials by each statistic; f_lse = -f_l, f_target_logit = f_l for every built-in term.
+// f's partials by the statistics over all classes, and a without the part that P makes.
 template <class M>
 struct Partials {
-  typename M::V l, S, U, P, F, G;
+  typename M::V a, S, U, P, F, G;
 };
 
 // Adds coef * term to the loss and its partials.
@@ -109,91 +111,86 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
   using V = typename M::V;
   const V k = M::set(prog.coef[t]), zero = M::set(0.0), T = M::set(prog.log_floor_neg);
   const V l = s.target_log_prob, p = s.target_prob, tail = s.target_tail;
+  const V infinity = M::set(__builtin_inf());
   const auto above = l > -T;
   const double p0 = prog.p0[t], p1 = prog.p1[t];
   switch (prog.kind[t]) {
     case CE:
       loss -= k * l;
-      f.l -= k;
+      f.a += k;
       break;
     case NCE: {  // -l / S
-      const V r = k / s.neg_log_sum;
+      const V S = s.neg_log_sum - l, r = k / S;
       loss -= r * l;
-      f.l -= r;
-      f.S += r * l / s.neg_log_sum;
+      f.S += r * l / S;
+      // Logits near the dtype's lowest, as masks write them, overflow the sum: the loss and its gradient are then 0.
+      f.a += S < infinity ? r * (s.neg_log_sum + s.classes * l) / S : zero;
       break;
     }
     case NNCE: {  // 1 - I (T + l) / U
-      const V r = above ? k / s.above_sum : zero;
+      const V U = s.above_sum + (T + l), r = above ? k / U : zero;
       const V v = above ? r * (T + l) : zero;
-      loss += k - v;
-      f.l -= r;
-      f.U += v / s.above_sum;
+      loss += above ? r * s.above_sum : k;
+      f.U += v / U;
+      f.a += above ? r * (s.above_sum - s.above_count * (T + l)) / U : zero;
       break;
     }
     case FL:
       loss -= k * w_y * l;
-      f.l -= k * w_y;
+      f.a += k * w_y;
       break;
     case NFL: {  // -w l / F
-      const V r = k * w_y / s.focal_sum;
+      const V F = s.focal_sum - w_y * l, r = k * w_y / F;
       loss -= r * l;
-      f.l -= r;
-      f.F += r * l / s.focal_sum;
+      f.F += r * l / F;
+      f.a += F < infinity ? r * (s.focal_sum + s.focal_weight * l) / F : zero;
       break;
     }
     case NNFL: {  // 1 - I (A + w l) / G
-      const V r = above ? k / s.focal_above_sum : zero;
-      const V v = above ? r * (M::set(prog.focal_floor) + w_y * l) : zero;
-      loss += k - v;
-      f.l -= r * w_y;
-      f.G += v / s.focal_above_sum;
+      const V height = M::set(prog.focal_floor) + w_y * l;
+      const V G = s.focal_above_sum + height, r = above ? k / G : zero;
+      const V v = above ? r * height : zero;
+      loss += above ? r * s.focal_above_sum : k;
+      f.G += v / G;
+      f.a += above ? r * (w_y * s.focal_above_sum - s.focal_above_weight * height) / G : zero;
       break;
     }
     case MAE:
       loss += k * tail;
-      f.l -= k * p;
+      f.a += k * p;
       break;
     case RCE: {  // p0 sum_{k != y} max(p_k, min_prob)
       const V r = k * M::set(p0), mp = M::set(prog.min_prob);
-      const V rest = tail - s.below_rest + (s.num_classes - s.above_count) * mp - (above ? zero : mp);
-      loss += r * rest;
-      f.l -= above ? r * p : zero;
+      loss += r * (tail - s.below_mass + (s.classes - s.above_count) * mp);
+      f.a += above ? r * p : zero;
       f.P += r;
       break;
     }
     case GCE:  // (1 - p^q) / q
       loss -= k * M::expm1(M::set(p0) * l) / M::set(p0);
-      f.l -= k * M::exp(M::set(p0) * l);
+      f.a += k * M::exp(M::set(p0) * l);
       break;
     case AGCE: {  // ((a + 1)^q - (a + p)^q) / q, from log(a + p) - log(a + 1) = log1p(-tail / (a + 1))
       const V lead = M::exp(M::set(p1) * M::log(M::set(p0 + 1.0)));
       const V ratio = M::log1p(-tail / M::set(p0 + 1.0));
       loss -= k * lead * M::expm1(M::set(p1) * ratio) / M::set(p1);
-      f.l -= k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0) + p) * p;
+      f.a += k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0) + p) * p;
       break;
     }
     case AUL: {  // ((a - p)^q - (a - 1)^q) / q, likewise
       const V lead = M::exp(M::set(p1) * M::log(M::set(p0 - 1.0)));
       const V ratio = M::log1p(tail / M::set(p0 - 1.0));
       loss += k * lead * M::expm1(M::set(p1) * ratio) / M::set(p1);
-      f.l -= k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0 - 1.0) + tail) * p;
+      f.a += k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0 - 1.0) + tail) * p;
       break;
     }
     case AEL: {  // exp(-p / a)
       const V v = k * M::exp(-p / M::set(p0));
       loss += v;
-      f.l -= v * p / M::set(p0);
+      f.a += v * p / M::set(p0);
       break;
     }
   }
-}
-
-// 1 - P: the probability of the classes below the clamp.
-template <class M>
-ANL_HD typename M::V below_mass(const Program& prog, const RowStatistics<M>& s) {
-  const typename M::V zero = M::set(0.0);
-  return s.below_rest + (s.target_log_prob > M::set(-prog.log_floor_neg) ? zero : s.target_prob);
 }
 
 // The loss of a row and the coefficients of its gradient.
@@ -206,20 +203,55 @@ ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, Co
   Partials<M> f = {zero, zero, zero, zero, zero, zero};
   for (int t = 0; t < prog.num_terms; ++t) add_term<M>(prog, t, s, w_y, loss, f);
 
-  const V above = s.target_log_prob > M::set(-prog.log_floor_neg) ? one : zero;
-  const V below = below_mass<M>(prog, s);
-  const V a = s.num_classes * f.S - s.above_count * f.U + s.focal_weight * f.F - s.focal_above_weight * f.G - f.l;
-  g.a_above = a + below * f.P;
+  const V below_y = s.target_log_prob > M::set(-prog.log_floor_neg) ? zero : one;
+  const V below = s.below_mass + below_y * s.target_prob;  // 1 - P
+  g.a_above = f.a + below * f.P;
   g.a = g.a_above - f.P;
   g.b = -f.S;
   g.c = f.U;
   g.bw = -f.F;
   g.cw = f.G;
   // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
-  g.target = (s.num_classes - one) * f.S - (s.above_count - above) * f.U + (s.focal_weight - w_y) * f.F -
-             (s.focal_above_weight - above * w_y) * f.G - a * s.target_tail +
-             (below - (one - above)) * s.target_prob * f.P;
+  g.target = s.classes * f.S - s.above_count * f.U + s.focal_weight * f.F - s.focal_above_weight * f.G -
+             f.a * s.target_tail + (below - below_y) * s.target_prob * f.P;
   return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
+}
+
+// Fields of the (10, N) coefficients, from which a gradient can be made later, and of the (13, N) statistics that a loss
+// written in Python sees.
+enum CoefField : int {
+  COEF_MAX, COEF_INV_SUM, COEF_A, COEF_B, COEF_A_ABOVE, COEF_C, COEF_BW, COEF_CW, COEF_TARGET, COEF_LOG_SUM, NUM_COEFS
+};
+enum StatField : int {
+  STAT_MAX, STAT_LOG_SUM, STAT_TARGET_LOG_PROB, STAT_NUM_CLASSES, STAT_NEG_LOG_SUM, STAT_ABOVE_SUM, STAT_ABOVE_MASS,
+  STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_VALID,
+  NUM_STATS
+};
+
+// The statistics over all classes; NaN for those that no sweep was asked for, and for a NaN row.
+template <class M>
+ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typename M::V max,
+                           typename M::V (&out)[NUM_STATS]) {
+  using V = typename M::V;
+  const V zero = M::set(0.0), one = M::set(1.0), absent = M::set(__builtin_nan(""));
+  const V l = s.target_log_prob, w_y = focal_weight<M>(s.target_tail, prog.gamma);
+  const V I_y = l > M::set(-prog.log_floor_neg) ? one : zero;
+  const bool above = prog.needs, mass = prog.needs & NEED_ABOVE_MASS;
+  const bool focal = prog.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
+  const V poison = s.target_tail - s.target_tail;
+  out[STAT_MAX] = max + poison;
+  out[STAT_LOG_SUM] = s.log_sum;
+  out[STAT_TARGET_LOG_PROB] = l;
+  out[STAT_NUM_CLASSES] = s.classes + one + poison;
+  out[STAT_NEG_LOG_SUM] = s.neg_log_sum - l;
+  out[STAT_ABOVE_SUM] = above ? s.above_sum + I_y * (M::set(prog.log_floor_neg) + l) : absent;
+  out[STAT_ABOVE_MASS] = mass ? one - (s.below_mass + (one - I_y) * s.target_prob) : absent;
+  out[STAT_ABOVE_COUNT] = above ? s.above_count + I_y + poison : absent;
+  out[STAT_FOCAL_SUM] = focal ? s.focal_sum - w_y * l : absent;
+  out[STAT_FOCAL_WEIGHT] = focal ? s.focal_weight + w_y : absent;
+  out[STAT_FOCAL_ABOVE_SUM] = focal ? s.focal_above_sum + I_y * (M::set(prog.focal_floor) + w_y * l) : absent;
+  out[STAT_FOCAL_ABOVE_WEIGHT] = focal ? s.focal_above_weight + I_y * w_y : absent;
+  out[STAT_VALID] = one;
 }
 
 }  // namespace anl

@@ -86,8 +86,8 @@ def new_grad(logits: Tensor) -> Tensor:
 
 
 def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
-    """Memory for what row_grad needs: (9, *target.shape)."""
-    return logits.new_empty((9, *target.shape), dtype=acc_dtype(logits.dtype))
+    """Memory for what row_grad needs: (10, *target.shape)."""
+    return logits.new_empty((10, *target.shape), dtype=acc_dtype(logits.dtype))
 
 
 def overwritten(logits: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _program(call):
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (9, N) are filled if given."""
+    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
     dtype = logits.dtype
     acc = torch.float64 if dtype is torch.float64 else torch.float32
     rows, shape, strides = _rows(logits)

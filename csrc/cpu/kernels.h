@@ -11,14 +11,6 @@ enum DType : int { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
 enum TargetType : int { INT64, INT32, INT16, UINT8 };
 enum class Op : int { LOSS, STATS, GRAD, COLUMN_SUMS };
 
-// Fields of the (9, N) coefficients and of the (13, N) statistics that Python sees.
-enum CoefField : int { COEF_MAX, COEF_INV_SUM, COEF_A, COEF_B, COEF_A_ABOVE, COEF_C, COEF_BW, COEF_CW, COEF_TARGET, NUM_COEFS };
-enum StatField : int {
-  STAT_MAX, STAT_LOG_SUM, STAT_TARGET_LOG_PROB, STAT_NUM_CLASSES, STAT_NEG_LOG_SUM, STAT_ABOVE_SUM, STAT_ABOVE_MASS,
-  STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_VALID,
-  NUM_STATS
-};
-
 // Class k of row (o, i) is data[o * so + k * sk + i * si].
 struct Strides {
   int64_t so, sk, si;

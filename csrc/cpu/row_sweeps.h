@@ -17,9 +17,9 @@ constexpr int64_t BLOCK = 2048;
 struct Block {
   double max, min;    // of the logits; min is -inf if a class does not exist
   double tail;        // sum over j != y of exp(z_j - max)
-  double gap;         // sum of max - z_j over the classes that exist
-  double count;       // how many exist
-  double above_sum, below_rest, above_count, focal_sum, focal_weight, focal_above_sum, focal_above_weight;
+  double gap;         // sum over j != y of max - z_j, for the classes that exist
+  double count;       // how many of those exist
+  double above_sum, below_mass, above_count, focal_sum, focal_weight, focal_above_sum, focal_above_weight;
   double mass, dot;   // sums of exp(z_j - row max), and of the same times log_q_j - center
 };
 
@@ -104,8 +104,9 @@ struct Sweep {
           const V x = v - high, e = vexp<T>(x);
           tail[0] += keep ? e : V{};
           if (KEEP) store_part(kept + i, m, e);
-          gap[0] -= v == T(-INF) ? V{} : x;
-          missing -= v == T(-INF);
+          const auto counts = keep & (v != T(-INF));
+          gap[0] -= counts ? x : V{};
+          missing -= ~counts;
         });
     out.tail = lane_sum(tail[0] + tail[1] + (tail[2] + tail[3]));
     out.gap = lane_sum(gap[0] + gap[1] + (gap[2] + gap[3]));
@@ -132,7 +133,7 @@ struct Sweep {
     }
   }
 
-  // Second sweep of a block with classes on both sides of the clamp, or for the focal sums.
+  // Second sweep of a block with classes on both sides of the clamp, or for the focal sums; y as in the first.
   template <bool MASS, bool FOCAL>
   static void second(const S* z, int n, int y, const RowState& row, const Program& prog, Block& out) {
     const T high = T(row.max), log_sum = T(row.log_sum), inv_sum = T(row.inv_sum);
@@ -142,8 +143,8 @@ struct Sweep {
     const auto step = [&](int u, V v, I keep) __attribute__((always_inline)) {
       const V x = v - high;
       const auto above = x > -floor;
-      sum[u] += above ? x + floor : V{};
-      count -= above;
+      sum[u] += (above & keep) ? x + floor : V{};
+      count -= above & keep;
       if (MASS && !FOCAL) rest[u] += (~above & keep) ? vexp<T>(x) * inv_sum : V{};
       if (FOCAL) {
         const V l = x - log_sum;
@@ -152,10 +153,11 @@ struct Sweep {
         const V w = focal_weight<LaneMath<T>>(others, prog.gamma);
         if (MASS) rest[u] += (~above & keep) ? p : V{};
         const V wl = w * l;
-        focal[u] -= v == T(-INF) ? V{} : wl;
-        weight[u] += v == T(-INF) ? V{} : w;
-        focal_above[u] += above ? wl + focal_floor : V{};
-        weight_above[u] += above ? w : V{};
+        const auto counts = keep & (v != T(-INF));
+        focal[u] -= counts ? wl : V{};
+        weight[u] += counts ? w : V{};
+        focal_above[u] += (above & keep) ? wl + focal_floor : V{};
+        weight_above[u] += (above & keep) ? w : V{};
       }
     };
     for_vectors(
@@ -164,7 +166,7 @@ struct Sweep {
     const auto total = [](const V* v) { return lane_sum(v[0] + v[1] + (v[2] + v[3])); };
     out.above_sum = total(sum);
     out.above_count = lane_sum(count);
-    out.below_rest = total(rest);
+    out.below_mass = total(rest);
     out.focal_sum = total(focal);
     out.focal_weight = total(weight);
     out.focal_above_sum = total(focal_above);

@@ -108,7 +108,8 @@ class Rows {
 
   void write_coefs(int64_t r, const RowState& s, double inv_sum) const {
     if (!call_.coefs) return;
-    const double values[NUM_COEFS] = {s.max, inv_sum, s.a, s.b, s.a_above, s.c, s.bw, s.cw, s.target};
+    const double values[NUM_COEFS] = {s.max, inv_sum,  s.a,  s.b,      s.a_above,
+                                      s.c,   s.bw,     s.cw, s.target, s.log_sum};
     for (int i = 0; i < NUM_COEFS; ++i) static_cast<T*>(call_.coefs)[i * num_rows_ + r] = T(values[i]);
   }
 
@@ -150,8 +151,8 @@ class Rows {
       s.count += k.count;
     }
     const double z_y = double(load_one(z + y));
-    // NaN and +inf leave a NaN gap; a row without classes, or whose target does not exist, is NaN by definition.
-    const bool bad = s.gap != s.gap || s.max == -INF || z_y == -INF;
+    // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
+    const bool bad = s.gap != s.gap || z_y == -INF || z_y != z_y;
     x_y_.x[i] = bad ? NaN : z_y - s.max;
     tail_.x[i] = bad ? NaN : s.tail;
   }
@@ -161,7 +162,7 @@ class Rows {
     const RowState& s = state_[i];
     const double T = prog_.log_floor_neg, thr = s.log_sum - T, lse_gap = T - s.log_sum;
     const bool focal = needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
-    double above_sum = 0, below_rest = 0, above_count = 0, focal_sum = 0, weight = 0, focal_above = 0, weight_above = 0;
+    double above_sum = 0, below_mass = 0, above_count = 0, focal_sum = 0, weight = 0, focal_above = 0, weight_above = 0;
     if (!needs || s.log_sum != s.log_sum) {
     } else if (!focal && s.min - s.max > thr) {  // every class above the clamp: closed form
       above_count = s.count;
@@ -178,11 +179,11 @@ class Rows {
           Sw::template second<true, true>(z + k0, n, yb, s, prog_, k);
         } else if (-below <= thr) {
           k.above_sum = k.above_count = 0.0;
-          k.below_rest = k.tail * exp(-below) * s.inv_sum;
+          k.below_mass = k.tail * exp(-below) * s.inv_sum;
         } else if (k.min - s.max > thr) {
           k.above_count = k.count;
           k.above_sum = k.count * (lse_gap - below) - k.gap;
-          k.below_rest = 0.0;
+          k.below_mass = 0.0;
         } else if (needs & NEED_ABOVE_MASS) {
           Sw::template second<true, false>(z + k0, n, yb, s, prog_, k);
         } else {
@@ -193,7 +194,7 @@ class Rows {
         const Block& k = blocks[b];
         above_sum += k.above_sum;
         above_count += k.above_count;
-        below_rest += k.below_rest;
+        below_mass += k.below_mass;
         if (!focal) continue;
         focal_sum += k.focal_sum;
         weight += k.focal_weight;
@@ -201,7 +202,7 @@ class Rows {
         weight_above += k.focal_above_weight;
       }
     }
-    const double values[] = {above_sum, below_rest, above_count, focal_sum, weight, focal_above, weight_above};
+    const double values[] = {above_sum, below_mass, above_count, focal_sum, weight, focal_above, weight_above};
     for (int j = 0; j < 7; ++j) second_[j].x[i] = values[j];
   }
 
@@ -221,8 +222,8 @@ class Rows {
     }
     RowStatistics<M> s;
     target_statistics<M>(s, x_y_.get(), tail_.get());
-    s.num_classes = count.get();
-    s.neg_log_sum = s.num_classes * s.log_sum + gap.get();
+    s.classes = count.get();
+    s.neg_log_sum = s.classes * s.log_sum + gap.get();
     log_sum.set(s.log_sum);
     prob.set(M::exp(-s.log_sum));
     target_tail_.set(s.target_tail);
@@ -235,7 +236,7 @@ class Rows {
         for (Lane& lane : second_) lane.x[i] = 1.0;
     }
     s.above_sum = second_[0].get();
-    s.below_rest = second_[1].get();
+    s.below_mass = second_[1].get();
     s.above_count = second_[2].get();
     s.focal_sum = second_[3].get();
     s.focal_weight = second_[4].get();
@@ -274,21 +275,13 @@ class Rows {
   }
 
   void write_statistics(const RowStatistics<M>& s, int n) const {
-    const bool focal = prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE), above = prog_.needs;
-    const M::V absent = M::set(NaN);
-    const M::V values[NUM_STATS] = {
-        M::set(0.0), s.log_sum, s.target_log_prob, s.num_classes, s.neg_log_sum, above ? s.above_sum : absent,
-        prog_.needs & NEED_ABOVE_MASS ? M::set(1.0) - below_mass<M>(prog_, s) : absent, above ? s.above_count : absent,
-        focal ? s.focal_sum : absent, focal ? s.focal_weight : absent, focal ? s.focal_above_sum : absent,
-        focal ? s.focal_above_weight : absent, M::set(1.0)};
+    Lane max, lane;
+    for (int i = 0; i < LANES; ++i) max.x[i] = state_[i].max;
+    M::V values[NUM_STATS];
+    all_statistics<M>(prog_, s, max.get(), values);
     for (int j = 0; j < NUM_STATS; ++j) {
-      Lane lane;
       lane.set(values[j]);
-      for (int i = 0; i < n; ++i) {
-        const bool bad = state_[i].log_sum != state_[i].log_sum;
-        const double x = j == STAT_MAX ? state_[i].max : lane.x[i];
-        call_.stats[j * num_rows_ + row_[i]] = bad && j != STAT_VALID ? NaN : x;
-      }
+      for (int i = 0; i < n; ++i) call_.stats[j * num_rows_ + row_[i]] = lane.x[i];
     }
   }
 
@@ -360,7 +353,7 @@ class Rows {
     RowState s = {};
     s.max = x[COEF_MAX];
     s.inv_sum = x[COEF_INV_SUM];
-    s.log_sum = -log(s.inv_sum);
+    s.log_sum = x[COEF_LOG_SUM];
     s.a = x[COEF_A] * go;
     s.b = x[COEF_B] * go;
     s.a_above = x[COEF_A_ABOVE] * go;

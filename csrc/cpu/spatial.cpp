@@ -165,10 +165,10 @@ class Tiles {
           f.x_y = target ? x : f.x_y;
           if (MASKED) {
             const auto absent = v == T(-INF);
-            gap_part -= absent ? V{} : x;
+            gap_part -= (absent | target) ? V{} : x;
             missing += absent ? V{} + T(1) : V{};
           } else {
-            gap_part -= x;
+            gap_part -= target ? V{} : x;
           }
         },
         [&]() __attribute__((always_inline)) {
@@ -177,7 +177,7 @@ class Tiles {
         });
     f.tail = tail + tail_lost;
     f.gap = gap + (gap_lost == gap_lost ? gap_lost : V{});  // inf - inf where the gap itself overflows
-    f.count = T(K_) - missing;
+    f.count = T(K_ - 1) - missing;
   }
 
   First first_sweep(I y) const {
@@ -193,8 +193,8 @@ class Tiles {
       exp_sums<true>(y, f);
     else
       exp_sums<false>(y, f);
-    // NaN and +inf leave a NaN gap; a row without classes, or whose target does not exist, is NaN by definition.
-    const I bad = (f.gap != f.gap) | (f.max == T(-INF)) | (f.x_y == T(-INF));
+    // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
+    const I bad = (f.gap != f.gap) | (f.x_y == T(-INF)) | (f.x_y != f.x_y);
     f.x_y = bad ? set1(T(NaN)) : f.x_y;
     f.tail = bad ? set1(T(NaN)) : f.tail;
     return f;
@@ -204,27 +204,27 @@ class Tiles {
   ANL_INLINE void second_sums(I y, const First& f, V inv_sum, RowStatistics<M>& s) const {
     const V floor = T(prog_.log_floor_neg) - s.log_sum;
     V part[6] = {}, lost[6] = {};
-    V* total[6] = {&s.above_sum, &s.below_rest, &s.focal_sum, &s.focal_weight, &s.focal_above_sum, &s.focal_above_weight};
+    V* total[6] = {&s.above_sum, &s.below_mass, &s.focal_sum, &s.focal_weight, &s.focal_above_sum, &s.focal_above_weight};
     V count = {};
     for (V* t : total) *t = V{};
     each_class(
         [&](int64_t k) __attribute__((always_inline)) {
           const V v = at(k), x = v - f.max;
           const auto above = x > -floor;
-          const auto rest = ~above & (y != typename Traits<T>::Int(k));
-          part[0] += above ? x + floor : V{};
+          const auto other = y != typename Traits<T>::Int(k), counted = above & other, rest = ~above & other;
+          part[0] += counted ? x + floor : V{};
           part[1] += rest ? vexp<T>(x) * inv_sum : V{};
-          count += above ? V{} + T(1) : V{};
+          count += counted ? V{} + T(1) : V{};
           if (FOCAL) {
             const V l = x - s.log_sum;
             V others;
             vexp_and_rest<T>(l, others);
             const V w = focal_weight<M>(others, prog_.gamma);
-            const auto absent = v == T(-INF);
-            part[2] -= absent ? V{} : w * l;
-            part[3] += absent ? V{} : w;
-            part[4] += above ? w * l + T(prog_.focal_floor) : V{};
-            part[5] += above ? w : V{};
+            const auto exists = other & (v != T(-INF));
+            part[2] -= exists ? w * l : V{};
+            part[3] += exists ? w : V{};
+            part[4] += counted ? w * l + T(prog_.focal_floor) : V{};
+            part[5] += counted ? w : V{};
           }
         },
         [&]() __attribute__((always_inline)) {
@@ -238,7 +238,7 @@ class Tiles {
   RowStatistics<M> statistics(I y, First& f, V& inv_sum) const {
     RowStatistics<M> s;
     target_statistics<M>(s, f.x_y, f.tail);
-    s.num_classes = f.count;
+    s.classes = f.count;
     s.neg_log_sum = f.count * s.log_sum + f.gap;
     inv_sum = vexp<T>(-s.log_sum);
     inv_sum = s.log_sum != s.log_sum ? set1(T(NaN)) : inv_sum;
@@ -252,7 +252,7 @@ class Tiles {
     } else {  // every class above the clamp: closed form
       s.above_count = f.count;
       s.above_sum = f.count * clamp - s.neg_log_sum;
-      s.below_rest = V{};
+      s.below_mass = V{};
     }
     return s;
   }
@@ -278,7 +278,8 @@ class Tiles {
     for (V* x : fields) *x = live ? *x * scale : V{};
     if (call_.row_loss) store_part(static_cast<T*>(call_.row_loss) + row_, n_, loss);
     if (call_.coefs) {
-      const V values[NUM_COEFS] = {f.max, live ? inv_sum : V{}, g.a, g.b, g.a_above, g.c, g.bw, g.cw, g.target};
+      const V values[NUM_COEFS] = {f.max, live ? inv_sum : V{}, g.a,      g.b,        g.a_above,
+                                   g.c,   g.bw,                  g.cw,     g.target,   s.log_sum};
       for (int j = 0; j < NUM_COEFS; ++j)
         store_part(static_cast<T*>(call_.coefs) + j * num_rows_ + row_, n_, values[j]);
     }
@@ -297,8 +298,7 @@ class Tiles {
     Coefficients<M> g;
     V* fields[7] = {&g.a, &g.b, &g.a_above, &g.c, &g.bw, &g.cw, &g.target};
     for (int j = 0; j < 7; ++j) *fields[j] = live ? x[COEF_A + j] * go : V{};
-    const V log_sum = -vlog<T>(live ? x[COEF_INV_SUM] : V{} + T(1));
-    gradient(y, x[COEF_MAX], log_sum, x[COEF_INV_SUM], g, prog_.needs, true, static_cast<const T*>(call_.log_q));
+    gradient(y, x[COEF_MAX], x[COEF_LOG_SUM], x[COEF_INV_SUM], g, prog_.needs, true, static_cast<const T*>(call_.log_q));
     return 0.0;
   }
 
@@ -366,21 +366,14 @@ class Tiles {
   }
 
   void write_statistics(I y, const First& f, const RowStatistics<M>& s) const {
-    const bool focal = prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE), above = prog_.needs;
-    const V absent = M::set(NaN);
-    const V values[NUM_STATS] = {
-        f.max, s.log_sum, s.target_log_prob, s.num_classes, s.neg_log_sum, above ? s.above_sum : absent,
-        prog_.needs & NEED_ABOVE_MASS ? T(1) - below_mass<M>(prog_, s) : absent, above ? s.above_count : absent,
-        focal ? s.focal_sum : absent, focal ? s.focal_weight : absent, focal ? s.focal_above_sum : absent,
-        focal ? s.focal_above_weight : absent, V{} + T(1)};
+    V values[NUM_STATS];
+    all_statistics<M>(prog_, s, f.max, values);
     for (int j = 0; j < n_; ++j) {
       if (y[j] < 0) {
         write_ignored_statistics(call_, row_ + j, num_rows_);
         continue;
       }
-      const bool bad = s.log_sum[j] != s.log_sum[j];
-      for (int i = 0; i < NUM_STATS; ++i)
-        call_.stats[i * num_rows_ + row_ + j] = bad && i != STAT_VALID ? NaN : double(values[i][j]);
+      for (int i = 0; i < NUM_STATS; ++i) call_.stats[i * num_rows_ + row_ + j] = double(values[i][j]);
     }
   }
 
