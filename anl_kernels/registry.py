@@ -34,7 +34,7 @@ def choose(logits: Tensor, call):
     """The backend module that runs `call`; an explicit one that cannot raises with the reason."""
     name, asked_by = call.backend, "backend"
     if name == "auto":
-        name, asked_by = os.environ.get("ANL_KERNELS_BACKEND", "auto"), "ANL_KERNELS_BACKEND"
+        name, asked_by = os.environ.get("ANL_KERNELS_BACKEND") or "auto", "ANL_KERNELS_BACKEND"
     key = (name, logits.device.type)
     if key not in call.modules:
         call.modules[key] = _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)

@@ -78,9 +78,9 @@ struct Sweep {
     for (; i + W <= n; i += W) body(0, Storage<S>::load(z + i), 0);
     if (i < n) body(0, load_part(z + i, n - i, first), 0);
     high = fold_lanes<T>(vmax(vmax(hi[0], hi[1]), vmax(hi[2], hi[3])),
-                         [](T a, T b) __attribute__((always_inline)) { return a > b ? a : b; });
+                         [](auto a, auto b) __attribute__((always_inline)) { return vmax(a, b); });
     low = fold_lanes<T>(vmin(vmin(lo[0], lo[1]), vmin(lo[2], lo[3])),
-                        [](T a, T b) __attribute__((always_inline)) { return a < b ? a : b; });
+                        [](auto a, auto b) __attribute__((always_inline)) { return vmin(a, b); });
   }
 
   template <bool MASKED, bool KEEP>
@@ -106,14 +106,12 @@ struct Sweep {
           if (KEEP) store_part(kept + i, m, e);
           const auto counts = keep & (v != T(-INF));
           gap[0] -= counts ? x : V{};
-          missing -= ~counts;
+          if (MASKED) missing -= ~counts;
         });
     out.tail = lane_sum(tail[0] + tail[1] + (tail[2] + tail[3]));
     out.gap = lane_sum(gap[0] + gap[1] + (gap[2] + gap[3]));
     const int padding = (W - n % W) % W;
-    int64_t absent = 0;
-    for (int i = 0; i < W; ++i) absent += missing[i];
-    out.count = double(n - (absent - padding));
+    out.count = MASKED ? n + padding - lane_sum(missing) : double(n - (y >= 0));
   }
 
   // First sweep. y: the target's place in the block, or -1. kept: where the exps go, or null.

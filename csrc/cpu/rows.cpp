@@ -16,6 +16,11 @@ constexpr int64_t GROUP_ELEMENTS = 32 << 10;    // rows are handed to threads in
 constexpr int64_t KEPT_BYTES = 256 << 10;       // exps of a batch that go to scratch memory
 constexpr int64_t SPLIT_ELEMENTS = 128 << 10;   // a row this long is worth spreading over threads
 
+// Where row r begins. Divisions are slow, and most calls have one outer index.
+ANL_INLINE int64_t row_offset(const Call& call, const Strides& s, int64_t r) {
+  return call.outer == 1 ? r * s.si : r / call.inner * s.so + r % call.inner * s.si;
+}
+
 // One field of up to LANES rows, as a vector.
 struct Lane {
   double x[LANES];
@@ -71,14 +76,8 @@ class Rows {
   }
 
  private:
-  const S* logits(int64_t r) const {
-    const Strides& s = call_.logits_strides;
-    return static_cast<const S*>(call_.logits) + r / call_.inner * s.so + r % call_.inner * s.si;
-  }
-  S* grad(int64_t r) const {
-    const Strides& s = call_.grad_strides;
-    return static_cast<S*>(call_.grad) + r / call_.inner * s.so + r % call_.inner * s.si;
-  }
+  const S* logits(int64_t r) const { return static_cast<const S*>(call_.logits) + row_offset(call_, call_.logits_strides, r); }
+  S* grad(int64_t r) const { return static_cast<S*>(call_.grad) + row_offset(call_, call_.grad_strides, r); }
 
   // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
   // (the cache holds what the sweep before touched last).
@@ -95,6 +94,8 @@ class Rows {
     else
       range(0, num_blocks_);
   }
+
+  static double exp_of_gap(double gap) { return gap == 0.0 ? 1.0 : exp(-gap); }  // most rows are one block
 
   static int target_in_block(int64_t y, int64_t k0, int n) { return y >= k0 && y < k0 + n ? int(y - k0) : -1; }
 
@@ -146,7 +147,7 @@ class Rows {
       const Block& k = blocks[b];
       if (k.max == -INF) continue;
       const double below = s.max - k.max;
-      s.tail += below == 0.0 ? k.tail : k.tail * exp(-below);
+      s.tail += k.tail * exp_of_gap(below);
       s.gap += k.gap + k.count * below;
       s.count += k.count;
     }
@@ -179,7 +180,7 @@ class Rows {
           Sw::template second<true, true>(z + k0, n, yb, s, prog_, k);
         } else if (-below <= thr) {
           k.above_sum = k.above_count = 0.0;
-          k.below_mass = k.tail * exp(-below) * s.inv_sum;
+          k.below_mass = k.tail * exp_of_gap(below) * s.inv_sum;
         } else if (k.min - s.max > thr) {
           k.above_count = k.count;
           k.above_sum = k.count * (lse_gap - below) - k.gap;
@@ -322,7 +323,7 @@ class Rows {
       const bool mixed = clamped && !above && !below, exist = blocks && blocks[b].min != -INF;
       const RowState& k = above ? all : s;
       const T* e = kept && exist && !focal ? kept + k0 : nullptr;
-      const double e_scale = e ? exp(blocks[b].max - s.max) : 1.0;
+      const double e_scale = e ? exp_of_gap(s.max - blocks[b].max) : 1.0;
       const auto run = [&](auto gradient, const RowState& coefs) {
         gradient(zb, gb, n, coefs, prog_, e, e_scale, log_q ? log_q + k0 : nullptr, es, mean);
       };
@@ -400,8 +401,7 @@ void column_sums(const Call& call) {
           const T* coefs = static_cast<const T*>(call.coefs) + r;
           const T high = coefs[COEF_MAX * N], inv_sum = coefs[COEF_INV_SUM * N];
           if (inv_sum == T(0)) continue;
-          const S* z = static_cast<const S*>(call.logits) + r / call.inner * call.logits_strides.so +
-                       r % call.inner * call.logits_strides.si + k0;
+          const S* z = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r) + k0;
           for (int64_t k = 0; k < n; k += W) {
             const auto v = n - k >= W ? Storage<S>::load(z + k) : load_part(z + k, int(n - k), set1(T(-INF)));
             Storage<T>::store(sums + k, Storage<T>::load(sums + k) + vexp<T>(v - high) * inv_sum);

@@ -345,12 +345,17 @@ ANL_INLINE void store_part(S* p, int n, V v) {
 }
 #endif
 
+ANL_INLINE float load_one(const float* p) { return *p; }
+ANL_INLINE double load_one(const double* p) { return *p; }
+ANL_INLINE float load_one(const bfloat16_t* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
 template <class S>
 ANL_INLINE typename Storage<S>::Acc load_one(const S* p) {
   S buffer[Traits<typename Storage<S>::Acc>::width] = {};
   buffer[0] = *p;
   return Storage<S>::load(buffer)[0];
 }
+ANL_INLINE void store_one(float* p, float x) { *p = x; }
+ANL_INLINE void store_one(double* p, double x) { *p = x; }
 template <class S>
 ANL_INLINE void store_one(S* p, typename Storage<S>::Acc x) {
   S buffer[Traits<typename Storage<S>::Acc>::width];
@@ -358,23 +363,45 @@ ANL_INLINE void store_one(S* p, typename Storage<S>::Acc x) {
   *p = buffer[0];
 }
 
-// All lanes of a vector into one number, by halves; X: what to do it in.
-template <class X, class V, class Combine>
-ANL_INLINE X fold_lanes(V v, const Combine& combine) {
-  constexpr int width = sizeof(V) / sizeof(v[0]);
-  X x[width];
-  for (int i = 0; i < width; ++i) x[i] = X(v[i]);
-#pragma GCC unroll 8
-  for (int half = width / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) x[i] = combine(x[i], x[i + half]);
+// All lanes of a vector into one number, by halves.
+template <class T, int BYTES>
+struct Sized;
+#define ANL_SIZED(T, BYTES)                             \
+  template <>                                           \
+  struct Sized<T, BYTES> {                              \
+    typedef T V __attribute__((vector_size(BYTES)));    \
+    struct Halves {                                     \
+      T lo __attribute__((vector_size(BYTES / 2)));     \
+      T hi __attribute__((vector_size(BYTES / 2)));     \
+    };                                                  \
+  };
+ANL_SIZED(float, 16)
+ANL_SIZED(float, 32)
+ANL_SIZED(float, 64)
+ANL_SIZED(double, 16)
+ANL_SIZED(double, 32)
+ANL_SIZED(double, 64)
+
+template <class T, int BYTES = ANL_VECTOR_BYTES, class Combine>
+ANL_INLINE T fold_lanes(typename Sized<T, BYTES>::V v, const Combine& combine) {
+  if constexpr (BYTES == 16 && sizeof(T) == 8) {
+    return combine(v[0], v[1]);
+  } else if constexpr (BYTES == 16) {
+    return combine(combine(v[0], v[1]), combine(v[2], v[3]));
+  } else {
+    const auto halves = bit_cast<typename Sized<T, BYTES>::Halves>(v);
+    return fold_lanes<T, BYTES / 2>(combine(halves.lo, halves.hi), combine);
   }
-  return x[0];
 }
-template <class V>
-ANL_INLINE double lane_sum(V v) {
-  return fold_lanes<double>(v, [](double a, double b) __attribute__((always_inline)) { return a + b; });
+ANL_INLINE double lane_sum(VecD v) {
+  return fold_lanes<double>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
+ANL_INLINE double lane_sum(VecF v) {  // in double
+  const auto halves = bit_cast<Sized<float, ANL_VECTOR_BYTES>::Halves>(v);
+  return lane_sum(__builtin_convertvector(halves.lo, VecD) + __builtin_convertvector(halves.hi, VecD));
+}
+ANL_INLINE double lane_sum(IntF v) { return lane_sum(__builtin_convertvector(v, VecF)); }
+ANL_INLINE double lane_sum(IntD v) { return lane_sum(__builtin_convertvector(v, VecD)); }
 
 }  // namespace ANL_ISA
 }  // namespace anl

@@ -299,6 +299,7 @@ class Tiles {
     V* fields[7] = {&g.a, &g.b, &g.a_above, &g.c, &g.bw, &g.cw, &g.target};
     for (int j = 0; j < 7; ++j) *fields[j] = live ? x[COEF_A + j] * go : V{};
     gradient(y, x[COEF_MAX], x[COEF_LOG_SUM], x[COEF_INV_SUM], g, prog_.needs, true, static_cast<const T*>(call_.log_q));
+    if (call_.log_q && any(~live)) clear(~live);  // log_q may be NaN: no row was valid
     return 0.0;
   }
 

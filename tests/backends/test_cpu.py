@@ -97,7 +97,7 @@ def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
     values, labels = helpers.batch(35, dtype)
     output = torch.linspace(-2, 3, 24, dtype=helpers.acc(dtype))
     true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="none", grad_output=output)
-    coefs = nan(9, 24, dtype=helpers.acc(dtype))
+    coefs = nan(10, 24, dtype=helpers.acc(dtype))
     _, loss = row_loss(kernels, EXPRESSIONS[name], values, labels, reduction="none", coefs=coefs)
     for strides in ((35, 1), (51, 1), (1, 24)):
         memory = nan(4000, dtype=dtype)
@@ -175,7 +175,7 @@ def test_column_sums(kernels, dtype, rows, classes):
     labels = torch.zeros(rows, dtype=torch.int64)
     if rows > 2:
         labels[1], values[1] = -100, math.nan
-    coefs, sums = nan(9, rows, dtype=helpers.acc(dtype)), nan(classes, dtype=torch.float64)
+    coefs, sums = nan(10, rows, dtype=helpers.acc(dtype)), nan(classes, dtype=torch.float64)
     row_loss(kernels, EXPRESSIONS["ce"], values, labels, reduction="none", coefs=coefs)
     kernels.column_sums(
         CODES[dtype], (rows, classes, 1), values.data_ptr(), (classes, 1, 0), coefs.data_ptr(), sums.data_ptr()
