@@ -295,8 +295,8 @@ def truth(logits, target, terms, **keywords):
     exact_loss, exact_grad = oracle.loss_and_grad(logits, target, terms, **keywords)
     plain_loss, plain_grad = oracle.loss_and_grad(logits, target, terms, dtype=torch.float32, **keywords)
     digits = 2.0**-23 if logits.dtype == torch.float64 else 1.0
-    grad_error = digits * oracle.as_rows((plain_grad.double() - exact_grad).abs()).amax(1, keepdim=True)
-    loss_error = digits * (plain_loss.double() - exact_loss).abs()
+    grad_error = digits * oracle.as_rows((plain_grad.double() - exact_grad).abs()).amax(1, keepdim=True).nan_to_num(0)
+    loss_error = digits * (plain_loss.double() - exact_loss).abs().nan_to_num(0)
     classes, factors = oracle.as_rows(logits).shape[1], row_factors(target, **keywords)
     magnitude = largest_gradient(freeze(terms), classes, keywords.get("min_prob", 1e-7)) * factors.view(-1, 1)
     if keywords.get("entropy_weight"):

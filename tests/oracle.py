@@ -92,19 +92,22 @@ def sum_of_terms(z, y, terms, min_prob):
 
 
 def row_losses(z, y, terms, min_prob=1e-7):
-    """z (N, K), y (N,) valid labels.  A class at -inf does not exist: the row is computed over the classes that do."""
+    """z (N, K), y (N,) valid labels.  A class at -inf does not exist: such a row is computed over the classes that do."""
     masked = (z.detach() == -math.inf).any(1)
     if not masked.any():
         return sum_of_terms(z, y, terms, min_prob)
-    rows = []
-    for row, label in zip(z, y):
-        exists = row.detach() != -math.inf
-        if exists[label]:
-            new_label = exists[:label].sum().view(1)
-            rows.append(sum_of_terms(row[exists].view(1, -1), new_label, terms, min_prob).view(()))
+    rows = {}
+    whole = (~masked).nonzero().flatten()
+    if len(whole):
+        rows.update(zip(whole.tolist(), sum_of_terms(z[whole], y[whole], terms, min_prob)))
+    for i in masked.nonzero().flatten().tolist():
+        exists = z[i].detach() != -math.inf
+        if exists[y[i]]:
+            label = exists[: y[i]].sum().view(1)
+            rows[i] = sum_of_terms(z[i][exists].view(1, -1), label, terms, min_prob).view(())
         else:
-            rows.append((row[label].detach() * 0).view(()))  # the target itself does not exist: NaN
-    return torch.stack(rows)
+            rows[i] = (z[i, y[i]].detach() * 0).view(())  # the target itself does not exist: NaN
+    return torch.stack([rows[i] for i in range(len(z))])
 
 
 def batch_entropy(z):

@@ -1,0 +1,97 @@
+"""Error against float64: never above plain PyTorch's in float32 by more than a stated margin, over many rows of a kind.
+
+The margin: the largest error of a gradient may exceed plain PyTorch's largest by 5 ulps of the largest gradient, and the
+root mean square by half an ulp.  A loss is good to 1e-6 of itself, or as good as plain PyTorch's; NNCE and NNFL, which
+are 1 minus a ratio, to 2 ulps of 1.
+"""
+
+from functools import lru_cache
+
+import helpers
+import oracle
+import pytest
+import torch
+from helpers import EXPRESSIONS, REPRESENTATIVE
+
+KINDS = ("normal", "peaked", "wrong", "uniform", "high", "low", "narrow", "mixed", "wide")
+ULP = 2.0**-23
+
+
+@lru_cache(maxsize=64)
+def many(kind, classes, rows=96):
+    parts = [helpers.rows_of_every_kind(classes, torch.float32, 100 + i, (kind,)) for i in range(rows)]
+    return torch.cat([values for values, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+@lru_cache(maxsize=2048)
+def exact_and_plain(kind, classes, name):
+    values, labels = many(kind, classes)
+    exact = oracle.loss_and_grad(values, labels, EXPRESSIONS[name], reduction="none")
+    plain = oracle.loss_and_grad(values, labels, EXPRESSIONS[name], dtype=torch.float32, reduction="none")
+    return exact, [x.double() for x in plain]
+
+
+def rms(x):
+    return x.square().mean().sqrt()
+
+
+def compare(name, classes, backend):
+    terms = EXPRESSIONS[name]
+    criteria = helpers.expression(terms), helpers.row_loss_expression(terms)
+    ones = sum(abs(coefficient) for coefficient, term, _ in terms if term in ("nnce", "nnfl"))
+    for kind in KINDS:
+        values, labels = many(kind, classes)
+        (loss64, grad64), (plain_loss, plain_grad) = exact_and_plain(kind, classes, name)
+        ulp = ULP * grad64.abs().max()
+        plain_error = (plain_grad - grad64).abs().nan_to_num(0)  # GCE in plain PyTorch is NaN once p_y underflows
+        for criterion in criteria:
+            # one pass, and by way of coefficients or statistics
+            _, grad = helpers.calculate(
+                values, labels, criterion, reduction="sum", recompute=False, backend=backend.name
+            )
+            loss, later = helpers.calculate(values, labels, criterion, reduction="none", backend=backend.name)
+            for made in (grad, later):
+                error = (made.double() - grad64).abs()
+                assert error.max() <= plain_error.max() + 5 * ulp, (kind, classes, criterion)
+                assert rms(error) <= rms(plain_error) + 0.5 * ulp, (kind, classes, criterion)
+            allowed = (
+                torch.maximum(1e-6 * loss64.abs(), (plain_loss - loss64).abs().nan_to_num(0).max()) + 2 * ULP * ones
+            )
+            assert ((loss.double() - loss64).abs() <= allowed).all(), (kind, classes, criterion)
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_never_worse_than_plain_pytorch(fused, name):
+    compare(name, 10, fused)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_never_worse_than_plain_pytorch_with_many_classes(fused, name):
+    compare(name, 1003, fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=helpers.dtype_id)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_half_precision_computes_in_float32(fused, name, dtype):
+    """Loss to 1e-6, gradient to half an ulp of its own dtype: what plain PyTorch loses in half precision is not lost."""
+    values, labels = many("normal", 10)
+    values = values.to(dtype)
+    terms = EXPRESSIONS[name]
+    exact, exact_grad = oracle.loss_and_grad(values, labels, terms, reduction="none")
+    plain, plain_grad = oracle.loss_and_grad(values, labels, terms, dtype=dtype, reduction="none")
+    loss, grad = helpers.calculate(values, labels, helpers.expression(terms), reduction="none", backend=fused.name)
+    assert ((loss - exact).abs() <= 1e-6 * exact.abs()).all()
+    assert ((grad.double() - exact_grad).abs() <= 1.01 * helpers.EPS[dtype] * exact_grad.abs() + 1e-7).all()
+    assert (plain.double() - exact).abs().max() > 100 * (loss - exact).abs().max()
+    assert (plain_grad.double() - exact_grad).abs().max() > (grad.double() - exact_grad).abs().max()
+
+
+def test_float64_is_float64(fused):
+    for name in EXPRESSIONS:
+        values, labels = helpers.rows_of_every_kind(37, torch.float64, 3, ("normal", "narrow", "uniform"))
+        exact, exact_grad = oracle.loss_and_grad(values, labels, EXPRESSIONS[name], reduction="none")
+        loss, grad = helpers.calculate(
+            values, labels, helpers.expression(EXPRESSIONS[name]), reduction="none", backend=fused.name
+        )
+        torch.testing.assert_close(loss, exact, rtol=1e-14, atol=0)
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-13, atol=1e-16)
