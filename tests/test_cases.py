@@ -12,6 +12,8 @@ from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, calculate, dtype_id, ex
 import anl_kernels as ak
 
 SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
+ALL = pytest.mark.parametrize("name", EXPRESSIONS)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 ANL_CE = EXPRESSIONS["anl_ce"]
 
 
@@ -376,6 +378,23 @@ def test_only_two_classes_left(backend):
         assert grad.count_nonzero() <= 2
 
 
+@ALL
+@EVERY_DTYPE
+def test_masks_of_the_lowest_number(backend, name, dtype):
+    """masked_fill(mask, finfo.min), as many write it: the class exists, its p is 0, and nothing overflows into NaN."""
+    logits = logits_of(6, 40, dtype=dtype)
+    target = torch.tensor([0, 3, 6, 9, 12, 15])
+    logits[:, 20:] = torch.finfo(dtype).min
+    logits[1, 22:] = -torch.inf
+    for keywords in (dict(), dict(recompute=True), dict(reduction="none")):
+        for criterion in (expression(EXPRESSIONS[name]), helpers.row_loss_expression(EXPRESSIONS[name])):
+            loss, grad = calculate(logits, target, criterion, backend=backend.name, **keywords)
+            assert loss.isfinite().all()
+            assert grad.isfinite().all()
+    if name in ("ce", "fl", "mae", "gce", "agce", "aul", "ael"):  # these see no more than p_y
+        helpers.check(logits, target, EXPRESSIONS[name], backend=backend.name)
+
+
 # ---- expanded logits
 
 
@@ -386,6 +405,9 @@ def test_expanded_rows(backend):
     expected = calculate(logits.clone(), target, expression(ANL_CE), backend=backend.name)
     result = calculate(logits, target, expression(ANL_CE), backend=backend.name)
     assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+    column = torch.randn(5, 1, generator=helpers.generator(0))  # one number for all classes of a row
+    for name in EXPRESSIONS:
+        helpers.check(column.expand(5, 40), target, EXPRESSIONS[name], backend=backend.name)
     before = row.clone()
     if not backend.fused:
         return

@@ -140,6 +140,7 @@ def test_thousands_of_classes(backend, name, dtype, layout):
 @SOME
 def test_few_long_rows(backend, name, dtype, classes):
     """So few that each is split over the threads; the clamp cuts through one row and spares the other."""
+    torch.set_num_threads(2)
     values, labels = helpers.rows_of_every_kind(classes, dtype, kinds=("normal", "mixed", "wrong"))
     for mode in ("forward", "recompute"):
         loss, grad = run(values, labels, name, mode, backend)
@@ -158,6 +159,7 @@ def test_one_row(backend, name, mode):
     """(K,) with a label without dimensions, and (1, K), short and long."""
     if mode not in modes(backend):
         pytest.skip("the reference keeps the logits")
+    torch.set_num_threads(2)
     for classes in (2, 10, 1001, 200_003):
         for kind in ("normal", "mixed"):
             values, labels = helpers.rows_of_every_kind(classes, torch.float32, kinds=(kind,))
@@ -206,6 +208,50 @@ def test_around_the_clamp(backend, name, dtype):
                         recompute=recompute,
                         backend=backend.name,
                     )
+
+
+SEGMENTS = {  # what a stretch of classes looks like beside the row's largest, 0
+    "top": lambda n, g: -torch.rand(n, generator=g, dtype=torch.float64),
+    "above": lambda n, g: -6 - torch.rand(n, generator=g, dtype=torch.float64),
+    "mixed": lambda n, g: -2 - 30 * torch.rand(n, generator=g, dtype=torch.float64),
+    "below": lambda n, g: -40 - 5 * torch.rand(n, generator=g, dtype=torch.float64),
+    "gone": lambda n, g: torch.full((n,), -math.inf, dtype=torch.float64),
+}
+
+
+def rows_of_segments(orders, length, dtype, min_prob):
+    g = helpers.generator(length)
+    rows, labels = [], []
+    for order in orders:
+        parts = [SEGMENTS[kind](length, g) for kind in order]
+        rows.append(torch.cat(parts))
+        choices = rows[-1].isfinite().nonzero().flatten()
+        labels.append(choices[int(torch.randint(len(choices), (), generator=g))])
+    return helpers.away_from_clamp(torch.stack(rows).to(dtype), min_prob), torch.stack(labels)
+
+
+ORDERS = [
+    ("top", "above", "mixed", "below", "gone"),
+    ("gone", "below", "mixed", "above", "top"),
+    ("below", "top", "gone", "mixed", "above"),
+    ("mixed", "gone", "gone", "top", "below"),
+    ("above", "above", "top", "above", "above"),
+    ("below", "below", "below", "below", "top"),
+]
+
+
+@SOME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("length", [700, 2048, 2311])
+def test_stretches_above_and_below_the_clamp(backend, name, dtype, length):
+    """A kernel may take a stretch of classes wholly on one side of the clamp, or wholly masked, by a shorter way."""
+    for min_prob in (1e-7, 1e-6):
+        values, labels = rows_of_segments(ORDERS, length, dtype, min_prob)
+        true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="sum", min_prob=min_prob)
+        for criterion in (helpers.expression(EXPRESSIONS[name]), helpers.row_loss_expression(EXPRESSIONS[name])):
+            for recompute in (False, True):
+                keywords = dict(reduction="sum", min_prob=min_prob, recompute=recompute, backend=backend.name)
+                helpers.assert_as_accurate(*helpers.calculate(values, labels, criterion, **keywords), labels, true)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 3.0])

@@ -174,7 +174,7 @@ def test_only_the_statistics_asked_for(kernels, needs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (24, 35), (1000, 17), (3, 5000)])
+@pytest.mark.parametrize(("rows", "classes"), [(1, 2), (24, 35), (1000, 17), (1000, 70), (200, 4500), (3, 5000)])
 def test_column_sums(kernels, dtype, rows, classes):
     values = torch.randn(rows, classes, generator=helpers.generator(0)).mul(3).to(dtype)
     labels = torch.zeros(rows, dtype=torch.int64)
