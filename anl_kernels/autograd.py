@@ -73,12 +73,17 @@ class FusedLoss(Function):
         loss = kernels.row_loss(call, logits, target, weight, grad, None)
         if call.inplace:
             torch.autograd.graph.increment_version(logits)
+            ctx.version = grad._version  # grad is a view of the logits
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         grad = ctx.grad
         if grad is not None:
+            if ctx.call.inplace and grad._version != ctx.version:
+                raise RuntimeError(
+                    "the logits were written to after the loss, with inplace=True, had put their gradient there"
+                )
             keep = _keeps_graph()
             if not keep:  # no reference is left here: autograd may take the memory as the leaf's .grad
                 ctx.grad = None
