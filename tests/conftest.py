@@ -1,4 +1,7 @@
-"""Backends as a fixture: every one that can run here, the CPU's once for each instruction set; fresh memory poisoned with NaN."""
+"""Backends as a fixture: every one that can run here, the CPU's once for each instruction set.
+
+Fresh memory is full of NaN while a test runs (poison).
+"""
 
 import importlib.util
 import os
@@ -9,17 +12,20 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
-# A backend joins the conformance suite by its name here: (id, device, instruction set).
-CANDIDATES = [
-    ("reference", "cpu", None),
-    *((f"cpu-{isa}", "cpu", isa) for isa in CPU_ISAS),
-]
+# A backend joins the conformance suite by its name here (and in helpers.DEVICES its device): (id, instruction set).
+CANDIDATES = [("reference", None), *((f"cpu-{isa}", isa) for isa in CPU_ISAS)]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA or AMD GPU")
     config.addinivalue_line("markers", "slow: several seconds, or gigabytes of memory")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
+
+
+def pytest_report_header():
+    import anl_kernels
+
+    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, backends: {', '.join(map(repr, BACKENDS))}"
 
 
 def pytest_collection_modifyitems(items):
@@ -53,8 +59,8 @@ def runnable_isas():
 class Backend:
     """What a test needs to know of a backend: its name for `backend=`, and what only some of them do."""
 
-    def __init__(self, identity, device, isa):
-        self.identity, self.device, self.isa = identity, device, isa
+    def __init__(self, identity, isa):
+        self.identity, self.isa = identity, isa
         self.name = identity.split("-")[0]
         self.fused = self.name != "reference"
 
@@ -66,7 +72,7 @@ def backends():
     import anl_kernels
 
     available, isas = {b.name for b in anl_kernels.backends() if b.available}, runnable_isas()
-    found = [Backend(*candidate) for candidate in CANDIDATES if candidate[2] is None or candidate[2] in isas]
+    found = [Backend(*candidate) for candidate in CANDIDATES if candidate[1] is None or candidate[1] in isas]
     return [backend for backend in found if backend.name in available]
 
 

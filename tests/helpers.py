@@ -227,16 +227,33 @@ def acc(dtype):
 
 
 def calculate(logits, target, criterion, grad_output=None, leaf=True, **keywords):
-    """(loss, gradient) of the package; leaf=False puts an alias between, for what may not be done to a leaf."""
+    """(loss, gradient) of the package; leaf=False puts an alias between, for what may not be done to a leaf.
+
+    Tensors go to the backend's device, in the layout they have, and the results come back.
+    """
     import anl_kernels as ak
 
-    logits = logits.detach().requires_grad_()
+    device = DEVICES.get(keywords.get("backend"), "cpu")
+    logits = moved(logits.detach(), device).requires_grad_()
+    keywords = {k: moved(v, device) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     given = logits if leaf else Alias.apply(logits)
-    loss = ak.robust_loss(given, target, criterion, **keywords)
-    seed = torch.ones_like(loss) if grad_output is None else grad_output
+    loss = ak.robust_loss(given, moved(target, device), criterion, **keywords)
+    seed = torch.ones_like(loss) if grad_output is None else moved(grad_output, device)
     (grad,) = torch.autograd.grad(loss, logits, seed)
     assert grad.dtype == logits.dtype and grad.shape == logits.shape
-    return loss.detach(), grad
+    return loss.detach().cpu(), grad.cpu()
+
+
+DEVICES = {"cuda": "cuda", "triton": "cuda"}  # where a backend's tensors live, if not on the CPU
+
+
+def moved(tensor, device):
+    """The same view of a copy of the storage: strides, overlaps and what lies around it included."""
+    if device == "cpu":
+        return tensor
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.as_strided((elements,), (1,), 0).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class Alias(torch.autograd.Function):
@@ -267,7 +284,7 @@ CANCELLED = 32  # and half ulps of the largest gradient the loss ever has: what 
 
 
 class Truth(NamedTuple):
-    """The oracle's float64 loss and gradient, and how far off plain PyTorch is in the arithmetic of the logits' dtype."""
+    """The oracle's float64 loss and gradient, and how far off plain PyTorch is in the arithmetic of the package."""
 
     loss: torch.Tensor
     grad: torch.Tensor
@@ -313,7 +330,7 @@ def freeze(terms):
 
 @lru_cache(maxsize=4096)
 def largest_gradient(frozen, classes, min_prob):
-    """The largest derivative of a row's loss on rows that matter: nothing known yet, and a tie of the target with one other."""
+    """The largest derivative of a row's loss where it matters: nothing known yet, or the target tied with another."""
     z = torch.zeros(3, classes, dtype=torch.float64)
     z[1, :2] = math.log(classes)
     z[2, :2] = math.log(classes) + 3
@@ -340,8 +357,8 @@ def row_factors(target, *, grad_output=None, weight=None, ignore_index=-100, red
 def assert_as_accurate(loss, grad, target, true, scaled=0.0):
     """loss and grad against float64; the margin is plain PyTorch's own error, and a few roundings.
 
-    For half precision the arithmetic is float32's, and the gradient is rounded once: half an ulp.  scaled: it was rounded
-    before it was multiplied by that, and once more after.
+    For half precision the arithmetic is float32's, and the gradient is rounded once: half an ulp. scaled: it was
+    rounded before it was multiplied by that, and once more after.
     """
     assert loss.dtype == true.dtype
     check_loss(loss, true)

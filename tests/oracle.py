@@ -1,8 +1,9 @@
 """The papers' losses, written literally in plain PyTorch; shares nothing with the package it judges.
 
-A loss here is a sum of terms, `((coefficient, name, parameters), ...)`, computed row by row as its paper states it, in the dtype
-of the logits: float64 is the truth, and the same text in float32 is "plain PyTorch", whose error the kernels must not exceed.
-Gradients come from autograd.  `exact` repeats the formulas in mpmath, for rows where float64 itself cancels (p_y -> 1).
+A loss here is a sum of terms, `((coefficient, name, parameters), ...)`, computed row by row as its paper states it, in
+the dtype of the logits: float64 is the truth, and the same text in float32 is "plain PyTorch", whose error the kernels
+must not exceed. Gradients come from autograd. `exact` repeats the formulas in mpmath, for rows where float64 itself
+cancels (p_y -> 1).
 """
 
 import math
@@ -92,7 +93,7 @@ def sum_of_terms(z, y, terms, min_prob):
 
 
 def row_losses(z, y, terms, min_prob=1e-7):
-    """z (N, K), y (N,) valid labels.  A class at -inf does not exist: such a row is computed over the classes that do."""
+    """z (N, K), y (N,) valid labels. A class at -inf does not exist: such a row is computed over those that do."""
     masked = (z.detach() == -math.inf).any(1)
     if not masked.any():
         return sum_of_terms(z, y, terms, min_prob)

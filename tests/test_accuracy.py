@@ -1,6 +1,6 @@
 """Error against float64: never above plain PyTorch's in float32 by more than a stated margin, over many rows of a kind.
 
-The margin: the largest error of a gradient may exceed plain PyTorch's largest by 5 ulps of the largest gradient, and the
+The margin: the largest error of a gradient may exceed plain PyTorch's by 5 ulps of the largest gradient, and the
 root mean square by half an ulp.  A loss is good to 1e-6 of itself, or as good as plain PyTorch's; NNCE and NNFL, which
 are 1 minus a ratio, to 2 ulps of 1.
 """
@@ -73,7 +73,7 @@ def test_never_worse_than_plain_pytorch_with_many_classes(fused, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=helpers.dtype_id)
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_half_precision_computes_in_float32(fused, name, dtype):
-    """Loss to 1e-6, gradient to half an ulp of its own dtype: what plain PyTorch loses in half precision is not lost."""
+    """Loss to 1e-6, gradient to half an ulp of its own dtype: not what half precision would lose."""
     values, labels = many("normal", 10)
     values = values.to(dtype)
     terms = EXPRESSIONS[name]

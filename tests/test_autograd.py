@@ -55,7 +55,7 @@ def test_a_zero_grad_output_is_a_zero_gradient(backend):
 
 
 def test_gradscaler_saves_small_gradients(backend):
-    """65536 rows in float16: a gradient of 1e-9 is 0, but times 2^16 it is not. The scale enters before the rounding."""
+    """65536 rows in float16: a gradient of 1e-9 is 0, times 2^16 it is not. The scale enters before the rounding."""
     rows, classes, scale = 65536, 4, 65536.0
     logits = torch.randn(rows, classes, generator=helpers.generator(0)).half()
     target = torch.randint(classes, (rows,), generator=helpers.generator(1))
@@ -134,7 +134,7 @@ def test_backward_twice(backend, recompute, keywords, dtype):
         torch.testing.assert_close(
             grad.float(), grads[0].float() * factor, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6
         )
-    with pytest.raises(RuntimeError, match="second time|freed"):
+    with pytest.raises(RuntimeError, match=r"second time|freed"):
         torch.autograd.grad(loss, logits, seeds[0])
 
 
@@ -230,6 +230,15 @@ def test_inplace_is_noticed_by_whoever_saved_the_logits(fused):
     hidden = leaf.nan_to_num().exp()  # exp saves its result
     loss = ak.anl_ce(hidden, labels, inplace=True, backend=fused.name)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_notices_a_later_write_to_the_logits(fused):
+    leaf = torch.randn(6, 9, requires_grad=True)
+    hidden = leaf + 1
+    loss = ak.anl_ce(hidden, torch.arange(6), inplace=True, backend=fused.name)
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="written to after the loss"):
         loss.backward()
 
 
@@ -389,7 +398,7 @@ def test_func_jacrev(one_backend):
 
 
 def test_autocast(one_backend):
-    """Under autocast the half-precision logits of a layer are taken as they are: loss float32, gradients the parameters'."""
+    """Half-precision logits of a layer are taken as they are: the loss is float32, the gradients the parameters'."""
     layer, x, labels = torch.nn.Linear(5, 7), torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 5])
     with torch.autocast("cpu", torch.bfloat16):
         logits = layer(x)

@@ -179,7 +179,7 @@ def test_ignore_index(backend, name, dtype, ignored, reduction):
 
 
 def test_ignore_index_out_of_the_labels_range(backend):
-    """-100 can be no uint8, and 256 neither: then no row is ignored, and 156 (= -100 mod 256) is a bad label, not an ignored one."""
+    """-100 is no uint8, nor is 256: then no row is ignored, and 156 (-100 mod 256) is a label like another."""
     target = torch.tensor([0, 156], dtype=torch.uint8)
     with pytest.raises(IndexError):
         ak.anl_ce(torch.randn(2, 6), target, backend=backend.name)

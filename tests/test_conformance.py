@@ -1,6 +1,6 @@
 """Every loss x backend x layout x dtype against the papers' formulas in float64: values and gradients.
 
-The error may not exceed plain PyTorch's in the same arithmetic by more than a few roundings (helpers.assert_as_accurate).
+The error may not exceed plain PyTorch's by more than a few roundings (helpers.assert_as_accurate).
 `torch.empty` is full of NaN while these run (conftest.poison), and so is all memory around the views.
 """
 
@@ -186,7 +186,7 @@ def test_every_alignment_of_a_row(backend, name, dtype):
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_around_the_clamp(backend, name, dtype):
-    """Rows wholly above it (the closed form), rows it cuts through, rows with all but one class below; several clamps."""
+    """Rows wholly above it (the closed form), rows it cuts through, all but one class below; several clamps."""
     spreads = (0.3, 3.0, 8.0, 40.0, 300.0)
     for min_prob in (1e-3, 1e-7, 1e-12):
         for classes in (10, 129):

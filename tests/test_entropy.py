@@ -2,7 +2,6 @@
 
 import os
 
-import anl_kernels as ak
 import helpers
 import oracle
 import pytest
@@ -10,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import DTYPES, EXPRESSIONS, calculate, dtype_id, expression
+
+import anl_kernels as ak
 
 ANL_CE = EXPRESSIONS["anl_ce"]
 
@@ -66,9 +67,9 @@ def test_entropy_without_rows(backend):
     logits, target = torch.randn(3, 4), torch.full((3,), -100)
     mean, grad = calculate(logits, target, expression(ANL_CE), entropy_weight=1.0, backend=backend.name)
     assert mean.isnan() and (grad == 0).all()
-    for logits, target in ((logits, target), (logits[:0], target[:0])):
+    for rows in (3, 0):
         loss, grad = calculate(
-            logits, target, expression(ANL_CE), entropy_weight=1.0, reduction="sum", backend=backend.name
+            logits[:rows], target[:rows], expression(ANL_CE), entropy_weight=1.0, reduction="sum", backend=backend.name
         )
         assert loss == 0 and (grad == 0).all()
 

@@ -2,10 +2,11 @@
 
 import logging
 
-import anl_kernels as ak
 import helpers
 import pytest
 import torch
+
+import anl_kernels as ak
 from anl_kernels import layout
 
 

@@ -1,12 +1,14 @@
-"""The command line: `info` and `check` run and say what they should."""
+"""`python -m anl_kernels` as it is typed; what the commands do is in test_cli.py."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import anl_kernels as ak
 import pytest
+
+import anl_kernels as ak
+from anl_kernels.__main__ import main
 
 
 def run(*arguments, **environment):
@@ -15,23 +17,19 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=300)
 
 
-def test_info_names_every_backend():
-    result = run("info")
+def test_info_names_every_backend_and_the_instruction_set():
+    result = run("info", ANL_KERNELS_CPU_ISA="baseline")
     assert result.returncode == 0, result.stderr
     for backend in ak.backends():
         assert backend.name in result.stdout
         assert backend.reason in result.stdout
+        if backend.name == "cpu" and backend.available:
+            assert "baseline" in result.stdout
     assert ak.__version__ in result.stdout
-
-
-def test_info_names_the_instruction_set(cpu):
-    assert cpu.info()["isa"] in run("info").stdout
-    assert "baseline" in run("info", ANL_KERNELS_CPU_ISA="baseline").stdout
 
 
 @pytest.mark.slow
 def test_check_passes():
-    pytest.importorskip("tabulate")
     result = run("check")
     assert result.returncode == 0, result.stdout + result.stderr
     for backend in ak.backends():
@@ -39,8 +37,9 @@ def test_check_passes():
             assert backend.name in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("nothing",), ("info", "--nothing")], ids=str)
-def test_wrong_arguments(arguments):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert "usage" in result.stderr
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--nothing"]], ids=str)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage" in capsys.readouterr().err

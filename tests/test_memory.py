@@ -3,13 +3,14 @@
 import os
 import re
 
-import anl_kernels as ak
 import helpers
 import pytest
 import torch
 from helpers import EXPRESSIONS, expression
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import anl_kernels as ak
 
 pytestmark = pytest.mark.unpoisoned
 ROWS, CLASSES = 4000, 4001

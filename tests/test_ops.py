@@ -1,11 +1,12 @@
 """torch.compile and the operators it sees: one graph, the same numbers, opcheck."""
 
-import anl_kernels as ak
 import helpers
 import pytest
 import torch
-from anl_kernels import ops
 from helpers import EXPRESSIONS, expression
+
+import anl_kernels as ak
+from anl_kernels import ops
 
 pytestmark = pytest.mark.unpoisoned
 CASES = {
@@ -77,7 +78,7 @@ def test_compiled_row_loss(one_fused):
 
 @pytest.mark.slow
 def test_compiled_by_inductor(one_fused):
-    """The compiler people use, around a layer; gradients of its weights. Nothing of an earlier run is taken from its cache."""
+    """The compiler people use, around a layer; gradients of its weights. Nothing comes from an earlier run's cache."""
     g = helpers.generator(1)
     x, weight, target = torch.randn(7, 5, generator=g), torch.randn(33, 5, generator=g), problem()[1]
 

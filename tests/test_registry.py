@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import anl_kernels as ak
 import pytest
 import torch
+
+import anl_kernels as ak
 
 LOGITS, TARGET = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
 AVAILABLE = {b.name for b in ak.backends() if b.available}
@@ -25,6 +26,12 @@ def test_list_of_backends():
     for backend in found:
         assert backend.reason, backend.name
     assert "reference" in AVAILABLE
+
+
+def test_the_compiled_module_is_there():
+    """Without it most of these tests would be skipped: that must be meant."""
+    if os.environ.get("ANL_KERNELS_NO_EXT", "") in ("", "0"):
+        assert "cpu" in AVAILABLE, f"in {ak.__file__}: {[b for b in ak.backends() if b.name == 'cpu']}"
 
 
 def test_a_built_module_is_used(cpu):
@@ -205,8 +212,8 @@ def test_every_public_name_exists_and_is_documented():
     for name in ak.__all__:
         assert getattr(ak, name).__doc__, name
     promised = (
-        "anl_ce anl_fl nce nnce nfl nnfl cross_entropy focal mae rce sce gce agce aul ael robust_loss l1_penalty backends "
-        "CE NCE NNCE FL NFL NNFL MAE RCE GCE AGCE AUL AEL RowLoss ANLCELoss ANLFLLoss RobustLoss"
+        "anl_ce anl_fl nce nnce nfl nnfl cross_entropy focal mae rce sce gce agce aul ael robust_loss l1_penalty "
+        "backends CE NCE NNCE FL NFL NNFL MAE RCE GCE AGCE AUL AEL RowLoss ANLCELoss ANLFLLoss RobustLoss"
     )
     assert set(promised.split()) <= set(ak.__all__)
 

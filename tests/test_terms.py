@@ -76,8 +76,8 @@ def test_what_a_loss_sees(one_backend):
     y = torch.randint(11, (6,), generator=helpers.generator(1))
     z[2, (y[2] + 1) % 11] = -torch.inf
     gamma, min_prob, seen = 0.8, 1e-4, {}
-    names = "lse target_logit neg_log_sum above_sum above_mass focal_sum focal_above_sum target_log_prob target_prob above_count"
-    names = [*names.split(), "target_above", "num_classes", "log_floor"]
+    names = "lse target_logit neg_log_sum above_sum above_mass focal_sum focal_above_sum target_log_prob target_prob"
+    names = [*names.split(), "above_count", "target_above", "num_classes", "log_floor"]
 
     def spy(s):
         seen.update({name: torch.as_tensor(getattr(s, name), dtype=torch.float64).detach() for name in names})

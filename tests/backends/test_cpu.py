@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import anl_kernels as ak
 import helpers
 import oracle
 import pytest
 import torch
-from anl_kernels.backends import cpu as adapter
 from helpers import DTYPES, EXPRESSIONS, dtype_id
+
+import anl_kernels as ak
+from anl_kernels.backends import cpu as adapter
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TARGET_CODES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
@@ -73,7 +74,8 @@ def row_grad(kernels, terms, logits, target, grad, coefs, grad_output, step):
     p = program(kernels, terms)
     gammas = {q["gamma"] for _, _, q in terms if "gamma" in q} or {0.0}
     kernels.row_grad(
-        CODES[logits.dtype], (*logits.shape, 1), logits.data_ptr(), (*logits.stride(), 0), grad.data_ptr(), (*grad.stride(), 0),
+        CODES[logits.dtype], (*logits.shape, 1), logits.data_ptr(), (*logits.stride(), 0),
+        grad.data_ptr(), (*grad.stride(), 0),
         target.data_ptr(), TARGET_CODES[target.dtype], 1e-7, gammas.pop(), p.needs, coefs.data_ptr(),
         grad_output.data_ptr(), step, 0, 0, False,
     )  # fmt: skip
@@ -161,7 +163,8 @@ def test_only_the_statistics_asked_for(kernels, needs):
     for asked in (needs, ALL_STATISTICS):
         table = torch.zeros(13, len(labels), dtype=torch.float64)
         kernels.row_stats(
-            0, (len(labels), 20, 1), values.data_ptr(), (20, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.5, asked, table.data_ptr()
+            0, (len(labels), 20, 1), values.data_ptr(), (20, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.5, asked,
+            table.data_ptr(),
         )  # fmt: skip
         tables.append(table)
     fields = {1: (5, 7), 2: (6,), 4: (8, 9), 8: (10, 11)}
@@ -252,10 +255,13 @@ def test_the_module_loads_without_torch(cpu):
         "if os.path.exists('/proc/self/maps'):\n"
         "    text = open('/proc/self/maps').read()\n"
         "    assert 'torch' not in text.replace(module.__file__, '') and 'libc10' not in text\n"
-        "z, y, g, l = array.array('f', [0.0] * 8), array.array('q', [0, 1]), array.array('f', [7.0] * 8), array.array('f', [7.0])\n"
+        "z, g = array.array('f', [0.0] * 8), array.array('f', [7.0] * 8)\n"
+        "y, l = array.array('q', [0, 1]), array.array('f', [7.0])\n"
         "address = lambda a: a.buffer_info()[0]\n"
         "program = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0)\n"
-        "bad = module.row_loss(program, 0, (2, 4, 1), address(z), (4, 1, 0), address(g), (4, 1, 0), address(y), 0, -100, 0, 1, address(l), 0, False)\n"
+        "z_view, g_view = (address(z), (4, 1, 0)), (address(g), (4, 1, 0))\n"
+        "rest = address(y), 0, -100, 0, 1, address(l), 0, False\n"
+        "bad = module.row_loss(program, 0, (2, 4, 1), *z_view, *g_view, *rest)\n"
         "assert bad == -1 and abs(l[0] - math.log(4)) < 1e-6, l\n"
         "assert abs(g[0] + 0.375) < 1e-6 and abs(g[1] - 0.125) < 1e-6, g\n"
         "print(module.info())\n"
@@ -312,7 +318,8 @@ for isa in {isas!r}:
                 weight = guarded(classes, torch.float32, at_end).fill_(1.0)
                 flat = memory.copy_(torch.linspace(-9, 9, elements))
                 for tensor in (flat.view(shape), flat.view(shape[0], *shape[2:], classes).movedim(-1, 1)):
-                    for keywords in (dict(weight=weight), dict(recompute=True), dict(reduction="none"), dict(entropy_weight=0.5)):
+                    knobs = [dict(weight=weight), dict(recompute=True), dict(reduction="none"), dict(entropy_weight=1.)]
+                    for keywords in knobs:
                         logits = tensor.detach().requires_grad_()
                         ak.anl_fl(logits, target, backend="cpu", **keywords).sum().backward()
                         cases += 1
