@@ -1,6 +1,6 @@
-"""Random calls of a `_cpu` built with AddressSanitizer and UndefinedBehaviorSanitizer: `python sanitized_calls.py FOLDER N`.
+"""Random calls of a `_cpu` built with AddressSanitizer and UBSan: `python sanitized_calls.py FOLDER N`.
 
-Every tensor has the exact size the kernels are told, so that one element too many is an error. Run by test_sanitizers.py.
+Every tensor has the exact size the kernels are told, so that one element too many is an error.
 """
 
 import random

@@ -6,6 +6,7 @@ import helpers
 import oracle
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, calculate, dtype_id, expression
 
 import anl_kernels as ak
@@ -422,3 +423,80 @@ def test_gradscaler(one_backend):
     true = oracle.loss(x.double() @ w64.t(), labels, ANL_CE)
     true.backward()
     torch.testing.assert_close(w.grad.double() / 2.0**14, w64.grad, rtol=2e-2, atol=2e-4)
+
+
+# ---- other ways in
+
+
+def test_a_parameter_as_logits(backend):
+    """nn.Parameter is a Tensor like another: same numbers, same errors."""
+    values, labels = helpers.rows_of_every_kind(9, torch.float32)
+    parameter = torch.nn.Parameter(values)
+    loss = ak.anl_ce(parameter, labels, backend=backend.name)
+    loss.backward()
+    expected = calculate(values, labels, expression(ANL_CE), backend=backend.name)
+    assert torch.equal(loss.detach(), expected[0]) and torch.equal(parameter.grad, expected[1])
+    with pytest.raises(IndexError):
+        ak.anl_ce(parameter, labels + 9, backend=backend.name)
+    if backend.fused:
+        with pytest.raises(ValueError, match="leaf"):
+            ak.anl_ce(parameter, labels, inplace=True, backend=backend.name)
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(reduction="none")], ids=str)
+def test_checkpoint(backend, keywords):
+    """Activation checkpointing runs the forward pass twice."""
+    values, labels = helpers.rows_of_every_kind(9, torch.float32)
+    grads = []
+    for checkpointed in (False, True):
+        weight = torch.ones(9, requires_grad=True)
+        function = lambda w: ak.anl_ce(values.nan_to_num() * w, labels, backend=backend.name, **keywords).sum()
+        if checkpointed:
+            loss = torch.utils.checkpoint.checkpoint(function, weight, use_reentrant=False)
+        else:
+            loss = function(weight)
+        loss.backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_saved_tensors_offloaded(backend):
+    values, labels = helpers.rows_of_every_kind(9, torch.float32)
+    _, expected = calculate(values, labels, expression(ANL_CE), recompute=True, backend=backend.name)
+    with torch.autograd.graph.save_on_cpu():
+        _, grad = calculate(values, labels, expression(ANL_CE), recompute=True, backend=backend.name)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(entropy_weight=0.5)], ids=str)
+def test_several_python_threads(fused, keywords):
+    """The kernels run without the interpreter's lock: calls side by side do not disturb each other."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    problems = [
+        (torch.randn(shape, generator=helpers.generator(i)) * 4, torch.randint(shape[1], shape[:1]))
+        for i, shape in enumerate([(300, 40), (64, 500), (1000, 10), (5, 9000), (1, 140_000), (200, 129)] * 3)
+    ]
+    run = lambda problem: calculate(*problem, expression(EXPRESSIONS["anl_fl"]), backend=fused.name, **keywords)
+    expected = [run(problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(run, problems), expected):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_changing_knobs_keeps_no_memory(one_fused):
+    """A schedule hands in a new number at every step: what a call remembers of its keywords must not grow with them."""
+    import gc
+
+    logits, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    criterion = ak.NCE() + ak.NNCE()
+
+    def run(steps, offset):
+        for i in range(steps):
+            ak.anl_ce(logits, target, alpha=1.0 + (offset + i) * 1e-6, backend=one_fused.name)
+            criterion(logits, target, min_prob=1e-7 + (offset + i) * 1e-12, backend=one_fused.name)
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = run(700, 0)
+    assert run(3000, 10_000) <= before + 3000

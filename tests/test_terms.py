@@ -136,6 +136,65 @@ def test_row_loss_with_focal_statistics_needs_a_gamma():
         ak.RowLoss(lambda s: s.focal_sum)(torch.randn(2, 3), torch.tensor([0, 1]))
 
 
+def test_a_row_loss_with_learned_parameters(one_backend):
+    """f may hold tensors that learn: their gradients come too."""
+    z, y = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 6])
+    sharpness = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    criterion = ak.RowLoss(lambda s: (1 - s.target_prob**sharpness) / sharpness)
+    logits = z.clone().requires_grad_()
+    criterion(logits, y, backend=one_backend.name).backward()
+    expected, by_q = z.clone().requires_grad_(), torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    ((1 - oracle.take(expected.softmax(1), y) ** by_q) / by_q).mean().backward()
+    torch.testing.assert_close(logits.grad, expected.grad)
+    torch.testing.assert_close(sharpness.grad, by_q.grad)
+
+
+def test_a_module_as_f_belongs_to_the_loss():
+    class Tempered(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, s):
+            return (1 - s.target_prob**self.q) / self.q
+
+    module = ak.RobustLoss(ak.NCE() + ak.RowLoss(Tempered()))
+    assert len(list(module.parameters())) == 1
+    module(torch.randn(3, 4), torch.tensor([0, 1, 2])).backward()
+    assert next(module.parameters()).grad.isfinite()
+
+
+def test_statistics_read_under_a_condition(one_fused):
+    """What f did not read when it was made is not computed: an error that says how to ask for it."""
+    logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+
+    def f(s, calls=[]):  # noqa: B006
+        calls.append(1)
+        return s.lse if len(calls) == 1 else s.lse + s.above_sum
+
+    with pytest.raises(RuntimeError, match="needs"):
+        ak.RowLoss(f)(logits, target, backend=one_fused.name)
+    named = ak.RowLoss(lambda s: s.lse + s.above_sum, needs=["lse", "above_sum"])
+    assert named(logits, target, backend=one_fused.name).isfinite()
+
+
+def test_unknown_statistics_are_named():
+    with pytest.raises(AttributeError, match="neg_log_sum"):
+        ak.RowLoss(lambda s: s.nothing)(torch.randn(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="nothing"):
+        ak.RowLoss(lambda s: s.lse, needs=["nothing"])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [lambda s: s.lse.sum(), lambda s: 1.0, lambda s: None, lambda s: s.lse.unsqueeze(0)],
+    ids=["sum", "number", "none", "shape"],
+)
+def test_a_row_loss_gives_one_number_a_row(one_backend, f):
+    with pytest.raises(ValueError, match="one number a row"):
+        ak.RowLoss(f)(torch.randn(2, 3), torch.tensor([0, 1]), backend=one_backend.name)
+
+
 # ---- the algebra
 
 
@@ -213,6 +272,10 @@ def test_only_numbers_scale():
         ak.NCE() * ak.NNCE()
     with pytest.raises(TypeError):
         "2" * ak.NCE()
+    with pytest.raises(TypeError):
+        ak.NCE() * torch.tensor(2.0)
+    with pytest.raises(TypeError):
+        torch.tensor(2.0) * ak.NCE()
 
 
 @pytest.mark.parametrize("wrong", [None, "anl_ce", lambda s: s.lse, 3.0], ids=str)
