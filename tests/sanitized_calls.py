@@ -1,6 +1,6 @@
 """Random calls of a `_cpu` built with AddressSanitizer and UBSan: `python sanitized_calls.py FOLDER N`.
 
-Every tensor has the exact size the kernels are told, so that one element too many is an error.
+Every tensor has the exact size the kernels are told: one element too many is an error. Run by test_sanitizers.py.
 """
 
 import random
