@@ -70,6 +70,26 @@ def test_never_worse_than_plain_pytorch_with_many_classes(fused, name):
     compare(name, 1003, fused)
 
 
+@pytest.mark.parametrize("classes", [10, 33, 1003, 20_000])
+@pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
+def test_entropy_never_worse_than_plain_pytorch(fused, classes, spread):
+    """The term alone, over rows as they come and transposed; its gradient is a difference of large numbers."""
+    rows = max(6, min(96, 60_000 // classes))
+    values = torch.randn(rows, classes, generator=helpers.generator(classes)) * spread
+    labels = torch.zeros(rows, dtype=torch.int64)
+    nothing = ((0.0, "ce", {}),)
+    loss64, grad64 = oracle.loss_and_grad(values, labels, nothing, entropy_weight=1.0)
+    plain_loss, plain_grad = oracle.loss_and_grad(values, labels, nothing, dtype=torch.float32, entropy_weight=1.0)
+    ulp, plain_error = ULP * grad64.abs().max(), (plain_grad.double() - grad64).abs()
+    for logits in (values, values.t().contiguous().t()):
+        knobs = dict(entropy_weight=1.0, backend=fused.name)
+        loss, grad = helpers.calculate(logits, labels, helpers.expression(nothing), **knobs)
+        error = (grad.double() - grad64).abs()
+        assert error.max() <= plain_error.max() + 2 * ulp
+        assert rms(error) <= rms(plain_error) + 0.1 * ulp
+        assert abs(loss - loss64) <= max(1e-6 * loss64.abs(), abs(plain_loss - loss64)) + 2 * ULP
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=helpers.dtype_id)
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_half_precision_computes_in_float32(fused, name, dtype):

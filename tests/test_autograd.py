@@ -277,10 +277,12 @@ def test_the_reference_does_not_write_in_place():
 # ---- gradcheck, and what the fused backends refuse
 
 
-@pytest.mark.parametrize("name", EXPRESSIONS)
+# The focal weight is detached, as in the authors' code: not the derivative of the value.
+DIFFERENTIABLE = [name for name, terms in EXPRESSIONS.items() if not any("gamma" in p for _, _, p in terms)]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(one_backend, name):
-    if any("gamma" in parameters for _, _, parameters in EXPRESSIONS[name]):
-        pytest.skip("the focal weight is detached, as in the authors' code: not the derivative of the value")
     logits = torch.randn(4, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()
     target = torch.tensor([0, 5, 2, -100])
     criterion = expression(EXPRESSIONS[name])
