@@ -371,13 +371,21 @@ def test_a_row_of_nan_harms_no_other(backend, name, layout):
 
 @ALL
 def test_a_target_that_does_not_exist_is_nan(backend, name):
-    logits = torch.randn(3, 7, generator=helpers.generator(0))
-    logits[1, 2] = -math.inf
-    loss, grad = helpers.calculate(
-        logits, torch.tensor([0, 2, 6]), helpers.expression(EXPRESSIONS[name]), reduction="none", backend=backend.name
-    )
-    assert loss.isnan().tolist() == [False, True, False]
-    assert grad[[0, 2]].isfinite().all()
+    """Few classes and many: other kernels, each with its own test for it."""
+    for classes in (7, 40, 5000):
+        logits = torch.randn(3, classes, generator=helpers.generator(0))
+        logits[1, 2] = -math.inf
+        target = torch.tensor([0, 2, 6])
+        for build in (helpers.expression, helpers.row_loss_expression):
+            criterion = build(EXPRESSIONS[name])
+            for recompute in (False, True):
+                total, grad = helpers.calculate(
+                    logits, target, criterion, reduction="sum", recompute=recompute, backend=backend.name
+                )
+                assert total.isnan()
+                assert grad[[0, 2]].isfinite().all()
+            loss, _ = helpers.calculate(logits, target, criterion, reduction="none", backend=backend.name)
+            assert loss.isnan().tolist() == [False, True, False]
 
 
 # ---- the same bits
