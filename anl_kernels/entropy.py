@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,8 +29,10 @@ def batch_entropy(sums: Tensor, count: Tensor, call) -> tuple[Tensor, Tensor, Te
         sums = shared + (all_reduced(sums, call.batch_group) - shared).detach()
         count = all_reduced(count, call.batch_group)
     q = sums / count
-    log_q = torch.where(q == 0, 1.0, q).log()  # a class without probability adds 0; NaN stays NaN
-    entropy = math.log(sums.shape[0]) + (q * log_q).sum()
+    # sum q log(K q) is R, without the digits that log K + sum q log q loses where R is small, and log(K q) serves as
+    # log q where a constant does not matter. A class without probability adds 0; NaN stays NaN.
+    log_q = torch.where(q == 0, 1.0, q * sums.shape[0]).log()
+    entropy = (q * log_q).sum()
     if call.reduction == "sum":
         entropy = torch.where(count > 0, entropy, 0.0)
     return entropy, log_q, count

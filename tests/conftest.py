@@ -17,6 +17,7 @@ CANDIDATES = [("reference", None), *((f"cpu-{isa}", isa) for isa in CPU_ISAS)]
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # small tensors; what needs threads asks for them
     config.addinivalue_line("markers", "gpu: needs an NVIDIA or AMD GPU")
     config.addinivalue_line("markers", "slow: several seconds, or gigabytes of memory")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
