@@ -90,6 +90,8 @@ struct Sweep {
     for_vectors(
         z, n, y,
         [&](int u, V v, int i) __attribute__((always_inline)) {
+          // What follows in memory, the next block or row, arrives while this one is computed.
+          __builtin_prefetch(z + n + i, 0, 2);
           const V x = v - high, e = vexp<T>(x);
           tail[u] += e;
           if (KEEP) Storage<T>::store(kept + i, e);
