@@ -340,7 +340,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace anl;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Fused robust losses on the CPU, over raw pointers.";
-  py::class_<Program>(m, "Program")
+  py::class_<Program>(m, "Program", py::module_local())
       .def(py::init([](const std::vector<std::tuple<int, double, double, double>>& terms, double min_prob,
                        double gamma) { return make_program(terms, min_prob, gamma); }))
       .def_readonly("needs", &Program::needs);
