@@ -1,7 +1,11 @@
-"""Builds `anl_kernels._cpu` (pybind11 over raw pointers, no torch) with ninja; everything else is in pyproject.toml.
+"""Builds `anl_kernels._cpu` and, where there is nvcc, `anl_kernels._cuda` with ninja; the rest is in pyproject.toml.
 
-Environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS as usual; ANL_KERNELS_NO_EXT=1 installs without the compiled module;
-MAX_JOBS limits the number of compilers that run at once.
+Both are pybind11 over raw pointers: no torch is needed to build them.
+
+Environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS as usual; ANL_KERNELS_NO_EXT=1 installs without the compiled modules;
+MAX_JOBS limits the number of compilers that run at once. nvcc is CUDACXX, or CUDA_HOME's, or PATH's;
+ANL_KERNELS_NO_CUDA=1 leaves _cuda out; ANL_KERNELS_CUDA_ARCHS is a list such as "80;90+PTX", or "all" (not set: the
+architectures of the GPUs here, or those of DEFAULT_ARCHS).
 """
 
 import functools
@@ -20,8 +24,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 HERE = Path(__file__).resolve().parent
-CPU = Path("csrc", "cpu")
-NO_EXT = os.environ.get("ANL_KERNELS_NO_EXT", "") not in ("", "0")
+CPU, CUDA = Path("csrc", "cpu"), Path("csrc", "cuda")
+
+
+def is_set(name):
+    return os.environ.get(name, "") not in ("", "0")
+
+
+NO_EXT = is_set("ANL_KERNELS_NO_EXT")
 WAY_OUT = "set ANL_KERNELS_NO_EXT=1 to install without the compiled kernels (plain PyTorch then does the work)"
 
 CXX_FLAGS = (
@@ -34,6 +44,13 @@ ISA_FLAGS = {
     "baseline": [],
 }
 KERNEL_SOURCES = ("rows.cpp", "spatial.cpp")  # compiled once for every instruction set; module.cpp only once
+
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-pthread -cudart=static -Xfatbin=-compress-all".split()
+)
+NO_CUDA = "set ANL_KERNELS_NO_CUDA=1 to install without the CUDA kernels"
+ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
+DEFAULT_ARCHS = ("80", "90", "90+PTX")  # +PTX: what a driver compiles for whatever is newer
 
 PROBE = '#include <Python.h>\n#include <vector>\nextern "C" int probe() { return (int)std::vector<int>(1).size(); }\n'
 
@@ -113,38 +130,127 @@ def escape(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def objects(isas):
-    """(object name, source, extra flags) of everything that is compiled."""
+def module_includes():
+    """-isystem: pybind11 is no dependency of the kernels, and its warnings are not ours."""
     import pybind11
 
-    # -isystem: pybind11 is no dependency of the kernels, and its warnings are not ours.
-    includes = [word for path in [pybind11.get_include(), *python_includes()] for word in ("-isystem", path)]
-    have = [f"-DANL_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
-    yield "module.o", CPU / "module.cpp", [*includes, *have]
-    for isa in isas:
-        for source in KERNEL_SOURCES:
-            yield f"{Path(source).stem}_{isa}.o", CPU / source, [f"-DANL_ISA={isa}", *ISA_FLAGS[isa]]
+    return [word for path in [pybind11.get_include(), *python_includes()] for word in ("-isystem", path)]
 
 
-def ninja_file(compiler, isas, target):
-    common = [*compiler, *CXX_FLAGS, f"-I{HERE / 'csrc'}", *flags_from_env("CPPFLAGS", "CXXFLAGS")]
+def ninja_file(compile_command, link_command, objects, target):
+    """objects: (object name, source, extra flags) of everything that is compiled."""
     lines = [
         "ninja_required_version = 1.8",
         "rule compile",
-        f"  command = {quote(common)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {quote(compile_command)} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = {quote(compiler)} $in -o $out {quote([*link_flags(), *flags_from_env('LDFLAGS')])}",
+        f"  command = {quote(link_command[:1])} $in -o $out {quote(link_command[1:])}",
         "  description = $out",
     ]
-    names = []
-    for name, source, flags in objects(isas):
-        names.append(name)
+    for name, source, flags in objects:
         lines += [f"build {name}: compile {escape(HERE / source)}", f"  flags = {quote(flags)}"]
-    lines += [f"build {escape(target)}: link {' '.join(names)}", ""]
+    lines += [f"build {escape(target)}: link {' '.join(name for name, _, _ in objects)}", ""]
     return "\n".join(lines)
+
+
+def cpu_rules(target):
+    compiler = find_compiler()
+    isas = instruction_sets(compiler)
+    have = [f"-DANL_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
+    objects = [("module.o", CPU / "module.cpp", [*module_includes(), *have])]
+    for isa in isas:
+        for source in KERNEL_SOURCES:
+            objects.append((f"{Path(source).stem}_{isa}.o", CPU / source, [f"-DANL_ISA={isa}", *ISA_FLAGS[isa]]))
+    compile_command = [*compiler, *CXX_FLAGS, f"-I{HERE / 'csrc'}", *flags_from_env("CPPFLAGS", "CXXFLAGS")]
+    return ninja_file(compile_command, [*compiler, *link_flags(), *flags_from_env("LDFLAGS")], objects, target)
+
+
+# ---- CUDA
+
+
+@functools.cache
+def find_nvcc():
+    """nvcc as CUDACXX, CUDA_HOME or PATH have it; None if there is none, or none is wanted."""
+    if is_set("ANL_KERNELS_NO_CUDA"):
+        return None
+    named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
+    if named and shutil.which(named) is None:
+        raise SetupError(f"the nvcc that CUDACXX names ({named}) was not found: correct it, or {NO_CUDA}.")
+    candidates = [named] if named else [*([str(Path(home, "bin", "nvcc"))] if home else []), "nvcc"]
+    candidates += [] if named else ["/usr/local/cuda/bin/nvcc"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def nvcc_architectures(nvcc):
+    """What this nvcc compiles for: ("75", "80", ...)."""
+    try:
+        result = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+        problem = result.stderr or result.stdout
+    except OSError as error:
+        result, problem = None, str(error)
+    found = [line.removeprefix("sm_") for line in result.stdout.split() if line.startswith("sm_")] if result else []
+    if not found:
+        raise SetupError(f"'{nvcc} --list-gpu-code' fails ({problem.strip()[:200]}): repair it, or {NO_CUDA}.")
+    return found
+
+
+def present_architectures():
+    """Those of the GPUs of this machine, and PTX of the newest; () without a GPU."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        result = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    words = {line.strip().replace(".", "") for line in result.stdout.splitlines()} if result.returncode == 0 else set()
+    archs = sorted((word for word in words if word.isdigit()), key=int)
+    return (*archs, f"{archs[-1]}+PTX") if archs else ()
+
+
+def architectures(nvcc):
+    """("80", "90", "90+PTX"): machine code for each, and PTX."""
+    known = nvcc_architectures(nvcc)
+    asked = os.environ.get("ANL_KERNELS_CUDA_ARCHS", "").strip()
+    if asked and asked != "all":
+        archs = asked.replace(",", ";").replace(" ", ";").replace(".", "").split(";")
+        for arch in archs:
+            if arch.removesuffix("+PTX") not in known:
+                raise SetupError(
+                    f"ANL_KERNELS_CUDA_ARCHS={asked}: {nvcc} cannot compile for '{arch}'; it knows {', '.join(known)}."
+                )
+        return tuple(archs)
+    if not asked:
+        return present_architectures() or DEFAULT_ARCHS
+    archs = [arch for arch in ALL_ARCHS if arch in known]
+    return (*archs, f"{archs[-1]}+PTX")
+
+
+def code_flags(archs):
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        kind = "compute" if arch.endswith("+PTX") else "sm"
+        flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+    return flags
+
+
+def cuda_rules(target):
+    nvcc = find_nvcc()
+    archs = architectures(nvcc)
+    print(f"anl_kernels: CUDA kernels for {', '.join(archs)}, by {nvcc}", flush=True)
+    sources = sorted((HERE / CUDA).glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
+    objects = [(f"{path.stem}.o", CUDA / path.name, code_flags(archs)) for path in sources]
+    objects.append(("select.o", CUDA / "select.cpp", []))
+    objects.append(("module.o", CUDA / "module.cpp", [*module_includes(), f'-DANL_CUDA_ARCHS="{";".join(archs)}"']))
+    host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
+    folders = [Path(nvcc).resolve().parents[1] / name for name in ("lib64", "lib")]
+    link = [nvcc, *host, "-shared", "-cudart=static", *(f"-L{folder}" for folder in folders if folder.is_dir())]
+    return ninja_file([nvcc, *host, *NVCC_FLAGS, f"-I{HERE / 'csrc'}"], link, objects, target)
+
+
+# ---- setuptools
 
 
 class BuildExt(build_ext):
@@ -155,18 +261,18 @@ class BuildExt(build_ext):
             self.build_extension(extension)
 
     def build_extension(self, ext):
-        compiler = find_compiler()
+        is_cuda = ext.name.endswith("_cuda")
         # A folder of its own, and not the temporary one of an editable install, so that objects are found again.
-        folder = HERE / "build" / f"ninja-{self.plat_name}-{sys.implementation.cache_tag}"
+        folder = HERE / "build" / f"ninja-{self.plat_name}-{sys.implementation.cache_tag}{'-cuda' if is_cuda else ''}"
         if os.environ.get("CXX"):
-            folder = folder.with_name(f"{folder.name}-{Path(compiler[0]).name}")
+            folder = folder.with_name(f"{folder.name}-{Path(find_compiler()[0]).name}")
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).name
-        rules = ninja_file(compiler, instruction_sets(compiler), target)
-        (folder / "build.ninja").write_text(rules)
+        (folder / "build.ninja").write_text((cuda_rules if is_cuda else cpu_rules)(target))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         if subprocess.run([find_ninja(), "-C", str(folder), "-j", jobs], stdin=subprocess.DEVNULL).returncode != 0:
-            raise SetupError(f"compiling anl_kernels._cpu failed, the compiler's messages are above; {WAY_OUT}.")
+            way_out = NO_CUDA if is_cuda else WAY_OUT
+            raise SetupError(f"compiling {ext.name} failed, the compiler's messages are above; {way_out}.")
         destination = Path(self.get_ext_fullpath(ext.name))
         destination.parent.mkdir(parents=True, exist_ok=True)
         # Replaced as a whole: a process that has the old file mapped keeps it.
@@ -175,21 +281,36 @@ class BuildExt(build_ext):
         partial.replace(destination)
 
 
+def extension(name, folder, sources):
+    headers = {*glob.glob(f"{HERE}/csrc/*.h"), *glob.glob(f"{HERE / folder}/*.*h")}
+    depends = sorted(Path(path).relative_to(HERE).as_posix() for path in headers)
+    sources = [(folder / source).as_posix() for source in sources]
+    return Extension(name, sources=sources, depends=depends, language="c++")
+
+
 def extensions():
     if NO_EXT:
         return []
-    sources = [(CPU / name).as_posix() for name in ("module.cpp", *KERNEL_SOURCES)]
-    headers = [Path(name).relative_to(HERE).as_posix() for name in glob.glob(f"{HERE}/csrc/**/*.h", recursive=True)]
-    return [Extension("anl_kernels._cpu", sources=sources, depends=sorted(headers), language="c++")]
+    found = [extension("anl_kernels._cpu", CPU, ["module.cpp", *KERNEL_SOURCES])]
+    if find_nvcc():
+        sources = sorted(path.name for path in (HERE / CUDA).glob("*.c*") if path.suffix in (".cu", ".cpp"))
+        found.append(extension("anl_kernels._cuda", CUDA, sources))
+    elif not is_set("ANL_KERNELS_NO_CUDA"):
+        print("anl_kernels: no nvcc was found (CUDACXX, CUDA_HOME, PATH): without the CUDA kernels", flush=True)
+    return found
 
 
 def main():
-    if not NO_EXT and {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"} & set(sys.argv):
-        try:
+    modules = []
+    try:
+        if not NO_EXT and {"bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"} & set(sys.argv):
             find_compiler()  # before anything else is done, so that this sentence stands alone
-        except SetupError as error:
-            sys.exit(f"error: {error}")
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+            if find_nvcc():
+                architectures(find_nvcc())
+        modules = extensions()
+    except SetupError as error:
+        sys.exit(f"error: {error}")
+    setup(ext_modules=modules, cmdclass={"build_ext": BuildExt})
 
 
 main()

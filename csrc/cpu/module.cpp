@@ -9,14 +9,13 @@
 #include <sys/mman.h>
 #endif
 
-#include <array>
 #include <atomic>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -117,79 +116,17 @@ void parallel_for(int64_t n, int64_t grain, RangeFunction f, void* context) {
 
 namespace {
 
-// ---- arguments -----------------------------------------------------------------------------------------------------
-
-using Triple = std::array<int64_t, 3>;
-using Address = uintptr_t;
-
-enum Reduction : int { NONE, MEAN, SUM };
-
-Program make_program(double min_prob, double gamma, unsigned needs) {
-  Program p = {};
-  p.min_prob = min_prob;
-  p.gamma = gamma;
-  p.log_floor_neg = -log(min_prob);
-  p.focal_floor = pow(1.0 - min_prob, gamma) * p.log_floor_neg;
-  p.needs = needs;
-  return p;
-}
-
-Program make_program(const std::vector<std::tuple<int, double, double, double>>& terms, double min_prob, double gamma) {
-  if (terms.size() > MAX_TERMS) throw std::invalid_argument("a sum of losses holds at most 16 terms");
-  Program p = make_program(min_prob, gamma, 0);
-  p.num_terms = int(terms.size());
-  for (int t = 0; t < p.num_terms; ++t) {
-    std::tie(p.kind[t], p.coef[t], p.p0[t], p.p1[t]) = terms[t];
-    if (p.kind[t] < 0 || p.kind[t] >= NUM_TERM_KINDS) throw std::invalid_argument("unknown kind of loss term");
-    p.needs |= term_needs(p.kind[t]);
-  }
-  return p;
-}
-
-Call make_call(Op op, int dtype, const Triple& shape, Address logits, const Triple& strides) {
-  Call call = {};
-  call.op = op;
-  call.dtype = DType(dtype);
-  call.outer = shape[0];
-  call.num_classes = shape[1];
-  call.inner = shape[2];
-  call.logits = reinterpret_cast<const void*>(logits);
-  call.logits_strides = {strides[0], strides[1], strides[2]};
-  call.grad_strides = call.logits_strides;
-  call.loss_scale = 1.0;
-  return call;
-}
-
-void set_grad(Call& call, Address grad, const Triple& strides) {
-  call.grad = reinterpret_cast<void*>(grad);
-  if (grad) call.grad_strides = {strides[0], strides[1], strides[2]};
-}
-
-void set_target(Call& call, Address target, int target_type, int64_t ignore_index) {
-  call.target = reinterpret_cast<const void*>(target);
-  call.target_type = TargetType(target_type);
-  call.ignore_index = ignore_index;
-}
+// ---- launch --------------------------------------------------------------------------------------------------------
 
 // Rows whose classes lie side by side go to the rows traversal, unless they are so short that a vector holds more rows
 // than classes to good purpose.
 constexpr int64_t FEW_CLASSES = 32;
 
 double launch(Call& call) {
-  const auto fold = [&](Strides& s) {  // a single inner row: let the lanes run over the outer index
-    s.si = s.so;
-    s.so = 0;
-  };
-  if (call.inner == 1) {
-    fold(call.logits_strides);
-    fold(call.grad_strides);
-    call.inner = call.outer;
-    call.outer = 1;
-  }
+  fold_rows(call);
   if (call.outer * call.inner == 0) return 0.0;
-  const bool adjacent = call.logits_strides.sk == 1 && (!call.grad || call.grad_strides.sk == 1);
   const KernelTable* table = active_table;
-  return (adjacent && call.num_classes > FEW_CLASSES ? table->rows : table->spatial)(call);
+  return (classes_are_adjacent(call) && call.num_classes > FEW_CLASSES ? table->rows : table->spatial)(call);
 }
 
 // A fresh large allocation costs more in page faults than the kernel in arithmetic; huge pages take most of them away.
@@ -290,6 +227,16 @@ int64_t row_stats(int dtype, const Triple& shape, Address logits, const Triple& 
   return -1;
 }
 
+void slice_stats(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address target,
+                 int64_t ignore_index, double min_prob, double gamma, unsigned needs, Address lse, Address stats) {
+  Call call = make_call(Op::SLICE_STATS, dtype, shape, logits, logits_strides);
+  set_target(call, target, INT64, ignore_index);
+  call.program = make_program(min_prob, gamma, needs);
+  call.lse = reinterpret_cast<const double*>(lse);
+  call.stats = reinterpret_cast<double*>(stats);
+  launch(call);
+}
+
 void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
               const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
               unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
@@ -341,11 +288,11 @@ PYBIND11_MODULE(_cpu, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Fused robust losses on the CPU, over raw pointers.";
   py::class_<Program>(m, "Program", py::module_local())
-      .def(py::init([](const std::vector<std::tuple<int, double, double, double>>& terms, double min_prob,
-                       double gamma) { return make_program(terms, min_prob, gamma); }))
+      .def(py::init([](const Terms& terms, double min_prob, double gamma) { return make_program(terms, min_prob, gamma); }))
       .def_readonly("needs", &Program::needs);
   m.def("row_loss", &row_loss, Unlocked());
   m.def("row_stats", &row_stats, Unlocked());
+  m.def("slice_stats", &slice_stats, Unlocked());
   m.def("row_grad", &row_grad, Unlocked());
   m.def("column_sums", &column_sums, Unlocked());
   m.def("info", &info);

@@ -122,10 +122,8 @@ struct Sweep {
     extrema(z, n, high, low);
     out.max = high;
     out.min = low;
-    if (high == T(-INF)) {
-      out.tail = out.gap = out.count = 0.0;
-    } else if (low == T(-INF)) {
-      exp_sums<true, false>(z, n, y, high, kept, out);
+    if (low == T(-INF)) {  // a NaN among classes that do not exist is no maximum, but shows in the gap
+      exp_sums<true, false>(z, n, y, high == T(-INF) ? T(0) : high, kept, out);
     } else if (kept) {
       exp_sums<false, true>(z, n, y, high, kept, out);
     } else {

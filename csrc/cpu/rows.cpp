@@ -16,11 +16,6 @@ constexpr int64_t GROUP_ELEMENTS = 32 << 10;    // rows are handed to threads in
 constexpr int64_t KEPT_BYTES = 256 << 10;       // exps of a batch that go to scratch memory
 constexpr int64_t SPLIT_ELEMENTS = 128 << 10;   // a row this long is worth spreading over threads
 
-// Where row r begins. Divisions are slow, and most calls have one outer index.
-ANL_INLINE int64_t row_offset(const Call& call, const Strides& s, int64_t r) {
-  return call.outer == 1 ? r * s.si : r / call.inner * s.so + r % call.inner * s.si;
-}
-
 // One field of up to LANES rows, as a vector.
 struct Lane {
   double x[LANES];
@@ -63,7 +58,11 @@ class Rows {
         gradient_from_coefs(r);
         continue;
       }
-      const int64_t y = load_target(call_, r);
+      if (call_.op == Op::SLICE_STATS) {
+        slice_sums(r);
+        continue;
+      }
+      const int64_t y = label_at(call_, r);
       if (y == call_.ignore_index) {
         ignore(r);
         continue;
@@ -127,7 +126,7 @@ class Rows {
   }
 
   // First sweep of the row in slot i, merged over its blocks.
-  void first_sweep(int i) {
+  void first_sums(int i) {
     const S* z = logits(row_[i]);
     Block* blocks = blocks_ + i * num_blocks_;
     const int64_t y = y_[i];
@@ -145,17 +144,68 @@ class Rows {
     }
     for (int64_t b = 0; b < num_blocks_; ++b) {
       const Block& k = blocks[b];
-      if (k.max == -INF) continue;
+      if (k.max == -INF) {
+        s.gap += k.gap;  // 0 or NaN
+        continue;
+      }
       const double below = s.max - k.max;
       s.tail += k.tail * exp_of_gap(below);
       s.gap += k.gap + k.count * below;
       s.count += k.count;
     }
-    const double z_y = double(load_one(z + y));
+  }
+
+  void first_sweep(int i) {
+    first_sums(i);
+    const RowState& s = state_[i];
+    const double z_y = double(load_one(logits(row_[i]) + y_[i]));
     // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
     const bool bad = s.gap != s.gap || z_y == -INF || z_y != z_y;
     x_y_.x[i] = bad ? NaN : z_y - s.max;
     tail_.x[i] = bad ? NaN : s.tail;
+  }
+
+  // The sums of a row whose other classes lie elsewhere.
+  void slice_sums(int64_t r) {
+    double first[NUM_SLICE_FIRST] = {}, second[NUM_SLICE_SECOND] = {};
+    RowState& s = state_[0];
+    row_[0] = r;
+    y_[0] = label_at(call_, r);
+    if (y_[0] == call_.ignore_index) {
+    } else if (!call_.lse) {
+      first_sums(0);
+      const double found[] = {s.max, s.tail, s.gap, s.count};
+      memcpy(first, found, sizeof(first));
+    } else {
+      s = RowState{};
+      s.max = call_.lse[r];
+      s.log_sum = call_.lse[num_rows_ + r];
+      s.inv_sum = exp(-s.log_sum);
+      slice_second(s, second);
+    }
+    const int n = call_.lse ? int(NUM_SLICE_SECOND) : int(NUM_SLICE_FIRST);
+    for (int j = 0; j < n; ++j) call_.stats[j * num_rows_ + r] = (call_.lse ? second : first)[j];
+  }
+
+  void slice_second(const RowState& s, double (&out)[NUM_SLICE_SECOND]) {
+    const S* z = logits(row_[0]);
+    const int64_t y = y_[0];
+    const bool focal = prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE), mass = prog_.needs & NEED_ABOVE_MASS;
+    each_block(true, [&](int64_t b, int64_t k0, int n) {
+      const int yb = target_in_block(y, k0, n);
+      if (focal)
+        Sw::template second<true, true>(z + k0, n, yb, s, prog_, blocks_[b]);
+      else if (mass)
+        Sw::template second<true, false>(z + k0, n, yb, s, prog_, blocks_[b]);
+      else
+        Sw::template second<false, false>(z + k0, n, yb, s, prog_, blocks_[b]);
+    });
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      const Block& k = blocks_[b];
+      const double sums[] = {k.above_sum,    k.above_count,     k.below_mass,        k.focal_sum,
+                             k.focal_weight, k.focal_above_sum, k.focal_above_weight};
+      for (int j = 0; j < NUM_SLICE_SECOND; ++j) out[j] += sums[j];
+    }
   }
 
   // above_sum and the other statistics that need the final lse, into lane i.
@@ -362,7 +412,7 @@ class Rows {
     s.bw = x[COEF_BW] * go;
     s.cw = x[COEF_CW] * go;
     s.target = x[COEF_TARGET] * go;
-    write_gradient(r, s, load_target(call_, r), nullptr, nullptr);
+    write_gradient(r, s, label_at(call_, r), nullptr, nullptr);
   }
 
   const Call& call_;

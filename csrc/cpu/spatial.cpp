@@ -42,7 +42,7 @@ class Tiles {
       if (call_.op == Op::COLUMN_SUMS)
         add_columns(sums);
       else
-        total += call_.op == Op::GRAD ? from_coefs() : forward();
+        total += call_.op == Op::GRAD ? from_coefs() : call_.op == Op::SLICE_STATS ? slice_sums() : forward();
     }
     if (call_.grad)
       store(static_cast<S*>(call_.grad) + o * call_.grad_strides.so + i * call_.grad_strides.si, n);
@@ -108,16 +108,17 @@ class Tiles {
   }
 
   // Labels, -1 where the row is ignored (or not there); the logits of such lanes become zeros, whatever they were.
+  // A target that is no class of these (SLICE_STATS) is -2.
   I load_labels() const {
     I y;
     bool dead = false;
     for (int j = 0; j < W; ++j) {
-      const int64_t label = j < n_ ? load_target(call_, row_ + j) : call_.ignore_index;
+      const int64_t label = j < n_ ? label_at(call_, row_ + j) : call_.ignore_index;
       const bool live = j < n_ && label != call_.ignore_index;
-      y[j] = live ? typename Traits<T>::Int(label) : -1;
+      y[j] = !live ? -1 : label < 0 || label >= K_ ? -2 : typename Traits<T>::Int(label);
       dead |= !live;
     }
-    if (dead) clear(y < 0);
+    if (dead) clear(y == -1);
     return y;
   }
   void clear(I dead) const {
@@ -180,7 +181,7 @@ class Tiles {
     f.count = T(K_ - 1) - missing;
   }
 
-  First first_sweep(I y) const {
+  First first_sums(I y) const {
     First f = {};
     f.max = f.min = at(0);
     for (int64_t k = 1; k < K_; ++k) {
@@ -189,10 +190,52 @@ class Tiles {
       f.min = vmin(v, f.min);
     }
     f.missing = any(f.min == T(-INF));
-    if (f.missing)
-      exp_sums<true>(y, f);
-    else
+    if (!f.missing) {
       exp_sums<false>(y, f);
+      return f;
+    }
+    const V high = f.max;
+    f.max = high == T(-INF) ? V{} : high;  // no class exists: -inf - -inf would be NaN
+    exp_sums<true>(y, f);
+    f.max = high;
+    return f;
+  }
+
+  // The sums of rows whose other classes lie elsewhere.
+  double slice_sums() const {
+    const I y = load_labels();
+    if (!call_.lse) {
+      const First f = first_sums(y);
+      const V values[NUM_SLICE_FIRST] = {f.max, f.tail, f.gap, f.count + (y == -2 ? V{} + T(1) : V{})};
+      write_slice(values);
+      return 0.0;
+    }
+    First f = {};
+    RowStatistics<M> s = {};
+    for (int j = 0; j < n_; ++j) {
+      f.max[j] = T(call_.lse[row_ + j]);
+      s.log_sum[j] = T(call_.lse[num_rows_ + row_ + j]);
+    }
+    const V inv_sum = vexp<T>(-s.log_sum);
+    if (prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE)) {
+      second_sums<true>(y, f, inv_sum, s);
+    } else {
+      second_sums<false>(y, f, inv_sum, s);
+    }
+    const V values[NUM_SLICE_SECOND] = {s.above_sum,    s.above_count,     s.below_mass,        s.focal_sum,
+                                        s.focal_weight, s.focal_above_sum, s.focal_above_weight};
+    write_slice(values);
+    return 0.0;
+  }
+
+  template <int FIELDS>
+  void write_slice(const V (&values)[FIELDS]) const {
+    for (int i = 0; i < FIELDS; ++i)
+      for (int j = 0; j < n_; ++j) call_.stats[i * num_rows_ + row_ + j] = double(values[i][j]);
+  }
+
+  First first_sweep(I y) const {
+    First f = first_sums(y);
     // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
     const I bad = (f.gap != f.gap) | (f.x_y == T(-INF)) | (f.x_y != f.x_y);
     f.x_y = bad ? set1(T(NaN)) : f.x_y;

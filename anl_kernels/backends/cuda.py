@@ -1,0 +1,169 @@
+"""The compiled CUDA kernels: tensors become pointers, a device and a stream here. Nothing waits for the device."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import autograd
+from ..layout import acc_dtype, as_rows, new_grad, overwritten, shape_and_strides
+
+NAME = "cuda"
+PURPOSE = "fused CUDA kernels for NVIDIA GPUs"
+MAX_TERMS = 16
+
+try:
+    _cuda = importlib.import_module("anl_kernels._cuda")
+    _why_not = None
+except ModuleNotFoundError:
+    _cuda, _why_not = None, "the compiled module anl_kernels._cuda was not built (no nvcc where it was installed)"
+except ImportError as error:
+    _cuda, _why_not = None, f"the compiled module anl_kernels._cuda does not load: {error}"
+
+_DEVICE = "cuda"  # the type of the devices whose memory the kernels reach
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_TARGETS = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def unavailable() -> str | None:
+    if _why_not is not None:
+        return _why_not
+    if _DEVICE == "cuda" and not torch.cuda.is_available():
+        return _refusal(-1) or "torch cannot use the GPU that is here: a build of torch for CUDA is needed"
+    return _refusal(-1)
+
+
+@torch.compiler.assume_constant_result  # the tracer cannot look into the module
+def _refusal(device: int) -> str | None:
+    """Why the kernels do not run on that device (-1: the current one); None if they do."""
+    return _cuda.why_not(device) or None
+
+
+def cannot_run(logits: Tensor, call) -> str | None:
+    if logits.device.type != _DEVICE:
+        return f"the logits are on {logits.device}"
+    if len(call.expression.terms) > MAX_TERMS:
+        return f"a sum holds at most {MAX_TERMS} terms"
+    return _refusal(_index(logits.device))
+
+
+def info() -> dict:
+    """What the kernels were compiled for, CUDA's versions, the compute capability of each device."""
+    return _cuda.info()
+
+
+def _index(device: torch.device) -> int:
+    return -1 if device.index is None else device.index
+
+
+def _where(logits: Tensor):
+    """The device, its current stream, and memory to work in: a tensor that lives until the kernels are launched."""
+    device, memory = logits.device, []
+
+    def empty(size: int) -> int:
+        memory.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return memory[-1].data_ptr()
+
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return _cuda.Where(_index(device), stream, empty)
+
+
+@lru_cache(maxsize=256)
+def _program(terms: tuple, min_prob: float, gamma: float):
+    return _cuda.Program(terms, min_prob, gamma)
+
+
+def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
+    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+    dtype = logits.dtype
+    acc = acc_dtype(dtype)
+    rows, shape, strides = as_rows(logits)
+    loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
+    if target.numel() == 0:
+        return loss.fill_(math.nan if call.reduction == "mean" else 0.0)
+    grad_ptr, grad_strides = (0, strides) if grad is None else (grad.data_ptr(), shape_and_strides(grad)[1])
+    target = target.contiguous()
+    if weight is not None:
+        weight = weight.to(acc).contiguous()
+    _cuda.row_loss(
+        _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), _DTYPES[dtype], shape, rows.data_ptr(), strides,
+        grad_ptr, grad_strides, target.data_ptr(), _TARGETS[target.dtype], call.ignore_index,
+        0 if weight is None else weight.data_ptr(), _REDUCTIONS[call.reduction], loss.data_ptr(),
+        0 if coefs is None else coefs.data_ptr(), _where(logits),
+    )  # fmt: skip
+    return loss
+
+
+def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
+    """The statistics' table (13, *target.shape), float64."""
+    rows, shape, strides = as_rows(logits)
+    target = target.contiguous()
+    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    _cuda.row_stats(
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), _TARGETS[target.dtype],
+        call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(), _where(logits),
+    )  # fmt: skip
+    return table
+
+
+def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
+    """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
+    rows, shape, strides = as_rows(logits)
+    if shape[0] * shape[2] == 0:
+        return logits.new_zeros(shape[1], dtype=torch.float64)
+    sums = logits.new_empty(shape[1], dtype=torch.float64)
+    _cuda.column_sums(
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr(), _where(logits)
+    )
+    return sums
+
+
+def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
+    """grad_output (a number, or one a row; None: 1) times the gradient of `coefs`.
+
+    entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
+    """
+    acc = acc_dtype(logits.dtype)
+    rows, shape, strides = as_rows(logits)
+    grad = overwritten(logits) if call.inplace else new_grad(logits)
+    target = target.contiguous()
+    if grad_output is None:
+        grad_output = logits.new_ones((), dtype=acc)
+    step = 1
+    if not any(grad_output.stride()):  # a number, or a number expanded to the rows
+        step = 0
+    elif not grad_output.is_contiguous():
+        grad_output = grad_output.contiguous()
+    log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
+    _cuda.row_grad(
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), shape_and_strides(grad)[1],
+        target.data_ptr(), _TARGETS[target.dtype], call.min_prob, call.gamma or 0.0, call.needs,
+        coefs.data_ptr(), grad_output.data_ptr(), step, 0 if log_q is None else log_q.data_ptr(),
+        0 if scale is None else scale.data_ptr(), _where(logits),
+    )  # fmt: skip
+    if call.inplace:
+        torch.autograd.graph.increment_version(logits)
+    return grad
+
+
+def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """grad * factor; in place unless `keep`, where the kernel returns at once if factor is 1."""
+    if keep:
+        return grad * factor
+    shape, strides = shape_and_strides(grad)
+    factor = factor.to(acc_dtype(grad.dtype))
+    _cuda.scale(_DTYPES[grad.dtype], shape, grad.data_ptr(), strides, factor.data_ptr(), _where(grad))
+    return grad
+
+
+def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    return autograd.robust_loss(_this, logits, target, weight, call)
+
+
+_this = sys.modules[__name__]

@@ -1,0 +1,84 @@
+// Python's numbers into a Call: what the compiled modules share. Pointers and strides are taken as they are given.
+#pragma once
+
+#include <array>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "call.h"
+
+namespace anl {
+
+using Triple = std::array<int64_t, 3>;
+using Address = uintptr_t;
+using Terms = std::vector<std::tuple<int, double, double, double>>;  // (kind, coefficient, two parameters)
+
+inline Program make_program(double min_prob, double gamma, unsigned needs) {
+  Program p = {};
+  p.min_prob = min_prob;
+  p.gamma = gamma;
+  p.log_floor_neg = -log(min_prob);
+  p.focal_floor = pow(1.0 - min_prob, gamma) * p.log_floor_neg;
+  p.needs = needs;
+  return p;
+}
+
+inline Program make_program(const Terms& terms, double min_prob, double gamma) {
+  if (terms.size() > MAX_TERMS) throw std::invalid_argument("a sum of losses holds at most 16 terms");
+  Program p = make_program(min_prob, gamma, 0);
+  p.num_terms = int(terms.size());
+  for (int t = 0; t < p.num_terms; ++t) {
+    std::tie(p.kind[t], p.coef[t], p.p0[t], p.p1[t]) = terms[t];
+    if (p.kind[t] < 0 || p.kind[t] >= NUM_TERM_KINDS) throw std::invalid_argument("unknown kind of loss term");
+    p.needs |= term_needs(p.kind[t]);
+  }
+  return p;
+}
+
+inline Call make_call(Op op, int dtype, const Triple& shape, Address logits, const Triple& strides) {
+  Call call = {};
+  call.op = op;
+  call.dtype = DType(dtype);
+  call.outer = shape[0];
+  call.num_classes = shape[1];
+  call.inner = shape[2];
+  call.logits = reinterpret_cast<const void*>(logits);
+  call.logits_strides = {strides[0], strides[1], strides[2]};
+  call.grad_strides = call.logits_strides;
+  call.loss_scale = 1.0;
+  return call;
+}
+
+inline void set_grad(Call& call, Address grad, const Triple& strides) {
+  call.grad = reinterpret_cast<void*>(grad);
+  if (grad) call.grad_strides = {strides[0], strides[1], strides[2]};
+}
+
+inline void set_target(Call& call, Address target, int target_type, int64_t ignore_index) {
+  call.target = reinterpret_cast<const void*>(target);
+  call.target_type = TargetType(target_type);
+  call.ignore_index = ignore_index;
+}
+
+// One index for the rows where one stride will do.
+inline void fold_rows(Call& call) {
+  const int64_t inner = call.inner;
+  const auto one_run = [&](const Strides& s) { return inner == 1 || s.so == s.si * inner; };
+  const auto fold = [&](Strides& s) {
+    s.si = inner == 1 ? s.so : s.si;
+    s.so = 0;
+  };
+  if (call.outer == 1 && inner != 1) return;
+  if (!one_run(call.logits_strides) || !one_run(call.grad_strides)) return;
+  fold(call.logits_strides);
+  fold(call.grad_strides);
+  call.inner = call.outer * inner;
+  call.outer = 1;
+}
+
+inline bool classes_are_adjacent(const Call& call) {
+  return call.logits_strides.sk == 1 && (!call.grad || call.grad_strides.sk == 1);
+}
+
+}  // namespace anl

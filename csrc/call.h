@@ -1,0 +1,78 @@
+// What a compiled module's Python functions ask of its kernels: one struct of arguments for every operation.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include "row_math.h"
+
+namespace anl {
+
+enum DType : int { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
+enum TargetType : int { INT64, INT32, INT16, UINT8 };
+enum Reduction : int { NONE, MEAN, SUM };
+enum class Op : int { LOSS, STATS, GRAD, COLUMN_SUMS, SLICE_STATS };
+
+// SLICE_STATS: what the sweeps over some of a row's classes find, the target left out; its label is outside [0, K) where
+// it lies elsewhere. Without lse the first fields, with it the second: those of RowStatistics that follow from it.
+enum SliceField : int { SLICE_MAX, SLICE_TAIL, SLICE_GAP, SLICE_COUNT, NUM_SLICE_FIRST };
+enum SliceSecond : int {
+  SLICE_ABOVE_SUM, SLICE_ABOVE_COUNT, SLICE_BELOW_MASS, SLICE_FOCAL_SUM, SLICE_FOCAL_WEIGHT, SLICE_FOCAL_ABOVE_SUM,
+  SLICE_FOCAL_ABOVE_WEIGHT, NUM_SLICE_SECOND
+};
+
+// Class k of row (o, i) is data[o * so + k * sk + i * si].
+struct Strides {
+  int64_t so, sk, si;
+};
+
+struct Call {
+  Op op;
+  DType dtype;
+  int64_t outer, num_classes, inner;  // rows: outer * inner
+  const void* logits;
+  Strides logits_strides;
+  void* grad;  // null: not wanted
+  Strides grad_strides;
+  const void* target;     // one label a row
+  TargetType target_type;
+  int64_t ignore_index;
+  const void* weight;   // by class, null: ones
+  double loss_scale;    // what the reduction multiplies each row's gradient with
+  void* row_loss;       // LOSS: the rows' losses, or null
+  void* coefs;          // LOSS: written, or null; GRAD, COLUMN_SUMS: read
+  double* stats;        // STATS, SLICE_STATS: written
+  const double* lse;    // SLICE_STATS: max and log sum exp(z - max) of the whole rows, or null
+  const void* grad_output;
+  int64_t grad_output_stride;
+  const void* log_q;    // GRAD: entropy term, or null
+  const void* entropy_scale;
+  double* sums;         // COLUMN_SUMS: (num_classes,), written
+  Program program;      // STATS, SLICE_STATS, GRAD: only min_prob, gamma and needs
+};
+
+ANL_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+ANL_HD int64_t label_at(const Call& call, int64_t r) {
+  switch (call.target_type) {
+    case INT64: return static_cast<const int64_t*>(call.target)[r];
+    case INT32: return static_cast<const int32_t*>(call.target)[r];
+    case INT16: return static_cast<const int16_t*>(call.target)[r];
+    default: return static_cast<const uint8_t*>(call.target)[r];
+  }
+}
+
+// Row r = o * inner + i begins here. Divisions are slow, and most calls have one outer index.
+ANL_HD int64_t row_offset(const Call& call, const Strides& s, int64_t r) {
+  return call.outer == 1 ? r * s.si : r / call.inner * s.so + r % call.inner * s.si;
+}
+
+// The statistics of an ignored row are those of a uniform one: any f is finite there, and its result is dropped.
+ANL_HD void ignored_statistics(double num_classes, const Program& prog, double (&out)[NUM_STATS]) {
+  const double K = num_classes, log_k = log(K), T = prog.log_floor_neg, w = pow(1.0 - 1.0 / K, prog.gamma);
+  const double values[NUM_STATS] = {0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k,
+                                    K * w, K * (prog.focal_floor - w * log_k), K * w, 0.0};
+  for (int i = 0; i < NUM_STATS; ++i) out[i] = values[i];
+}
+
+}  // namespace anl

@@ -1,0 +1,97 @@
+// What module.cpp asks of the CUDA kernels: how a call is to run (Plan), its arguments (Params), one entry a family.
+#pragma once
+
+#include "call.h"
+
+#if !defined(ANL_CUDA_ON_HOST)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace anl {
+namespace gpu {
+
+// What a device allows. Read once a device; the plan of a call depends on nothing else but its shapes and strides.
+struct Limits {
+  int arch;            // 90: compute capability 9.0
+  int num_sms;
+  int max_threads;     // of a CTA
+  int shared_bytes;    // of a CTA, if asked for
+  int registers;       // of a CTA
+  int64_t l2_bytes;
+  int max_cluster;     // 1: no clusters
+};
+
+enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUMNS };
+
+struct Plan {
+  Kernel kernel;
+  int64_t blocks;         // CTAs of the grid
+  int threads;            // of a CTA
+  int cluster;            // CTAs in a row along x that share one row of logits, or 1
+  int lanes, elements;    // SMALL: lanes a row, and elements a lane
+  int64_t rows;           // rows that a CTA (a cluster, a group) works through
+  int64_t tile;           // classes that a CTA takes at a time, where a row has more than one taker
+  bool packs;             // every row's gradient is aligned as its logits are: 16 bytes go in and the same 16 out
+  int64_t shared_bytes;   // dynamic
+  int64_t loss_parts;     // how many partial sums of losses finish_loss gets; 1: the grid is one CTA and needs no ticket
+  int64_t num_tickets;    // counters that are zero when the kernel starts; the first is finish_loss's
+  int64_t scratch_bytes;  // more memory, uninitialised
+};
+
+constexpr int WEIGHT_PARTS = 64;
+
+// By value to every kernel.
+struct Params {
+  Call call;
+  Plan plan;
+  int64_t num_rows;
+  Reduction reduction;   // LOSS
+  void* loss;            // MEAN, SUM: one number of the arithmetic type; else null
+  double* loss_parts;    // (plan.loss_parts,)
+  double* weight_parts;  // MEAN: (WEIGHT_PARTS,), whose sum is the denominator; null: the only CTA adds it up
+  unsigned* tickets;     // (plan.num_tickets,)
+  char* scratch;         // (plan.scratch_bytes,), 256-byte aligned
+  double ignored[NUM_STATS];  // STATS: what is written of an ignored row
+};
+
+// How the kernels of a family would run a call, and the smallest thing that one cannot: see select.cpp.
+Plan select(const Call& call, const Limits& limits);
+Plan plan_small(const Call& call, const Limits& limits);
+Plan plan_block(const Call& call, const Limits& limits);
+Plan plan_cluster(const Call& call, const Limits& limits);  // kernel == SPLIT where a row does not fit a cluster
+Plan plan_split(const Call& call, const Limits& limits);
+Plan plan_gradient(const Call& call, const Limits& limits);
+Plan plan_spatial(const Call& call, const Limits& limits);
+Plan plan_columns(const Call& call, const Limits& limits);
+
+bool fits_small(const Call& call, const Limits& limits);
+bool fits_block(const Call& call, const Limits& limits);
+bool fits_cluster(const Call& call, const Limits& limits);
+
+// Zeroes the tickets and fills weight_parts, as far as there are any.
+cudaError_t launch_prepare(const Params& p, cudaStream_t stream);
+cudaError_t launch_small(const Params& p, cudaStream_t stream);
+cudaError_t launch_block(const Params& p, cudaStream_t stream);
+cudaError_t launch_cluster(const Params& p, cudaStream_t stream);
+cudaError_t launch_split(const Params& p, cudaStream_t stream);
+cudaError_t launch_gradient(const Params& p, cudaStream_t stream);
+cudaError_t launch_spatial(const Params& p, cudaStream_t stream);
+cudaError_t launch_columns(const Params& p, cudaStream_t stream);
+// grad (any strides) times the factor, unless that is 1.
+struct Scaling {
+  void* grad;
+  DType dtype;
+  int64_t size[3];
+  int64_t strides[3];
+  const void* factor;  // of the arithmetic type
+};
+cudaError_t launch_scale(const Scaling& s, const Limits& limits, cudaStream_t stream);
+
+// What plans are made of: select.cpp.
+bool equally_aligned(const Call& call);  // what plan.packs says
+int max_shift(const Call& call);         // the most elements by which a row of the logits begins past 16 aligned bytes
+
+inline int64_t size_of(DType dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
+
+}  // namespace gpu
+}  // namespace anl

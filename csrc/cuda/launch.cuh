@@ -1,0 +1,120 @@
+// Launches of kernels: what the runtime has to be told before, clusters, errors. Included by primitives.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
+
+namespace anl {
+namespace gpu {
+
+// What a kernel has been told on each device, once: that it may have all shared memory there is, and wide clusters.
+struct KernelAttributes {
+  static constexpr int MAX_DEVICES = 64;
+  std::atomic<bool> all_shared[MAX_DEVICES], wide_cluster[MAX_DEVICES];
+};
+
+inline cudaError_t allow_all_shared(const void* kernel, int device) {
+  int bytes = 0;
+  cudaFuncAttributes attributes;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+    return error;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              bytes - int(attributes.sharedSizeBytes));
+}
+
+inline cudaError_t prepare(KernelAttributes& known, const void* kernel, unsigned cluster, size_t shared_bytes) {
+  constexpr size_t WITHOUT_ASKING = 32 << 10;  // 48 KB with what the kernel has of static shared memory
+  constexpr unsigned PORTABLE_CLUSTER = 8;
+  const bool shared = shared_bytes > WITHOUT_ASKING, wide = cluster > PORTABLE_CLUSTER;
+  if (!shared && !wide) return cudaSuccess;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const int slot = device % KernelAttributes::MAX_DEVICES;
+  const bool certain = device == slot;
+  if (shared && !(certain && known.all_shared[slot])) {
+    if (const cudaError_t error = allow_all_shared(kernel, device)) return error;
+    known.all_shared[slot] = certain;
+  }
+  if (wide && !(certain && known.wide_cluster[slot])) {
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+      return error;
+    known.wide_cluster[slot] = certain;
+  }
+  return cudaSuccess;
+}
+
+// The attributes point to `dimension`, which must live as long.
+inline cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                                        cudaStream_t stream, cudaLaunchAttribute& dimension) {
+  dimension = {};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &dimension;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return config;
+}
+
+template <class... P, class... A>
+cudaError_t launch(KernelAttributes& known, void (*kernel)(P...), dim3 grid, dim3 block, unsigned cluster,
+                   size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
+  const cudaError_t error = prepare(known, reinterpret_cast<const void*>(kernel), cluster, shared_bytes);
+  if (error) return error;
+  cudaLaunchAttribute dimension;
+  const cudaLaunchConfig_t config = launch_config(grid, block, cluster, shared_bytes, stream, dimension);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// The answers of cudaOccupancyMaxActiveClusters, which takes its time.
+struct ClusterCounts {
+  std::mutex mutex;
+  std::map<std::array<int64_t, 4>, int> known;  // by device, threads, cluster, shared bytes
+};
+
+inline int max_clusters(ClusterCounts& counts, const void* kernel, unsigned threads, unsigned cluster,
+                        size_t shared_bytes) {
+  int device = 0;
+  if (cudaGetDevice(&device)) return 0;
+  const std::lock_guard<std::mutex> lock(counts.mutex);
+  const auto [found, fresh] =
+      counts.known.try_emplace({device, int64_t(threads), int64_t(cluster), int64_t(shared_bytes)}, 0);
+  if (!fresh) return found->second;
+  KernelAttributes once = {};  // the same is asked for again: no harm
+  cudaLaunchAttribute dimension;
+  const cudaLaunchConfig_t config = launch_config(cluster, threads, cluster, shared_bytes, nullptr, dimension);
+  if (prepare(once, kernel, cluster, shared_bytes) ||
+      cudaOccupancyMaxActiveClusters(&found->second, kernel, &config)) {
+    found->second = 0;
+    cudaGetLastError();  // "does not fit" is an answer, not an error of whatever comes next
+  }
+  return found->second;
+}
+
+// cudaError_t of the launch: ANL_LAUNCH((a_kernel<float>), grid, block, cluster, shared_bytes, stream, params).
+// `cluster` CTAs in a row along x (1: none). Shared memory above 48 KB and clusters above 8 are asked for.
+#define ANL_LAUNCH(kernel, grid, block, cluster, shared_bytes, stream, ...)                              \
+  ([&]() -> cudaError_t {                                                                                \
+    static ::anl::gpu::KernelAttributes known;                                                           \
+    return ::anl::gpu::launch(known, kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__);   \
+  }())
+
+// How many clusters of a kernel the current device holds at a time; 0: such a cluster does not fit.
+#define ANL_MAX_CLUSTERS(kernel, threads, cluster, shared_bytes)                                                \
+  ([&]() -> int {                                                                                               \
+    static ::anl::gpu::ClusterCounts counts;                                                                    \
+    return ::anl::gpu::max_clusters(counts, reinterpret_cast<const void*>(kernel), threads, cluster, shared_bytes); \
+  }())
+
+}  // namespace gpu
+}  // namespace anl

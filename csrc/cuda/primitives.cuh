@@ -1,0 +1,344 @@
+// What the kernels may ask of the machine: conversions, cached loads, asynchronous copies, clusters, atomics, launches.
+//
+// Kernels use these, CUDA's built-in indices, __syncthreads, __syncwarp, the __shfl/__ballot/__any/__all family and
+// atomicAdd, and no PTX of their own. So the same sources compile for the host (-DANL_CUDA_ON_HOST), where
+// tests/cuda_on_host has the other side of everything declared here.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "row_math.h"
+
+#if !defined(ANL_CUDA_ON_HOST)
+#include "launch.cuh"
+#endif
+
+#define ANL_DEVICE __device__ __forceinline__
+
+namespace anl {
+namespace gpu {
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// What a cache is told of 16 bytes: nothing; that they are not needed again; that they are, soon.
+enum class Cache { PLAIN, STREAM, KEEP };
+
+#if !defined(ANL_CUDA_ON_HOST)
+
+// ---- conversions: bits of float16 and bfloat16 ---------------------------------------------------------------------
+
+ANL_DEVICE float half_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+ANL_DEVICE uint16_t float_to_half(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+ANL_DEVICE uint32_t floats_to_half2(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+ANL_DEVICE float bfloat16_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+ANL_DEVICE uint16_t float_to_bfloat16(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+ANL_DEVICE uint32_t floats_to_bfloat162(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// 2^x to 2^-22 of its value; 0 below 2^-126.
+ANL_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- 16 aligned bytes of global memory ------------------------------------------------------------------------------
+
+ANL_DEVICE uint64_t keep_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+template <Cache C = Cache::PLAIN>
+ANL_DEVICE uint4 load16(const void* p) {
+  const uint4* q = static_cast<const uint4*>(p);
+  if constexpr (C == Cache::PLAIN) return *q;
+  if constexpr (C == Cache::STREAM) return __ldcs(q);
+  uint4 v;
+  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(p)), "l"(keep_policy()));
+  return v;
+}
+
+template <Cache C = Cache::PLAIN>
+ANL_DEVICE void store16(void* p, uint4 v) {
+  static_assert(C != Cache::KEEP, "what is written is not read again");
+  if constexpr (C == Cache::PLAIN)
+    *static_cast<uint4*>(p) = v;
+  else
+    __stcs(static_cast<uint4*>(p), v);
+}
+
+// ---- between CTAs of a launch: counters in global memory --------------------------------------------------------------
+
+ANL_DEVICE unsigned load_acquire(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return v;
+}
+ANL_DEVICE void add_release(unsigned* p, unsigned v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(v) : "memory");
+}
+// The value before; what was written before it is seen by whoever reads the sum, and the other way round.
+ANL_DEVICE unsigned add_acq_rel(unsigned* p, unsigned v) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(p)), "r"(v)
+               : "memory");
+  return before;
+}
+ANL_DEVICE void threadfence() { __threadfence(); }
+ANL_DEVICE void wait_a_little() { __nanosleep(40); }  // inside every loop that waits for another CTA
+
+// ---- asynchronous copies of the calling thread into shared memory -----------------------------------------------------
+
+ANL_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// 16 aligned bytes, past L1. What a thread has copied it sees after copy_async_wait, others after a barrier then.
+ANL_DEVICE void copy_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+ANL_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most N of the thread's groups are under way.
+template <int N>
+ANL_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- bulk copies (sm_90): 16-byte aligned, a multiple of 16 bytes, issued by one thread -------------------------------
+
+using Barrier = uint64_t;  // in shared memory, 8-byte aligned
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define ANL_SM90(...) __trap()
+#else
+#define ANL_SM90(...) asm volatile(__VA_ARGS__)
+#endif
+
+// `arrivals` threads complete a phase, each by barrier_expect (bytes of bulk copies to wait for besides).
+ANL_DEVICE void barrier_init(Barrier* barrier, unsigned arrivals) {
+  ANL_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  ANL_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+ANL_DEVICE void barrier_expect(Barrier* barrier, unsigned bytes) {
+  ANL_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+           : "memory");
+}
+// Until the phase of this parity (0 for the first, 1 for the second, 0, ...) is complete.
+ANL_DEVICE void barrier_wait(Barrier* barrier, unsigned parity) {
+  unsigned done = 0;
+  do
+    ANL_SM90(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  while (!done);
+}
+ANL_DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, Barrier* barrier) {
+  ANL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+               shared_address(shared)),
+           "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+           : "memory");
+}
+// From shared memory, of which every writer has called bulk_store_fence before the barrier that precedes the store.
+ANL_DEVICE void bulk_store_fence() { ANL_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
+ANL_DEVICE void bulk_store(void* global, const void* shared, unsigned bytes) {
+  ANL_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
+           "r"(shared_address(shared)), "r"(bytes)
+           : "memory");
+}
+ANL_DEVICE void bulk_store_commit() { ANL_SM90("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the shared memory of all but the thread's last N groups has been read; before it is written again, and before
+// the CTA ends.
+template <int N>
+ANL_DEVICE void bulk_store_wait() {
+  ANL_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+// ---- clusters (sm_90): CTAs that see each other's shared memory -------------------------------------------------------
+
+ANL_DEVICE unsigned cluster_rank() {
+  unsigned x = 0;
+  ANL_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  return x;
+}
+ANL_DEVICE unsigned cluster_size() {
+  unsigned x = 1;
+  ANL_SM90("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
+  return x;
+}
+// All threads of the cluster; shared memory written before cluster_arrive is seen after cluster_wait.
+ANL_DEVICE void cluster_arrive() { ANL_SM90("barrier.cluster.arrive.release;" ::: "memory"); }
+ANL_DEVICE void cluster_wait() { ANL_SM90("barrier.cluster.wait.acquire;" ::: "memory"); }
+ANL_DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+// The same variable in the shared memory of the CTA of that rank, to be read or written as any other.
+template <class T>
+ANL_DEVICE T* cluster_map(T* shared, unsigned rank) {
+  uint64_t x = reinterpret_cast<uint64_t>(shared);
+  ANL_SM90("mapa.u64 %0, %0, %1;" : "+l"(x) : "r"(rank));
+  return reinterpret_cast<T*>(x);
+}
+
+#undef ANL_SM90
+
+// ---- shared memory ----------------------------------------------------------------------------------------------------
+
+// The CTA's dynamic shared memory, 128-byte aligned, as `type* name`; and a variable in static shared memory.
+#define ANL_SHARED(type, name)                                                  \
+  extern __shared__ __align__(128) unsigned char anl_dynamic_shared_memory[];   \
+  type* const name = reinterpret_cast<type*>(anl_dynamic_shared_memory)
+#define ANL_STATIC_SHARED(type, name)  \
+  using name##_shared_type = type;     \
+  __shared__ name##_shared_type name
+
+#else
+}  // namespace gpu
+}  // namespace anl
+#include "host_primitives.h"
+namespace anl {
+namespace gpu {
+#endif
+
+// ---- elements: how classes are stored, and the arithmetic type --------------------------------------------------------
+
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+template <class S>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class S>
+using acc_t = typename Arithmetic<S>::type;
+
+ANL_DEVICE float widen(float x) { return x; }
+ANL_DEVICE double widen(double x) { return x; }
+ANL_DEVICE float widen(half_t x) { return half_to_float(x.bits); }
+ANL_DEVICE float widen(bfloat16_t x) { return bfloat16_to_float(x.bits); }
+
+template <class S>
+ANL_DEVICE S narrow(acc_t<S> x) {
+  return x;
+}
+template <>
+ANL_DEVICE half_t narrow<half_t>(float x) {
+  return {float_to_half(x)};
+}
+template <>
+ANL_DEVICE bfloat16_t narrow<bfloat16_t>(float x) {
+  return {float_to_bfloat16(x)};
+}
+
+// 16 bytes of elements.
+template <class S>
+constexpr int PACK = 16 / int(sizeof(S));
+
+template <class S>
+ANL_DEVICE void widen_pack(uint4 bits, acc_t<S> (&x)[PACK<S>]) {
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < PACK<S>; ++i) {
+    if constexpr (sizeof(S) == 8)
+      x[i] = __longlong_as_double((long long)(uint64_t(words[2 * i + 1]) << 32 | words[2 * i]));
+    else if constexpr (sizeof(S) == 4)
+      x[i] = __uint_as_float(words[i]);
+    else
+      x[i] = widen(S{uint16_t(words[i / 2] >> (i % 2 * 16))});
+  }
+}
+
+template <class S>
+ANL_DEVICE uint4 narrow_pack(const acc_t<S> (&x)[PACK<S>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(S) == 8)
+      words[i] = uint32_t(uint64_t(__double_as_longlong(x[i / 2])) >> (i % 2 * 32));
+    else if constexpr (sizeof(S) == 4)
+      words[i] = __float_as_uint(x[i]);
+    else if constexpr (std::is_same_v<S, half_t>)
+      words[i] = floats_to_half2(x[2 * i], x[2 * i + 1]);
+    else
+      words[i] = floats_to_bfloat162(x[2 * i], x[2 * i + 1]);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// ---- the mathematics of row_math.h on one row a thread -----------------------------------------------------------------
+
+// exp(x) to 2^-22 of its value, plus |x| roundings: for sums and gradients over many classes, not for scalars.
+ANL_DEVICE float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
+ANL_DEVICE double exp_approx(double x) { return exp(x); }
+
+template <class T>
+struct Scalar;
+
+template <>
+struct Scalar<float> {
+  using V = float;
+  static ANL_DEVICE float set(double x) { return float(x); }
+  static ANL_DEVICE float exp(float x) { return expf(x); }
+  static ANL_DEVICE float log(float x) { return logf(x); }
+  static ANL_DEVICE float log1p(float x) { return log1pf(x); }
+  static ANL_DEVICE float expm1(float x) { return expm1f(x); }
+  static ANL_DEVICE float sqrt(float x) { return sqrtf(x); }
+};
+
+template <>
+struct Scalar<double> {
+  using V = double;
+  static ANL_DEVICE double set(double x) { return x; }
+  static ANL_DEVICE double exp(double x) { return ::exp(x); }
+  static ANL_DEVICE double log(double x) { return ::log(x); }
+  static ANL_DEVICE double log1p(double x) { return ::log1p(x); }
+  static ANL_DEVICE double expm1(double x) { return ::expm1(x); }
+  static ANL_DEVICE double sqrt(double x) { return ::sqrt(x); }
+};
+
+}  // namespace gpu
+}  // namespace anl

@@ -1,0 +1,140 @@
+// The gradient from the rows' coefficients: logits read once (with the entropy term three times), gradient written once.
+#include "entropy.cuh"
+#include "row_common.cuh"
+
+namespace anl {
+namespace gpu {
+namespace {
+
+constexpr int MAX_THREADS = 512;
+
+template <class S>
+struct RowMemory {
+  const S* logits;
+  S* grad;
+
+  ANL_DEVICE RowMemory(const Call& call, int64_t r)
+      : logits(static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r)),
+        grad(static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r)) {}
+};
+
+// f(k, z_k) to element k of the gradient, for 0 <= k - begin < count, by `takers` threads of which this is number
+// `taker`. packs: 16 aligned bytes at a time (begin is where the row's packs begin, up to one before the row). With
+// `unread` the logits are not.
+template <class S, class F>
+ANL_DEVICE void transform(const Params& p, const RowMemory<S>& row, int begin, int count, int taker, int takers,
+                          bool unread, const F& f) {
+  using T = acc_t<S>;
+  constexpr int P = PACK<S>;
+  const int K = int(p.call.num_classes), end = begin + count < K ? begin + count : K;
+  if (!p.plan.packs) {
+    for (int k = begin + taker; k < end; k += takers) row.grad[k] = narrow<S>(f(k, unread ? T(0) : widen(row.logits[k])));
+    return;
+  }
+  for (int k = begin + taker * P; k < end; k += takers * P) {
+    T x[P] = {};
+    if (k >= 0 && k + P <= K) {
+      if (!unread) widen_pack<S>(load16(row.logits + k), x);
+#pragma unroll
+      for (int v = 0; v < P; ++v) x[v] = f(k + v, x[v]);
+      store16(row.grad + k, narrow_pack<S>(x));
+      continue;
+    }
+#pragma unroll
+    for (int v = 0; v < P; ++v)
+      if (unsigned(k + v) < unsigned(K)) row.grad[k + v] = narrow<S>(f(k + v, unread ? T(0) : widen(row.logits[k + v])));
+  }
+}
+
+// Where the packs of the row begin: its first class or up to one pack before it.
+template <class S>
+ANL_DEVICE int first_pack(const Params& p, const RowMemory<S>& row) {
+  return p.plan.packs ? -int(reinterpret_cast<uintptr_t>(row.logits) / sizeof(S) % PACK<S>) : 0;
+}
+
+// A group of lanes takes plan.tile classes of a row.
+template <class S, bool FOCAL>
+__global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_kernel(const __grid_constant__ Params p) {
+  using T = acc_t<S>;
+  const int lanes = p.plan.lanes, tile = int(p.plan.tile);
+  const int64_t tiles = ceil_div(p.call.num_classes + PACK<S> - 1, tile);
+  const int64_t unit = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
+  const int64_t r = tiles == 1 ? unit : unit / tiles;
+  if (r >= p.num_rows) return;
+  const KnownRow<T, FOCAL> known(p, r);
+  const RowMemory<S> row(p.call, r);
+  const int y = known.label(p.call, r);
+  const GradientRow<T> gradient = known.gradient;
+  const int begin = first_pack(p, row) + int(unit - r * tiles) * tile;
+  transform(p, row, begin, tile, int(threadIdx.x) % lanes, lanes, known.unread,
+            [&](int k, T x) { return k == y ? gradient.target : gradient.template at<FOCAL>(x); });
+}
+
+// Of the whole row, by the CTA; a few dozen classes a thread in T, then on in double.
+template <class S>
+ANL_DEVICE EntropySums<double> entropy_sums(const Params& p, const RowMemory<S>& row, const EntropyRow<acc_t<S>>& entropy,
+                                            EntropySums<double>* shared) {
+  using T = acc_t<S>;
+  constexpr int RUN = 64;
+  const T* log_q = static_cast<const T*>(p.call.log_q);
+  const int K = int(p.call.num_classes), step = int(blockDim.x);
+  EntropySums<double> sums = {0.0, 0.0};
+  for (int begin = int(threadIdx.x); begin < K; begin += step * RUN) {
+    const int end = K - begin > step * RUN ? begin + step * RUN : K;
+    EntropySums<T> part = {T(0), T(0)};
+    for (int k = begin; k < end; k += step) entropy.add(part, widen(row.logits[k]), log_q[k]);
+    sums = MergeEntropy<double>()(sums, {double(part.mass), double(part.moment)});
+  }
+  return block_reduce(sums, MergeEntropy<double>(), shared);
+}
+
+// A CTA takes a row.
+template <class S, bool FOCAL>
+__global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(const __grid_constant__ Params p) {
+  using T = acc_t<S>;
+  ANL_STATIC_SHARED(EntropySums<double>[2 * WARP], shared);
+  const int64_t r = blockIdx.x;
+  const KnownRow<T, FOCAL> known(p, r);
+  const RowMemory<S> row(p.call, r);
+  const GradientRow<T> gradient = known.gradient;
+  const T* log_q = static_cast<const T*>(p.call.log_q);
+  auto entropy = EntropyRow<T>::begin(gradient.max, known.inv_sum, *static_cast<const T*>(p.call.entropy_scale));
+  if (!known.unread) {
+    entropy.take_center(entropy_sums(p, row, entropy, shared));
+    entropy.take_lost(entropy_sums(p, row, entropy, shared + WARP));
+  }
+  __syncthreads();  // in place, the gradient overwrites what other threads' sums read
+  const int y = known.label(p.call, r);
+  const int begin = first_pack(p, row), count = int(p.call.num_classes) - begin;
+  transform(p, row, begin, count, int(threadIdx.x), int(blockDim.x), known.unread, [&](int k, T x) {
+    const T own = k == y ? gradient.target : gradient.template at<FOCAL>(x);
+    return known.unread ? own : own + entropy.at(x, log_q[k]);
+  });
+}
+
+template <class S, bool FOCAL>
+cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
+  if (p.call.log_q) return ANL_LAUNCH((rows_gradient_entropy_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
+  return ANL_LAUNCH((rows_gradient_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
+}
+
+template <class S>
+cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
+  const bool focal = p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
+  return focal ? launch_variant<S, true>(p, stream) : launch_variant<S, false>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_gradient(const Params& p, cudaStream_t stream) {
+  switch (p.call.dtype) {
+    case FLOAT32: return launch_storage<float>(p, stream);
+    case FLOAT64: return launch_storage<double>(p, stream);
+    case FLOAT16: return launch_storage<half_t>(p, stream);
+    default: return launch_storage<bfloat16_t>(p, stream);
+  }
+}
+
+}  // namespace gpu
+}  // namespace anl

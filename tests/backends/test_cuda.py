@@ -1,0 +1,215 @@
+"""What is the CUDA backend's own: which kernel runs what, launches, labels that are none, errors, the module's loading.
+
+The kernels run on the host (tests/cuda_on_host) where there is no GPU; the conformance suite has the numbers.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_on_host.build
+import helpers
+import oracle
+import pytest
+import torch
+from helpers import EXPRESSIONS
+
+import anl_kernels as ak
+from anl_kernels.backends import cuda
+
+pytestmark = pytest.mark.skipif(not cuda_on_host.build.compiler(), reason="needs g++ on Linux and the source tree")
+
+FLOAT32, FLOAT64, BFLOAT16 = 0, 1, 3
+
+
+@pytest.fixture(params=["host", "host-sm80", "host-h100"])
+def device(request):
+    """A device that does not exist; backend="cuda" then takes CPU tensors."""
+    from cuda_on_host import adapter
+
+    with adapter.on_host(request.param) as module:
+        yield module
+
+
+@pytest.fixture
+def module():
+    from cuda_on_host import adapter
+
+    with adapter.on_host("host-h100") as found:
+        yield found
+
+
+H100, A100 = 3, 4  # of tests/cuda_on_host/host_runtime.cpp
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "classes", "kernel"),
+    [
+        (H100, FLOAT32, 128, 10, "rows_small"),
+        (H100, BFLOAT16, 4096, 1024, "rows_small"),
+        (H100, FLOAT64, 4096, 512, "rows_small"),
+        (H100, FLOAT64, 4096, 513, "rows_block"),
+        (H100, FLOAT32, 4096, 1025, "rows_block"),
+        (H100, BFLOAT16, 4096, 20_000, "rows_block"),
+        (H100, BFLOAT16, 4096, 100_000, "rows_cluster"),
+        (H100, FLOAT32, 1024, 800_000, "rows_cluster"),
+        (H100, FLOAT32, 1, 1_000_000, "rows_split"),
+        (H100, FLOAT32, 1024, 4_000_000, "rows_split"),
+        (A100, FLOAT32, 1024, 20_000, "rows_block"),
+        (A100, FLOAT32, 1024, 100_000, "rows_split"),
+    ],
+)
+def test_selection(module, device, dtype, rows, classes, kernel):
+    assert module.kernel_for(dtype, (rows, classes, 1), (classes, 1, 0), device) == kernel
+
+
+def test_selection_by_strides(module):
+    assert module.kernel_for(FLOAT32, (8, 19, 64), (19 * 64, 64, 1), H100) == "spatial"
+    assert module.kernel_for(FLOAT32, (8, 19, 64), (19 * 64, 1, 19), H100) == "rows_small"  # channels-last
+    assert module.kernel_for(FLOAT32, (8, 5000, 1), (1, 8, 0), H100) == "spatial"
+
+
+def row_loss(module, logits, target, empty, device=-1):
+    program = module.Program([(1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0)], 1e-7, 0.0)
+    loss, grad = torch.empty(()), torch.empty_like(logits)
+    rows, classes = logits.shape
+    module.row_loss(
+        program, FLOAT32, (rows, classes, 1), logits.data_ptr(), (classes, 1, 0), grad.data_ptr(), (classes, 1, 0),
+        target.data_ptr(), 0, -100, 0, 1, loss.data_ptr(), 0, module.Where(device, 0, empty),
+    )  # fmt: skip
+    return loss, grad
+
+
+@pytest.mark.parametrize(("rows", "classes", "launches"), [(128, 10, 1), (128, 100, 1), (64, 37, 1), (4096, 10, 2)])
+def test_a_small_batch_is_one_launch(module, rows, classes, launches):
+    """With its mean's denominator and the loss's sum: it asks for no memory that another kernel has to prepare."""
+    asked = []
+
+    def empty(size):
+        asked.append(torch.empty(size, dtype=torch.uint8))
+        return asked[-1].data_ptr()
+
+    logits, target = torch.randn(rows, classes), torch.arange(rows) % classes
+    loss, grad = row_loss(module, logits, target, empty)
+    assert len(asked) == launches - 1
+    helpers.assert_as_accurate(loss, grad, target, helpers.truth(logits, target, EXPRESSIONS["anl_ce"]))
+
+
+SHAPES = [(7, 6), (40, 33), (5, 700), (3, 3000), (2, 20_001), (2, 6, 5), (3, 40, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("label", [-1, "classes", 2**40], ids=str)
+def test_a_label_out_of_bounds_is_a_row_of_nan(device, shape, label):
+    """Of that row alone; the others' gradients are divided by the number of rows that are not ignored."""
+    rows, classes = math.prod(shape) // shape[1], shape[1]
+    logits = torch.randn(shape, generator=helpers.generator(0)) * 3
+    labels = torch.randint(classes, (rows,), generator=helpers.generator(1))
+    bad = rows // 2
+    clean = labels.clone()
+    labels[bad] = classes if label == "classes" else label
+    target = labels.view(shape[0], *shape[2:])
+    others = torch.arange(rows) != bad
+    clean_loss, clean_grad = oracle.loss_and_grad(logits, clean.view(target.shape), EXPRESSIONS["anl_ce"])
+    for build in (helpers.expression, helpers.row_loss_expression):
+        for keywords in (dict(), dict(recompute=True), dict(reduction="none"), dict(weight=torch.rand(classes) + 1)):
+            if "weight" in keywords and build is helpers.row_loss_expression:
+                continue
+            given = logits.clone().requires_grad_()
+            loss = ak.robust_loss(given, target, build(EXPRESSIONS["anl_ce"]), backend="cuda", **keywords)
+            loss.sum().backward()
+            grad = oracle.as_rows(given.grad)
+            assert loss.reshape(-1).isnan().tolist() == ([True] if loss.dim() == 0 else (~others).tolist())
+            assert grad[bad].isnan().all()
+            assert grad[others].isfinite().all()
+            if keywords in (dict(), dict(recompute=True)):
+                torch.testing.assert_close(
+                    grad[others].double(), oracle.as_rows(clean_grad)[others], rtol=1e-4, atol=1e-7
+                )
+    assert clean_loss.isfinite()
+
+
+@pytest.mark.parametrize("classes", [10, 700, 3000])
+def test_nothing_but_ignored_rows(device, classes):
+    logits = torch.full((5, classes), math.nan, requires_grad=True)
+    target = torch.full((5,), -100)
+    for recompute in (False, True):
+        loss = ak.anl_ce(logits, target, backend="cuda", recompute=recompute)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.isnan() and (grad == 0).all()
+    assert ak.anl_ce(logits, target, backend="cuda", reduction="sum") == 0
+
+
+def test_a_batch_without_rows(module):
+    logits, target = torch.empty(0, 10, requires_grad=True), torch.empty(0, dtype=torch.int64)
+    assert ak.anl_ce(logits, target, backend="cuda").isnan()
+    assert ak.anl_ce(logits, target, backend="cuda", reduction="sum", entropy_weight=1.0) == 0
+    assert ak.anl_ce(logits, target, backend="cuda", reduction="none").shape == (0,)
+
+
+def test_scaling_by_one_writes_nothing(module):
+    grad = torch.randn(6, 5)
+    version, before = grad._version, grad.clone()
+    assert cuda.scaled(grad, torch.ones(()), keep=False) is grad
+    assert torch.equal(grad, before) and grad._version == version
+    assert torch.equal(cuda.scaled(grad, torch.tensor(3.0), keep=True), 3 * before)
+    assert torch.equal(cuda.scaled(grad, torch.tensor(3.0), keep=False), 3 * before)
+
+
+def test_a_failing_call_is_an_error(module):
+    with pytest.raises(RuntimeError, match=r"anl_kernels: .*device.* failed: .*cuda"):
+        row_loss(module, torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), None, device=77)
+
+
+def test_the_device_is_the_current_one_while_a_call_is_launched(module):
+    """And the one before is current again then."""
+    from cuda_on_host import adapter
+
+    library = adapter.loaded()[1]
+    assert library.anl_host_use_device(H100) == 0
+    assert module.kernel_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), A100) == "rows_split"
+    assert module.kernel_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), -1) == "rows_cluster"
+
+
+# ---- the module that nvcc built
+
+BUILT = importlib.util.find_spec("anl_kernels._cuda") is not None
+needs_module = pytest.mark.skipif(not BUILT, reason="anl_kernels._cuda is not built (no nvcc)")
+
+
+@needs_module
+def test_the_module_loads_without_torch_and_without_a_driver():
+    code = (
+        "import importlib.util, sys\n"
+        f"path = {importlib.util.find_spec('anl_kernels._cuda').origin if BUILT else ''!r}\n"
+        "spec = importlib.util.spec_from_file_location('anl_kernels._cuda', path)\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(module.info()['archs'], module.why_not(-1), sep='|')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    archs, why_not = result.stdout.strip().split("|")
+    assert archs and all(arch.removesuffix("+PTX").isdigit() for arch in archs.split(";"))
+    if not torch.cuda.is_available() and not Path("/dev/nvidiactl").exists():
+        assert why_not.startswith(("there is no NVIDIA driver here", "there is no usable NVIDIA GPU here"))
+
+
+@needs_module
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+def test_why_it_cannot_run_is_said():
+    unseen = {"min_prob": 3e-7}  # keywords of no other test: a call that was checked before is not asked again
+    reasons = {b.name: b.reason for b in ak.backends() if not b.available}
+    assert "NVIDIA" in reasons["cuda"]
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run this call: .*NVIDIA"):
+        ak.anl_ce(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), backend="cuda", **unseen)
+    with pytest.raises(RuntimeError, match="ANL_KERNELS_BACKEND='cuda'"):
+        os.environ["ANL_KERNELS_BACKEND"] = "cuda"
+        try:
+            ak.anl_ce(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), **unseen)
+        finally:
+            del os.environ["ANL_KERNELS_BACKEND"]

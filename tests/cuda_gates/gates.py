@@ -1,0 +1,115 @@
+"""What is demanded of the kernels' machine code, and what a kernel lacks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disassembly import Kernel, Loop
+
+ELEMENTS = {"float": 4, "half_t": 8, "bfloat16_t": 8, "double": 2}  # of 16 bytes
+
+# Registers a thread may have: 65536 a multiprocessor, over the threads that are to be on it together.
+REGISTERS = {
+    "rows_small_kernel": 128,
+    "rows_block_kernel": 128,
+    "rows_cluster_kernel": 128,
+    "rows_split_kernel": 128,
+    "rows_gradient_kernel": 128,
+    "rows_gradient_entropy_kernel": 128,
+    "spatial_kernel": 128,
+    "spatial_gradient_kernel": 128,
+    "column_sums_kernel": 128,
+    "pixel_sums_kernel": 128,
+}
+DOUBLE_REGISTERS = 192  # of the kernels above for float64, whose values take two each
+FEW_REGISTERS = 64  # of everything else: what prepares, scales and adds up
+
+
+@dataclass(frozen=True)
+class Hot:
+    """The loops over a row's classes: `packs` of 16 bytes a turn, read by `load`; a sweep, and one that writes."""
+
+    load: str  # LDG, LDS
+    packs: int
+    writes: bool = True
+    narrow: bool = False  # whether the loop may reach for single numbers as well
+    from_arch: int = 80
+
+
+HOT = {
+    "rows_block_kernel": Hot("LDS", 1, narrow=True),  # packs that a row shares with its neighbour
+    "rows_cluster_kernel": Hot("LDS", 4, from_arch=90),
+    "rows_split_kernel": Hot("LDG", 4),
+    "column_sums_kernel": Hot("LDG", 4, writes=False, narrow=True),  # each row's max and sum
+}
+WIDE = ("rows_small_kernel", "rows_gradient_kernel", "rows_gradient_entropy_kernel")  # no loops, but 128 bits as well
+REBASE = 1  # exps of a tile whose largest class is larger than all before
+
+
+def resource_problems(kernel: Kernel) -> list[str]:
+    """Stack, local memory, spills, too many registers."""
+    most = REGISTERS.get(kernel.base_name, FEW_REGISTERS)
+    if kernel.base_name in REGISTERS and kernel.parameters[:1] == ["double"]:
+        most = DOUBLE_REGISTERS
+    found = []
+    if kernel.stack or kernel.local or kernel.spills:
+        found.append(
+            f"{kernel.name}: {kernel.stack} bytes of stack, {kernel.local} of local memory, {kernel.spills} accesses"
+        )
+    if kernel.registers > most:
+        found.append(f"{kernel.name}: {kernel.registers} registers, at most {most}")
+    return found
+
+
+def hot_loops(kernel: Kernel, hot: Hot) -> list[Loop]:
+    """The innermost loops that read whole tiles and take exps."""
+    return [
+        loop
+        for loop in kernel.innermost_loops
+        if loop.count(hot.load, wide=True) >= hot.packs and loop.count("MUFU.EX2") > 0
+    ]
+
+
+def loop_problems(kernel: Kernel, hot: Hot) -> list[str]:
+    """128-bit reads and writes, and one MUFU.EX2 an element, in a sweep and in the loop that writes the gradient."""
+    elements = ELEMENTS[kernel.parameters[0]]
+    found, sweeps, writers = [], 0, 0
+    for loop in hot_loops(kernel, hot):
+        packs, stores, exps = loop.count(hot.load, wide=True), loop.count("STG", wide=True), loop.count("MUFU.EX2")
+        where = (
+            f"{kernel.name}, loop at {min(loop.addresses):#x}: {packs} wide {hot.load}, {stores} wide STG, {exps} EX2"
+        )
+        if not packs * elements <= exps <= packs * elements + REBASE:
+            found.append(f"{where}: {packs * elements} elements")
+        narrow = loop.count("STG", wide=False) + (hot.load == "LDG") * loop.count("LDG", wide=False)
+        if narrow and not hot.narrow:
+            found.append(f"{where}: and narrow accesses")
+        if stores == 0:
+            sweeps += 1
+        elif stores == packs:
+            writers += 1
+        else:
+            found.append(f"{where}: not every pack is written whole")
+    if sweeps == 0:
+        found.append(f"{kernel.name}: no sweep of {hot.packs} wide {hot.load} with exps")
+    if writers == 0 and hot.writes:
+        found.append(f"{kernel.name}: no loop of {hot.packs} wide {hot.load} and as many wide STG")
+    return found
+
+
+def width_problems(kernel: Kernel) -> list[str]:
+    everything = Loop(kernel.instructions)
+    missing = [name for name in ("LDG", "STG") if not everything.count(name, wide=True)]
+    return [f"{kernel.name}: no 128-bit {' and '.join(missing)}"] if missing else []
+
+
+def is_single_exp(kernel: Kernel) -> bool:
+    """Focal weights take exps of their own; float64 has no MUFU for them."""
+    return "true" not in kernel.parameters[1:] and kernel.parameters[:1] != ["double"]
+
+
+def code_problems(kernel: Kernel, arch: int) -> list[str]:
+    hot = HOT.get(kernel.base_name)
+    if hot and arch >= hot.from_arch and is_single_exp(kernel):
+        return loop_problems(kernel, hot)
+    return width_problems(kernel) if kernel.base_name in WIDE else []

@@ -1,0 +1,33 @@
+"""Lets anl_kernels.backends.cuda run on the CPU, through the host build of its kernels."""
+
+import ctypes
+from contextlib import contextmanager
+from functools import lru_cache
+
+import cuda_on_host.build as build
+
+from anl_kernels.backends import cuda
+
+# Devices of host_runtime.cpp. The first three are small: a few hundred classes are long rows there.
+DEVICES = {"host": 0, "host-sm80": 1, "host-warp": 2, "host-h100": 3, "host-a100": 4}
+
+
+@lru_cache
+def loaded():
+    path = build.build()
+    return build.load(path), ctypes.CDLL(str(path))
+
+
+@contextmanager
+def on_host(device="host"):
+    """Within it backend="cuda" takes CPU tensors, and thinks it runs on that device."""
+    module, library = loaded()
+    before = cuda._cuda, cuda._why_not, cuda._DEVICE
+    cuda._cuda, cuda._why_not, cuda._DEVICE = module, None, "cpu"
+    cuda._program.cache_clear()
+    assert library.anl_host_use_device(DEVICES[device]) == 0
+    try:
+        yield module
+    finally:
+        cuda._cuda, cuda._why_not, cuda._DEVICE = before
+        cuda._program.cache_clear()

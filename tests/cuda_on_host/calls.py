@@ -1,0 +1,194 @@
+"""Calls every kernel of a host build, without PyTorch: for the sanitizers.
+
+    python calls.py MODULE CASES [SHORT]
+
+CASES: names from `CASES`, joined by commas, or "all". Every buffer has exactly the size that the kernels are told;
+SHORT names one ("logits", "grad", "target", "coefs") that is one element short, which AddressSanitizer must find.
+"""
+
+import ctypes
+import importlib.util
+import math
+import random
+import struct
+import sys
+
+LIBC = ctypes.CDLL(None)
+LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+SIZES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
+CE, NCE, NNCE, NFL, NNFL, RCE = 0, 1, 2, 4, 5, 7
+LOSSES = {  # terms, gamma
+    "anl_ce": ([(NCE, 1.0, 0.0, 0.0), (NNCE, 1.0, 0.0, 0.0)], 0.0),
+    "anl_fl": ([(NFL, 1.0, 0.0, 0.0), (NNFL, 1.0, 0.0, 0.0)], 0.5),
+    "nce+rce": ([(NCE, 1.0, 0.0, 0.0), (RCE, 1.0, 9.2, 0.0)], 0.0),
+    "ce": ([(CE, 1.0, 0.0, 0.0)], 0.0),
+}
+ALL_NEEDS = 15
+# name: (device of host_runtime.cpp, rows, classes, pixels or 0, dtypes). Sizes choose the kernel: on the small devices
+# 64 classes are few, a thousand fill a CTA.
+CASES = {
+    "small": (0, 7, 37, 0, (FLOAT32, FLOAT64, BFLOAT16)),
+    "one_cta": (3, 5, 10, 0, (FLOAT32, FLOAT16)),
+    "block": (0, 5, 403, 0, (FLOAT32, FLOAT64, BFLOAT16)),
+    "cluster": (0, 3, 3001, 0, (FLOAT32, BFLOAT16)),
+    "split": (1, 3, 3001, 0, (FLOAT32, FLOAT64, BFLOAT16)),
+    "split_one_row": (0, 1, 5003, 0, (FLOAT32, FLOAT16)),
+    "spatial_few": (0, 2, 7, 41, (FLOAT32, FLOAT64, BFLOAT16)),
+    "spatial": (0, 1, 131, 35, (FLOAT32, FLOAT64, FLOAT16)),
+    "spatial_long": (0, 1, 1203, 3, (FLOAT32, BFLOAT16)),
+}
+
+
+class Buffer:
+    """Exactly `size` bytes of malloc's, of which the last `short` are missing."""
+
+    def __init__(self, size, short=0):
+        self.size = size - short
+        self.address = LIBC.malloc(self.size)
+
+    def __del__(self):
+        LIBC.free(self.address)
+
+    def fill(self, data):
+        ctypes.memmove(self.address, data, min(len(data), self.size))
+        return self
+
+    def bytes(self):
+        return ctypes.string_at(self.address, self.size)
+
+
+def encode(values, dtype):
+    if dtype == FLOAT16:
+        return struct.pack(f"{len(values)}e", *values)
+    if dtype == FLOAT64:
+        return struct.pack(f"{len(values)}d", *values)
+    data = struct.pack(f"{len(values)}f", *values)
+    return data if dtype == FLOAT32 else b"".join(data[i + 2 : i + 4] for i in range(0, len(data), 4))
+
+
+def decode(buffer, dtype):
+    return struct.unpack(f"{buffer.size // SIZES[dtype]}{'d' if dtype == FLOAT64 else 'f'}", buffer.bytes())
+
+
+class Case:
+    """A batch in buffers of its own."""
+
+    def __init__(self, kernels, case, dtype, short=None):
+        self.kernels, self.dtype = kernels, dtype
+        self.device, self.outer, self.classes, pixels, _ = CASES[case]
+        self.acc = FLOAT64 if dtype == FLOAT64 else FLOAT32
+        self.inner = pixels or 1
+        self.rows = self.outer * self.inner
+        self.shape = (self.outer, self.classes, self.inner)
+        self.strides = (self.classes * self.inner, self.inner, 1) if pixels else (self.classes, 1, 0)
+        self.short = short
+        self.target = self.new("target", self.rows, 8).fill(struct.pack(f"{self.rows}q", *self.labels()))
+        self.values = encode(self.logits(), dtype)
+        self.weight = self.numbers(self.classes)
+        self.coefs = self.new("coefs", 10 * self.rows, SIZES[self.acc])
+        self.scratch = []
+
+    def new(self, name, count, size):
+        return Buffer(count * size, size if name == self.short else 0)
+
+    def numbers(self, count):
+        return Buffer(count * SIZES[self.acc]).fill(encode([random.random() for _ in range(count)], self.acc))
+
+    def labels(self):
+        labels = [random.randrange(self.classes) for _ in range(self.rows)]
+        if self.rows > 2:  # one ignored, one that does not exist
+            labels[1], labels[2] = -100, self.classes
+        return labels
+
+    def logits(self):
+        """Spread so that the clamp cuts through every row; one class that does not exist."""
+        values = [random.uniform(0.0, 30.0) for _ in range(self.rows * self.classes)]
+        values[-1] = -math.inf
+        return values
+
+    def where(self):
+        self.scratch.clear()
+
+        def empty(size):
+            self.scratch.append(Buffer(size).fill(b"\xff" * size))
+            return self.scratch[-1].address
+
+        return self.kernels.Where(self.device, 0, empty)
+
+    def fresh(self):
+        count = self.rows * self.classes
+        logits = self.new("logits", count, SIZES[self.dtype]).fill(self.values)
+        return logits, self.new("grad", count, SIZES[self.dtype])
+
+    def loss(self, terms, gamma, reduction, with_grad=True, with_coefs=False, inplace=False, weighted=False):
+        logits, grad = self.fresh()
+        loss = Buffer((self.rows if reduction == 0 else 1) * SIZES[self.acc])
+        out = logits if inplace else grad
+        self.kernels.row_loss(
+            self.kernels.Program(terms, 1e-7, gamma), self.dtype, self.shape, logits.address, self.strides,
+            out.address if with_grad else 0, self.strides, self.target.address, 0, -100,
+            self.weight.address if weighted else 0, reduction, loss.address,
+            self.coefs.address if with_coefs else 0, self.where(),
+        )  # fmt: skip
+        return decode(loss, self.acc)
+
+    def stats(self, gamma):
+        logits, _ = self.fresh()
+        table = Buffer(13 * self.rows * 8)
+        self.kernels.row_stats(
+            self.dtype, self.shape, logits.address, self.strides, self.target.address, 0, -100, 1e-7, gamma, ALL_NEEDS,
+            table.address, self.where(),
+        )  # fmt: skip
+
+    def grad(self, needs, gamma, entropy=False, inplace=False):
+        logits, grad = self.fresh()
+        output, log_q, scale = self.numbers(self.rows), self.numbers(self.classes), self.numbers(1)
+        self.kernels.row_grad(
+            self.dtype, self.shape, logits.address, self.strides, (logits if inplace else grad).address, self.strides,
+            self.target.address, 0, 1e-7, gamma, needs, self.coefs.address, output.address, 1,
+            log_q.address if entropy else 0, scale.address if entropy else 0, self.where(),
+        )  # fmt: skip
+
+    def column_sums(self):
+        logits, _ = self.fresh()
+        sums = Buffer(self.classes * 8)
+        self.kernels.column_sums(
+            self.dtype, self.shape, logits.address, self.strides, self.coefs.address, sums.address, self.where()
+        )
+        assert all(math.isfinite(x) or self.rows > 2 for x in decode(sums, FLOAT64))
+
+    def scale(self):
+        logits, _ = self.fresh()
+        factor = self.numbers(1)
+        self.kernels.scale(self.dtype, self.shape, logits.address, self.strides, factor.address, self.where())
+
+    def run(self, thorough):
+        for name in LOSSES if thorough else ("anl_ce", "anl_fl"):
+            terms, gamma = LOSSES[name]
+            needs = self.kernels.Program(terms, 1e-7, gamma).needs
+            rows = self.loss(terms, gamma, 0, with_grad=False, with_coefs=True)
+            total = self.loss(terms, gamma, 2)[0]
+            assert math.isnan(total) if self.rows > 2 else math.isclose(total, sum(rows), rel_tol=1e-5)
+            assert all(math.isfinite(x) for i, x in enumerate(rows) if i != 2)
+            self.loss(terms, gamma, 1, with_coefs=True, inplace=True, weighted=True)
+            self.stats(gamma)
+            self.grad(needs, gamma)
+            self.grad(needs, gamma, entropy=True, inplace=True)
+        self.column_sums()
+        self.scale()
+
+
+def main(path, cases="all", short=None):
+    spec = importlib.util.spec_from_file_location("anl_kernels._cuda", path)
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    random.seed(0)
+    thorough = cases == "all"
+    for case in CASES if thorough else cases.split(","):
+        for dtype in CASES[case][-1]:
+            Case(kernels, case, dtype, short).run(thorough)
+        print("done:", case, flush=True)
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,145 @@
+// What both engines share: CTAs and their memory, exchanges between lanes, copies, the order in which a grid runs.
+#include "engine.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "host_runtime.h"
+
+namespace anl {
+namespace host {
+
+thread_local Thread* current = nullptr;
+
+Memory::Memory(size_t bytes, size_t alignment) : bytes(bytes), alignment(alignment) {
+  void* p = nullptr;
+  if (posix_memalign(&p, std::max(alignment, sizeof(void*)), bytes)) abort();
+  data = static_cast<unsigned char*>(p);
+  memset(data, 0xff, bytes);
+}
+Memory::~Memory() { free(data); }
+
+Cta::Cta(const Launch& launch, uint3 index, unsigned rank, Cluster* cluster)
+    : launch(&launch), index(index), rank(rank), cluster(cluster), barrier(launch.threads()),
+      shared(launch.shared_bytes, 128) {
+  for (unsigned first = 0; first < launch.threads(); first += 32) {
+    const unsigned lanes = std::min(32u, launch.threads() - first);
+    warps.push_back(std::make_unique<Lanes>(lanes == 32 ? 0xffffffffu : (1u << lanes) - 1));
+  }
+}
+
+Cluster::Cluster(const Launch& launch, uint64_t first_cta) : barrier(launch.threads() * launch.cluster) {
+  const uint64_t x = launch.grid.x, y = launch.grid.y;
+  for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+    const uint64_t i = first_cta + rank;
+    const uint3 index = {unsigned(i % x), unsigned(i / x % y), unsigned(i / x / y)};
+    ctas.push_back(std::make_unique<Cta>(launch, index, rank, this));
+  }
+}
+
+void* Cta::static_shared(const void* site, size_t size, size_t alignment) {
+  const std::lock_guard lock(mutex);
+  return statics.try_emplace(site, size, alignment).first->second.data;
+}
+
+// Without the lock after the first time, which would order what the kernel does not.
+void* static_shared(const void* site, size_t size, size_t alignment) {
+  Thread& thread = self();
+  for (const auto& [known, place] : thread.statics)
+    if (known == site) return place;
+  void* place = thread.cta->static_shared(site, size, alignment);
+  thread.statics.emplace_back(site, place);
+  return place;
+}
+
+void* Cta::same_place(const Cta& other, const void* shared_pointer) {
+  const auto* p = static_cast<const unsigned char*>(shared_pointer);
+  const auto offset = [&](const Memory& memory) { return size_t(p - memory.data); };
+  if (offset(other.shared) < other.shared.bytes) return shared.data + offset(other.shared);
+  for (const auto& [site, place] : self().statics) {
+    const Memory& memory = other.statics.at(site);
+    if (offset(memory) < memory.bytes)
+      return static_cast<unsigned char*>(static_shared(site, memory.bytes, memory.alignment)) + offset(memory);
+  }
+  fail("cluster_map of an address that is not in shared memory");
+}
+
+Lanes& Cta::lanes(unsigned warp, unsigned mask) {
+  if (mask == 0xffffffffu) return *warps[warp];
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<Lanes>& part = parts[{warp, mask}];
+  if (!part) part = std::make_unique<Lanes>(mask);
+  return *part;
+}
+
+namespace {
+
+Lanes& lanes_of(unsigned mask) {
+  if (!(mask >> self().lane & 1)) fail("a lane that is not in its own mask");
+  return self().cta->lanes(self().warp, mask);
+}
+
+}  // namespace
+
+Exchanged exchange(unsigned mask, uint64_t value) {
+  Lanes& lanes = lanes_of(mask);
+  const unsigned turn = lanes.turn[lane()]++ % 2;
+  lanes.values[turn][lane()].store(value, std::memory_order_relaxed);
+  lanes.meeting.arrive_and_wait();
+  return {&lanes, turn};
+}
+
+void sync_warp(unsigned mask) {
+  Lanes& lanes = lanes_of(mask);
+  lanes.barrier.wait(lanes.barrier.arrive());
+}
+
+void sync_cta() {
+  Barrier& barrier = self().cta->barrier;
+  barrier.wait(barrier.arrive());
+}
+
+int sync_cta_or(bool predicate) {
+  Thread& thread = self();
+  const unsigned turn = thread.votes++;
+  if (predicate) thread.cta->votes[turn % 3] = 1;
+  sync_cta();
+  if (thread.index.x + thread.index.y + thread.index.z == 0) thread.cta->votes[(turn + 2) % 3] = 0;
+  return thread.cta->votes[turn % 3];
+}
+
+void Copy::run() const { memcpy(to, from, bytes); }
+
+void CopyGroups::commit() {
+  committed.push_back(std::move(open));
+  open.clear();
+}
+
+void CopyGroups::wait(size_t leave) {
+  while (committed.size() > leave) {
+    for (const Copy& copy : committed.front()) copy.run();
+    committed.erase(committed.begin());
+  }
+}
+
+void Thread::finish() const {
+  if (!copies.open.empty() || !copies.committed.empty() || !stores.open.empty() || !stores.committed.empty())
+    fail("a thread ended before its asynchronous copies");
+}
+
+bool run(const Launch& launch) {
+  const uint64_t ctas = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+  std::vector<unsigned> order(ctas / launch.cluster);
+  std::iota(order.begin(), order.end(), 0u);
+  static std::atomic<unsigned> launches{0};
+  std::shuffle(order.begin(), order.end(), std::minstd_rand(++launches));
+  return run_clusters(launch, order);
+}
+
+}  // namespace host
+}  // namespace anl

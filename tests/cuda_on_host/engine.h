@@ -1,0 +1,190 @@
+// Runs a grid on the host: every CUDA thread is a fiber (the default), or a std::thread (-DANL_HOST_THREADS).
+//
+// Fibers are quick and all run on the thread that launches, in an order that changes from launch to launch. Threads are
+// slow; they are for ThreadSanitizer, which sees a race where two of them meet in memory without a barrier between. In
+// both a few CTAs (or clusters) are under way at a time, begun in no particular order.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+#if defined(ANL_HOST_THREADS)
+#include <barrier>
+#endif
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+
+namespace anl {
+namespace host {
+
+// Ends the launch with an error (fibers) or the process (threads).
+[[noreturn]] void fail(const char* message);
+
+// For other threads to get on, inside a loop that waits for them.
+void yield();
+
+#if defined(ANL_HOST_THREADS)
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : barrier_(threads) {}
+  using Token = std::barrier<>::arrival_token;
+  Token arrive() { return barrier_.arrive(); }
+  void wait(Token token) { barrier_.wait(std::move(token)); }
+
+ private:
+  std::barrier<> barrier_;
+};
+
+// Lets lanes meet without ordering their memory accesses, as a shuffle does: ThreadSanitizer takes no relaxed atomic
+// for a synchronisation.
+class Meeting {
+ public:
+  explicit Meeting(unsigned threads) : threads_(threads) {}
+  void arrive_and_wait();
+
+ private:
+  const unsigned threads_;
+  std::atomic<unsigned> arrived_{0}, generation_{0};
+};
+
+#else
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : threads_(threads) {}
+  using Token = unsigned;
+  Token arrive();
+  void wait(Token token);  // blocks the fiber until the generation is another
+  void arrive_and_wait() { wait(arrive()); }
+  bool passed(Token token) const { return generation_ != token; }
+
+ private:
+  const unsigned threads_;
+  unsigned arrived_ = 0, generation_ = 0;
+};
+using Meeting = Barrier;
+
+#endif
+
+// The lanes of one warp that shuffle or meet under one mask. Values have two places that take turns, so that one
+// meeting an exchange is enough.
+struct Lanes {
+  explicit Lanes(unsigned mask) : barrier(__builtin_popcount(mask)), meeting(__builtin_popcount(mask)) {}
+  Barrier barrier;
+  Meeting meeting;
+  std::atomic<uint64_t> values[2][32];
+  unsigned turn[32] = {};  // each lane's own
+};
+
+struct Exchanged {
+  const Lanes* lanes;
+  unsigned turn;
+  uint64_t of(int lane) const { return lanes->values[turn][lane].load(std::memory_order_relaxed); }
+};
+
+struct Launch {
+  dim3 grid, block;
+  unsigned cluster;
+  size_t shared_bytes;
+  void (*kernel)(void* context);
+  void* context;
+  unsigned threads() const { return block.x * block.y * block.z; }
+};
+
+struct Cluster;
+
+// Exactly so many bytes, full of ones at first: NaN in every format.
+struct Memory {
+  Memory(size_t bytes, size_t alignment);
+  ~Memory();
+  Memory(const Memory&) = delete;
+  unsigned char* data;
+  const size_t bytes, alignment;
+};
+
+struct Cta {
+  Cta(const Launch& launch, uint3 index, unsigned rank, Cluster* cluster);
+  void* static_shared(const void* site, size_t size, size_t alignment);
+  void* same_place(const Cta& other, const void* shared);  // in this CTA
+  Lanes& lanes(unsigned warp, unsigned mask);
+
+  const Launch* launch;
+  uint3 index;
+  unsigned rank;  // in the cluster
+  Cluster* cluster;
+  Barrier barrier;
+  std::atomic<int> votes[3] = {0, 0, 0};  // of three calls in turn
+  Memory shared;
+  std::mutex mutex;  // of what follows, and of the mbarriers in shared memory
+  std::map<const void*, Memory> statics;
+  std::map<std::pair<unsigned, unsigned>, std::unique_ptr<Lanes>> parts;  // of warps, by warp and mask
+  std::vector<std::unique_ptr<Lanes>> warps;                              // whole: no mutex needed
+};
+
+void* static_shared(const void* site, size_t size, size_t alignment);
+
+struct Cluster {
+  Cluster(const Launch& launch, uint64_t first_cta);
+  std::vector<std::unique_ptr<Cta>> ctas;
+  Barrier barrier;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+  void run() const;
+};
+
+// Asynchronous copies are made when they are waited for, no sooner: what is read before holds something else.
+struct CopyGroups {
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> committed;
+  void commit();
+  void wait(size_t leave);
+};
+
+struct Thread {
+  uint3 index;
+  unsigned warp, lane;
+  Cta* cta;
+  std::vector<std::pair<const void*, void*>> statics;  // those it has seen
+  unsigned votes = 0;          // __syncthreads_or so far
+  CopyGroups copies, stores;
+  void finish() const;  // fails if a copy was not waited for
+#if defined(ANL_HOST_THREADS)
+  std::unique_ptr<Barrier::Token> cluster_token;
+#else
+  Barrier::Token cluster_token = 0;
+#endif
+};
+
+extern thread_local Thread* current __attribute__((tls_model("initial-exec")));
+inline Thread& self() { return *current; }
+inline unsigned lane() { return self().lane; }
+
+Exchanged exchange(unsigned mask, uint64_t value);
+void sync_warp(unsigned mask);
+void sync_cta();
+int sync_cta_or(bool predicate);
+void cluster_arrive();
+void cluster_wait();
+
+// Runs the grid; false if it failed (the message is on stderr). Engines implement run_clusters.
+bool run(const Launch& launch);
+bool run_clusters(const Launch& launch, const std::vector<unsigned>& order);
+
+}  // namespace host
+}  // namespace anl

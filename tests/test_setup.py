@@ -1,0 +1,122 @@
+"""setup.py: which nvcc, which architectures, what is said when something is wrong. Nothing is compiled here."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = '#!/bin/sh\nfor arch in 75 80 86 90 100; do echo "sm_$arch"; done\n'
+ENVIRONMENT = ("CUDACXX", "CUDA_HOME", "ANL_KERNELS_NO_CUDA", "ANL_KERNELS_NO_EXT", "ANL_KERNELS_CUDA_ARCHS", "CXX")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """None of the variables set; on PATH an nvcc that knows five architectures, and no GPU."""
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    program(tmp_path / "bin" / "nvcc", NVCC)
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return monkeypatch
+
+
+def setup_py(monkeypatch):
+    """The functions of setup.py, which has printed the package's name."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--name"])
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("setup.py")
+
+
+def architectures(monkeypatch):
+    setup = setup_py(monkeypatch)
+    return setup["architectures"](setup["find_nvcc"]())
+
+
+def test_which_nvcc(environment, tmp_path):
+    """CUDACXX before CUDA_HOME before PATH."""
+    on_path = str(tmp_path / "bin" / "nvcc")
+    assert setup_py(environment)["find_nvcc"]() == on_path
+    home = program(tmp_path / "toolkit" / "bin" / "nvcc", NVCC)
+    environment.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert setup_py(environment)["find_nvcc"]() == home
+    environment.setenv("CUDACXX", on_path)
+    assert setup_py(environment)["find_nvcc"]() == on_path
+
+
+def test_extensions(environment, capsys):
+    names = lambda: [extension.name for extension in setup_py(environment)["extensions"]()]
+    assert names() == ["anl_kernels._cpu", "anl_kernels._cuda"]
+    environment.setenv("ANL_KERNELS_NO_CUDA", "1")
+    assert names() == ["anl_kernels._cpu"]
+    assert "no nvcc" not in capsys.readouterr().out
+    environment.delenv("ANL_KERNELS_NO_CUDA")
+    environment.setenv("ANL_KERNELS_NO_EXT", "1")
+    assert names() == []
+
+
+def test_without_nvcc_the_install_says_so(environment, capsys):
+    setup = setup_py(environment)
+    setup["find_nvcc"].cache_clear()
+    environment.setattr(shutil, "which", lambda name: None)
+    assert [extension.name for extension in setup["extensions"]()] == ["anl_kernels._cpu"]
+    assert "no nvcc was found" in capsys.readouterr().out
+
+
+def test_architectures(environment, tmp_path):
+    assert architectures(environment) == ("80", "90", "90+PTX")
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 9.0\necho 8.6\necho 9.0\n")
+    assert architectures(environment) == ("86", "90", "90+PTX")
+    environment.setenv("ANL_KERNELS_CUDA_ARCHS", "8.0 90+PTX")
+    assert architectures(environment) == ("80", "90+PTX")
+    environment.setenv("ANL_KERNELS_CUDA_ARCHS", "all")
+    assert architectures(environment) == ("80", "86", "90", "100", "100+PTX")  # what this nvcc knows of them
+
+
+def test_flags_of_the_architectures(environment):
+    flags = setup_py(environment)["code_flags"](("80", "90+PTX"))
+    assert flags == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=compute_90"]
+
+
+def test_every_source_is_compiled_and_the_runtime_is_static(environment):
+    rules = setup_py(environment)["cuda_rules"]("_cuda.so")
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        if path.suffix in (".cu", ".cpp"):
+            assert f"{path}\n" in rules, path.name
+    assert rules.count("-cudart=static") == 2
+    assert 'ANL_CUDA_ARCHS="80;90;90+PTX"' in rules
+    assert "torch" not in rules.replace(str(ROOT), "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"ANL_KERNELS_CUDA_ARCHS": "80;77"}, r"error: ANL_KERNELS_CUDA_ARCHS=80;77: .*'77'; it knows 75, 80"),
+        ({"CUDACXX": "/nonexistent/nvcc"}, r"error: .*/nonexistent/nvcc.*ANL_KERNELS_NO_CUDA=1"),
+        ({"CUDACXX": shutil.which("false") or "false"}, r"error: .*--list-gpu-code' fails.*ANL_KERNELS_NO_CUDA=1"),
+    ],
+    ids=["architecture", "missing", "broken"],
+)
+def test_what_is_wrong_is_said_before_anything_is_built(environment, tmp_path, variables, said):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "-b", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert re.search(said, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
