@@ -1,0 +1,118 @@
+"""Calls on an offline device for test_launch.py, which runs this file in a process of its own; prints JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+
+import offline
+import torch
+
+import anl_kernels as ak
+from anl_kernels import kernels
+from anl_kernels.backends import triton as backend
+from anl_kernels.functional import checked_call
+from anl_kernels.kernels import launch
+
+
+def signatures() -> dict:
+    """What launch.launch relies on, kernel by kernel."""
+    from triton.runtime.jit import JITFunction
+
+    found = {}
+    for module in pkgutil.iter_modules(kernels.__path__):
+        for name, kernel in vars(importlib.import_module(f"anl_kernels.kernels.{module.name}")).items():
+            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                passed = [p for p in kernel.params if not p.is_constexpr]
+                found[name] = {
+                    "constexprs_last": kernel.params[: len(passed)] == passed,
+                    "specialized": [
+                        p.name
+                        for p in passed
+                        if not (p.do_not_specialize or p.name.endswith("_ptr") or p.name == "numbers")
+                    ],
+                }
+    return found
+
+
+def loss(
+    expression, shape=(256, 1000), dtype=torch.float32, target_dtype=torch.int64, skip=0, gradient=True, **options
+):
+    """Launches one loss with its gradient; skip: elements between a multiple of 16 bytes and the rows."""
+    options = {"reduction": "mean", "min_prob": 1e-7, "weight": None, "ignore_index": -100} | options
+    weight = options["weight"]
+    call = checked_call(
+        expression, options["ignore_index"], options["reduction"], 0.0, options["min_prob"], False, None, "triton"
+    )
+    elements = torch.Size(shape).numel()
+    logits = torch.empty(elements + 64, dtype=dtype)[skip : skip + elements].view(shape)
+    grad = torch.empty(elements + 64, dtype=dtype)[skip : skip + elements].view(shape) if gradient else None
+    target = torch.empty(shape[:1] + shape[2:], dtype=target_dtype)
+    backend.row_loss(call, logits, target, weight, grad, None)
+
+
+def compilations() -> dict:
+    """How many kernels each change compiles anew, after ANL-CE with 1000 classes."""
+    anl = lambda a, b: a * ak.NCE() + b * ak.NNCE()
+    focal = lambda gamma: ak.NFL(gamma=gamma) + ak.NNFL(gamma=gamma)
+    weight = torch.ones(1000)
+    calls = {
+        "first": lambda: loss(anl(1, 1)),
+        "again": lambda: loss(anl(1, 1)),
+        "alpha and beta": lambda: loss(anl(5, 0.25)),
+        "min_prob": lambda: loss(anl(1, 1), min_prob=1e-5),
+        "rows": lambda: [loss(anl(1, 1), (n, 1000)) for n in (255, 256, 300, 1024, 16000)],
+        "classes": lambda: [loss(anl(1, 1), (256, k)) for k in (600, 604, 992, 1016, 1024)],
+        "ignore_index": lambda: [loss(anl(1, 1), ignore_index=i) for i in (0, 1, 16, -1)],
+        "focal": lambda: loss(focal(0.5)),
+        "gamma": lambda: [loss(focal(gamma)) for gamma in (0.0, 1.0, 2.0, 0.7)],
+        "weights": lambda: loss(anl(1, 1), weight=weight),
+        "other weights": lambda: loss(anl(1, 1), weight=weight * 2),
+        "odd classes": lambda: loss(anl(1, 1), (256, 999)),
+        "other odd classes": lambda: [loss(anl(1, 1), (256, k)) for k in (601, 602, 1001, 1023)],
+        "another sum": lambda: loss(anl(1, 1) + ak.MAE()),
+    }
+    counts = {}
+    with offline.driver("sm_90"):
+        for name, call in calls.items():
+            before = {kept.kernel.hash for kept in launch._compiled.values()}
+            call()
+            counts[name] = len({kept.kernel.hash for kept in launch._compiled.values()} - before)
+    return counts
+
+
+def arguments() -> dict:
+    """Launches that pass on something else when they find a compiled kernel than Triton does when there is none."""
+    calls = [
+        dict(),
+        dict(skip=1),
+        dict(skip=2, dtype=torch.bfloat16),
+        dict(target_dtype=torch.uint8),
+        dict(gradient=False),
+    ]
+    calls += [dict(shape=(8, 19, 16, 16)), dict(shape=(64, 10)), dict(reduction="none"), dict(shape=(300, 70000))]
+    calls += [dict(), dict(skip=4), dict(dtype=torch.float64), dict(weight=torch.ones(1000))]
+    once = launch._launch_here
+
+    def twice(*rest):
+        once(*rest)
+        once(*rest)
+
+    launch._launch_here = twice
+    wrong, compared = [], 0
+    with offline.driver("sm_90") as driver:
+        for options in calls:
+            loss(ak.NCE() + ak.RCE(), **options)
+        pointers = lambda values: tuple(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values)
+        launches = [(*found[:3], pointers(found[3])) for found in driver.launches]
+    for first, second in zip(launches[::2], launches[1::2]):
+        compared += 1
+        if first != second:
+            wrong.append(f"{first} {second}")
+    launch._launch_here = once
+    return {"wrong": wrong, "compared": compared}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"signatures": signatures(), "compilations": compilations(), "arguments": arguments()}))
