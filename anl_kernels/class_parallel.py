@@ -1,0 +1,259 @@
+"""Classes split over processes: each rank of `class_group` has a contiguous slice of them, and the same targets.
+
+One packed all-gather carries the first sums of every rank's slice, a second one what needs the lse of the whole row,
+and only for losses that read it: 48 bytes a row and rank, then at most 56, whatever the number of classes. Every rank
+merges them in the ranks' order, so all have the same statistics and the same loss, to the bit; the gradient is local.
+Before them goes a fixed header, by which ranks whose calls do not fit together find out, all of them.
+
+The entropy term adds a number a row in backward, and one a class over `batch_group`.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from . import registry, slices
+from .autograd import ONLY_ONCE, loss_of_table, once
+from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten
+from .stats import coefficients, softmax_coefs
+
+
+class Slice(NamedTuple):
+    """This rank's share of the classes: [start, start + size) of `classes`; the largest rank has `largest`."""
+
+    group: object
+    start: int
+    size: int
+    classes: int
+    largest: int
+
+
+# ---- what ranks tell each other before anything else, a number each
+
+
+class Header(NamedTuple):
+    failed: int  # this rank's own arguments are wrong: it raises, and so do the others
+    size: int  # of its slice
+    rows: int
+    shape: int  # of the rows, as a checksum, and so on: a rank that differs is named with what it differs in
+    dtype: int
+    settings: int
+    weight: int  # the number of class weights, 0 for none
+    low: int  # the least and the largest label, and a checksum of all: on a CPU, where labels can be read
+    high: int
+    targets: int
+
+
+_DIFFERENCES = {
+    "rows": "the number of rows",
+    "shape": "the shape without the classes",
+    "dtype": "the dtype",
+    "settings": "the loss, a keyword, or whether a gradient is wanted",
+    "weight": "the class weights",
+    "targets": "the targets, which must be those of all ranks",
+}
+
+
+def checksum(value) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+def header(size: int, dtype: torch.dtype, target: Tensor, weight: Tensor | None, call, *settings) -> Header:
+    """Of a rank whose arguments are right by themselves."""
+    settings = (
+        repr(call.expression), call.needs, call.reduction, call.ignore_index, call.entropy_weight, call.min_prob,
+        call.batch_group is None, *settings,
+    )  # fmt: skip
+    low = high = total = 0
+    if target.device.type == "cpu" and target.numel():
+        labels = target.reshape(-1).long()
+        counted = labels[labels != call.ignore_index]
+        low, high = (int(x) for x in counted.aminmax()) if len(counted) else (0, 0)
+        total = int((labels * torch.arange(1, len(labels) + 1)).sum())
+    return Header(
+        0, size, target.numel(), checksum(tuple(target.shape)), checksum(dtype), checksum(settings),
+        0 if weight is None else weight.numel(), low, high, total,
+    )  # fmt: skip
+
+
+def agree(group, device: torch.device, mine: Header | None, call) -> Slice:
+    """This rank's slice, from the headers of all ranks. Raises on every rank if one failed (None) or they differ."""
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ValueError("class_group must be a torch.distributed process group that this rank belongs to")
+    if "cpu:" in dist.get_backend_config(group):  # a GPU's ranks then talk without waiting for their streams
+        device = torch.device("cpu")
+    numbers = torch.tensor(mine or Header(1, *[0] * (len(Header._fields) - 1)), device=device)
+    ranks = [Header(*numbers) for numbers in gathered(numbers, group).tolist()]
+    failed = [rank for rank, header in enumerate(ranks) if header.failed]
+    if mine is None:
+        return None  # the caller raises what it found
+    if failed:
+        raise RuntimeError(f"class_group: the call failed on rank {failed[0]} of the group, so it ends on all ranks")
+    for name, words in _DIFFERENCES.items():
+        values = [getattr(header, name) for header in ranks]
+        if len(set(values)) > 1:
+            detail = f": {values}" if name in ("rows", "weight") else ""
+            raise ValueError(f"class_group: the ranks' calls differ in {words}{detail}")
+    sizes = [header.size for header in ranks]
+    start, classes = sum(sizes[: dist.get_rank(group)]), sum(sizes)
+    if not 0 <= mine.low <= mine.high < max(classes, 1):
+        raise bad_label(mine.low if mine.low < 0 else mine.high)
+    return Slice(group, start, mine.size, classes, max(sizes))
+
+
+def gathered(part: Tensor, group) -> Tensor:
+    """(ranks, *part.shape): every rank's `part`, in the ranks' order."""
+    if part.numel() == 0:  # on every rank, for all have the same rows
+        return part.unsqueeze(0)
+    every = part.new_empty((dist.get_world_size(group), *part.shape))
+    dist.all_gather(list(every.unbind()), part.contiguous(), group=group)
+    return every
+
+
+def row_table(kernels, call, share: Slice, target: Tensor, tiles) -> Tensor:
+    """The table (13, *target.shape) of whole rows.
+
+    tiles: called for each sweep; yields this rank's logits (N, K_t, ...) and where in its slice they start.
+    share.group None: this process has all classes.
+    """
+    valid = target != call.ignore_index
+
+    def sweep(sums, *first):
+        parts = [
+            sums(kernels, call, z, slices.local_labels(target, valid, share.start + start, z.shape[1]), *first)
+            for start, z in tiles()
+        ]
+        return torch.stack(parts)
+
+    first = slices.merged(sweep(slices.first_sums))
+    if share.group is not None:
+        first = slices.merged(gathered(first, share.group))
+    second = None
+    fields = slices.second_fields(call.needs)
+    if fields:
+        part = slices.added(sweep(slices.second_sums, first))
+        second = torch.zeros_like(part)
+        second[fields] = part[fields]
+        if share.group is not None:
+            second[fields] = slices.added(gathered(part[fields], share.group))
+    return slices.table(first, second, valid, share.classes, call)
+
+
+# ---- logits
+
+
+def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """`functional.robust_loss` of this rank's slice of the logits, (N, K_r, ...) or (K_r,)."""
+    mine, failure = None, None
+    try:
+        _check_alone(logits, target, call)
+        kernels = registry.choose(logits, call)
+        differentiate = logits.requires_grad and torch.is_grad_enabled()
+        if call.inplace and differentiate and logits.is_leaf:
+            raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for a layer's logits")
+        size = logits.shape[min(1, logits.dim() - 1)]
+        mine = header(size, logits.dtype, target, weight, call, differentiate)
+    except Exception as error:
+        failure = error
+    share = agree(call.class_group, logits.device, mine, call)
+    if failure is not None:
+        raise failure
+    check_inputs(_of_all_classes(logits, share.classes), target, weight, call.min_prob)
+    single = logits.dim() == 1
+    rows, labels = (logits.unsqueeze(0), target.unsqueeze(0)) if single else (logits, target)
+    table, sums = SliceStats.apply(rows, labels, call, kernels, share)
+    loss = loss_of_table(table, sums, labels, weight, call, acc_dtype(logits.dtype), share.classes)
+    return loss.squeeze(0) if single and call.reduction == "none" else loss
+
+
+def _check_alone(logits: Tensor, target: Tensor, call) -> None:
+    """What a rank can know of its arguments by itself."""
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
+        check_inputs(logits, target, None, call.min_prob)
+    size = logits.shape[min(1, logits.dim() - 1)]
+    check_inputs(_of_all_classes(logits, max(size, 2)), target, None, 0.0)
+    if not is_concrete(logits):
+        raise RuntimeError("class_group is for eager calls: not under torch.compile or torch.func")
+
+
+def _of_all_classes(logits: Tensor, classes: int) -> Tensor:
+    """The shape, dtype and device that the logits of all ranks would have, without memory."""
+    shape = list(logits.shape)
+    shape[min(1, logits.dim() - 1)] = classes
+    return logits.new_empty(()).expand(shape)
+
+
+class SliceStats(Function):
+    """(logits, target) of a slice -> the whole rows' table (13, ...) and the column sums of p over the slice (K_r,)."""
+
+    @staticmethod
+    def forward(ctx, logits, target, call, kernels, share):
+        ctx.call, ctx.kernels, ctx.share = call, kernels, share
+        table = row_table(kernels, call, share, target, lambda: [(0, logits)])
+        ctx.save_for_backward(logits, target, table)
+        if not call.entropy_weight or not logits.numel():
+            return table, table.new_zeros(logits.shape[1] if call.entropy_weight else 0)
+        return table, kernels.column_sums(logits, torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype)))
+
+    @staticmethod
+    def backward(ctx, partials, g):
+        logits, target, table = ctx.saved_tensors
+        call, share = ctx.call, ctx.share
+        coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
+        labels = slices.local_labels(target, target != call.ignore_index, share.start, share.size)
+        if not call.entropy_weight:
+            return once(slices.grad(ctx.kernels, call, logits, labels, coefs)), None, None, None, None
+        mean = mean_over_classes(slices.moments(logits, coefs, g), share.group)
+        grad = slices.grad(ctx.kernels, call.variant(inplace=False), logits, labels, coefs, (g, mean))
+        if call.inplace:
+            grad = overwritten(logits).copy_(grad)
+        return once(grad), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(ONLY_ONCE)
+
+
+def mean_over_classes(moments: Tensor, group) -> Tensor:
+    """sum_k p_k g_k a row, from the slices' moments (2, ...)."""
+    if group is not None:
+        moments = slices.added(gathered(moments, group))
+    return moments[0] / moments[1]
+
+
+# ---- DTensor
+
+
+def is_dtensor(tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: nobody has made one
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def of_dtensor(logits, target, class_group):
+    """Local logits, local targets and the class group of DTensor logits sharded along the classes."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if class_group is not None:
+        raise ValueError("DTensor logits bring their own class group: leave class_group out, or give logits.to_local()")
+    dim, mesh, group = min(1, logits.dim() - 1), logits.device_mesh, None
+    for axis, placement in enumerate(logits.placements):
+        if placement == Replicate():
+            continue
+        if placement not in (Shard(dim), Shard(dim - logits.dim())) or group is not None:
+            raise ValueError(
+                f"DTensor logits must be replicated or sharded along the classes (dimension {dim}) of one mesh "
+                f"dimension, got {logits.placements}; for rows on several ranks give logits.to_local() and batch_group"
+            )
+        group = mesh.get_group(axis)
+    if is_dtensor(target):
+        if any(placement != Replicate() for placement in target.placements):
+            raise ValueError(f"DTensor targets must be replicated, got {target.placements}")
+        target = target.to_local()
+    return logits.to_local(), target, group
