@@ -18,6 +18,8 @@ OTHERS = {
 def table(document: dict) -> str:
     cases: dict = {}
     for result in document["results"]:
+        if result.get("phase", "both") != "both":
+            continue
         cases.setdefault((result["loss"], result["shape"], result["dtype"]), {})[result["contender"]] = result
     facts = document["environment"]
     where = f"{facts['device']}, {facts['threads']} threads, PyTorch {facts['torch']}, {facts['date'][:10]}"

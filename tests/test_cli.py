@@ -5,7 +5,7 @@ import json
 import pytest
 
 from anl_kernels.__main__ import main
-from anl_kernels.cli import check, contenders, timing, workloads
+from anl_kernels.cli import bench, check, contenders, timing, workloads
 
 
 def test_info(capsys):
@@ -54,15 +54,37 @@ def test_bench_shows_a_wrong_contender_as_wrong():
     chosen = workloads.parse("16x10")[0]
     logits, target = chosen.tensors()
     found = contenders.contenders("anl_ce", compile=False)
-    run = next(c for c in found if c.name == "F.cross_entropy").prepare(logits, target)
-    right, _ = contenders.verdict(run, logits, contenders.truth(found[0].formula, logits, target))
+    other = next(c for c in found if c.name == "F.cross_entropy")
+    expected = contenders.truth(found[0].formula, logits, target)
+    right, _ = contenders.verdict(other, logits, target, expected)
     assert not right
+    measured = bench.Bench("cpu", 0.01, ("both",)).measure(chosen, [other._replace(formula=found[0].formula)])
+    assert measured["both"][0]["state"] == "wrong" and "median_s" not in measured["both"][0]
 
 
 def test_bench_measures_memory_exactly():
     logits, target = workloads.parse("64x1000")[0].tensors()
-    run = contenders.cloning(logits, target)
-    assert timing.peak_bytes(run) == logits.numel() * 4
+    found = timing.profile(contenders.cloning(logits, target, "both"))
+    assert found.peak_bytes == logits.numel() * 4
+    assert found.allocations == 1
+    assert found.launches is None
+
+
+@pytest.mark.parametrize("what, more", [("peak_bytes", 1 << 30), ("allocations", 10), ("launches", 100)])
+def test_bench_reports_a_broken_promise(monkeypatch, capsys, what, more):
+    def greedy(run, device):
+        return timing.profile(run, device)._replace(**{what: more})
+
+    monkeypatch.setattr(bench, "profile", greedy)
+    assert main(["bench", "--shapes", "16x10", "--no-compile", "--seconds", "0.01", "--strict"]) == 1
+    assert "promised" in capsys.readouterr().err
+
+
+def test_bench_times_each_phase(tmp_path):
+    file = tmp_path / "bench.json"
+    options = ["--shapes", "16x10", "--no-compile", "--seconds", "0.01", "--phase", "all", "--json", str(file)]
+    assert main(["bench", *options]) == 0
+    assert {r["phase"] for r in json.loads(file.read_text())["results"]} == set(contenders.PHASES)
 
 
 @pytest.mark.parametrize("text", ["10", "axb", "0x5", "4x4:int8"])

@@ -8,11 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 import anl_kernels
 
+from .. import registry
 from .common import compiled_module, environment
-
-PLANNED = {"cuda": "not part of this version", "triton": "not part of this version"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def backend_rows() -> list[tuple[str, bool, str]]:
-    found = [(b.name, b.available, b.reason) for b in anl_kernels.backends()]
-    known = {name for name, _, _ in found}
-    return found + [(name, False, reason) for name, reason in PLANNED.items() if name not in known]
+    return [(b.name, b.available, b.reason) for b in anl_kernels.backends()]
 
 
 def shadowed_module() -> str | None:
@@ -44,7 +43,7 @@ def text() -> str:
         f"python {facts['python']}, torch {facts['torch']}, {facts['system']}",
         f"processor: {facts['device']}, {facts['threads']} threads (torch.get_num_threads)",
         f"gpu: {facts['gpu'] or 'none that torch can use'}",
-        f"triton: {version_of('triton') or 'not installed'}",
+        f"triton: {triton_line()}",
         "",
         "backends",
     ]
@@ -55,24 +54,30 @@ def text() -> str:
         for key, value in facts["cpu_module"].items():
             value = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             lines.append(f"  {key:<12} {value}")
-    lines += ["", f'backend="auto" takes, for a tensor on the CPU: {chosen()}']
+    devices = ["cpu"] + [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
+    lines += ["", *(f'backend="auto" takes, for a tensor on {device}: {chosen(device)}' for device in devices)]
     hint = shadowed_module()
     return "\n".join(lines + ([f"hint: {hint}"] if hint else []))
 
 
-def version_of(package: str) -> str | None:
+def triton_line() -> str:
+    """Triton's version and, where it can run, what it compiles for."""
     try:
-        return importlib.metadata.version(package)
+        version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "not installed"
+    from ..backends import triton
+
+    return version if triton.unavailable() else f"{version}, for {triton.target()}"
 
 
-def chosen() -> str:
-    """What a plain call takes on the CPU, and why."""
+def chosen(device: str) -> str:
+    """What a plain call takes on `device`, and why."""
     forced = os.environ.get("ANL_KERNELS_BACKEND", "auto")
     if forced != "auto":
         return f"{forced}, as ANL_KERNELS_BACKEND says"
-    first = next((b.name for b in anl_kernels.backends() if b.available), "none")
+    available = {b.name for b in anl_kernels.backends() if b.available}
+    first = next((name for name in registry.FUSED_BY_DEVICE[device] if name in available), "reference")
     return f"{first}, the fastest that can run; a call that it cannot do goes to the next, and that is logged once"
 
 

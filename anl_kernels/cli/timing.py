@@ -37,49 +37,61 @@ class Times(NamedTuple):
 
 
 class Cache:
-    """Evicts the processor's caches by walking through more memory than they hold."""
+    """Evicts the caches by walking through more memory than they hold."""
 
-    def __init__(self, size: int = 128 << 20):
-        self.filler = torch.zeros(size // 4)
+    def __init__(self, device: str, size: int = 256 << 20):
+        self.filler = torch.zeros((size if device == "cuda" else size // 2) // 4, device=device)
 
     def evict(self) -> None:
         self.filler.add_(1.0)
 
 
-def one_sample(run: Run, calls: int, cache: Cache | None) -> float:
-    call = run.call
+class Clock:
+    """Seconds that the device spent on a call: wall time on a CPU, the time between two events on a GPU's stream."""
+
+    def __init__(self, device: str):
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device == "cuda" else None
+
+    def time(self, call, calls: int = 1) -> float:
+        if self.events:
+            self.events[0].record()
+        start = time.perf_counter()
+        for _ in range(calls - 1):
+            call()
+        result = call()
+        elapsed = time.perf_counter() - start
+        if self.events:
+            self.events[1].record()
+            self.events[1].synchronize()
+            elapsed = self.events[0].elapsed_time(self.events[1]) * 1e-3
+        del result  # handing memory back is the caller's, for every contender alike
+        return elapsed / calls
+
+
+def one_sample(run: Run, calls: int, cache: Cache | None, clock: Clock) -> float:
     if cache:  # one call untimed, so that fresh memory comes as it does in a loop and not as the last contender left it
         if run.before:
             run.before()
-        call()
-    if run.before:
-        run.before()
-    if cache:
-        cache.evict()
-    if calls == 1:
-        start = time.perf_counter()
-        result = call()
-        elapsed = time.perf_counter() - start
-        del result  # handing memory back is the caller's, for every contender alike
-        return elapsed
-    if run.before is None:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
+        run.call()
+    if run.before is None or calls == 1:
+        if run.before:
+            run.before()
+        if cache:
+            cache.evict()
+        return clock.time(run.call, calls)
     spent = 0.0
     for _ in range(calls):  # a call that overwrites its input: restored between calls, outside the clock
         run.before()
-        start = time.perf_counter()
-        call()
-        spent += time.perf_counter() - start
+        spent += clock.time(run.call)
     return spent / calls
 
 
-def interleaved(runs: Sequence[Run], size: int, seconds: float, rounds: tuple[int, int] = (5, 60)) -> list[Times]:
+def interleaved(
+    runs: Sequence[Run], size: int, seconds: float, device: str = "cpu", rounds: tuple[int, int] = (5, 60)
+) -> list[Times]:
     """Times of `runs`, one sample of each a round, for about `seconds`. size: bytes of the logits (COLD_FROM)."""
-    cache = Cache() if size >= COLD_FROM else None
-    first = [min(one_sample(run, 1, None) for _ in range(2)) for run in runs]
+    cache, clock = Cache(device) if size >= COLD_FROM else None, Clock(device)
+    first = [min(one_sample(run, 1, None, clock) for _ in range(2)) for run in runs]
     calls = [1 if cache else max(1, round(SMALL_SAMPLE / max(t, 1e-7))) for t in first]
     samples: list[list[float]] = [[] for _ in runs]
     enabled = gc.isenabled()
@@ -90,7 +102,7 @@ def interleaved(runs: Sequence[Run], size: int, seconds: float, rounds: tuple[in
         while done < rounds[0] or (done < rounds[1] and time.perf_counter() - start < seconds):
             for step in range(len(runs)):
                 index = (step + done) % len(runs)  # nobody always follows the same neighbour
-                samples[index].append(one_sample(runs[index], calls[index], cache))
+                samples[index].append(one_sample(runs[index], calls[index], cache, clock))
             done += 1
     finally:
         if enabled:
@@ -112,22 +124,38 @@ def quiet_stderr():
         os.close(nowhere)
 
 
-def peak_bytes(run: Run) -> int:
-    """The most that PyTorch's allocator held during one call above what it held before (exact, from its profiler)."""
+class Profile(NamedTuple):
+    """What one call did, exact, from PyTorch's profiler."""
+
+    peak_bytes: int  # the most that PyTorch's allocator held above what it held before
+    allocations: int
+    launches: int | None  # kernels and memory operations on the GPU; None on a CPU
+
+
+def profile(run: Run, device: str = "cpu") -> Profile:
     from torch.autograd import profiler
 
     if run.before:
         run.before()
     gc.collect()
-    with quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as seen:
+    gpu = device == "cuda"
+    with (
+        quiet_stderr(),
+        profiler.profile(use_kineto=True, profile_memory=True, use_device="cuda" if gpu else None) as seen,
+    ):
         result = run.call()
+        if gpu:
+            torch.cuda.synchronize()
     del result
-    changes = [(e.start_ns(), e.nbytes()) for e in seen.kineto_results.events() if e.name() == "[memory]"]
+    events = list(seen.kineto_results.events())
+    kind = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
+    memory = [e for e in events if e.name() == "[memory]" and e.device_type() == kind]
     held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    launches = sum(e.device_type() == kind and e.name() != "[memory]" for e in events) if gpu else None
+    return Profile(peak, sum(e.nbytes() > 0 for e in memory), launches)
 
 
 def peak_resident(run: Run) -> int | None:

@@ -35,25 +35,28 @@ class Workload(NamedTuple):
     def bytes(self) -> int:
         return self.numel * DTYPES[self.dtype].itemsize
 
-    def tensors(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Logits and labels as training meets them; no benchmark gains by uniform rows."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         target_shape = (self.shape[0], *self.shape[2:])
-        target = torch.randint(self.shape[1], target_shape, generator=generator)
-        logits = realistic_logits(self.shape, target, generator)
-        return logits.to(DTYPES[self.dtype]), target
+        target = torch.randint(self.shape[1], target_shape, generator=generator, device=device)
+        return realistic_logits(self.shape, target, generator, DTYPES[self.dtype]), target
 
 
-def realistic_logits(shape: tuple[int, ...], target: Tensor, generator: torch.Generator) -> Tensor:
+def realistic_logits(shape, target: Tensor, generator: torch.Generator, dtype=torch.float32) -> Tensor:
     """Rows of standard deviation 1 to 4; a quarter is peaked at the label, an eighth at another class."""
-    row_shape = (shape[0], 1, *shape[2:])
-    logits = torch.empty(shape).normal_(generator=generator)
-    logits *= torch.empty(row_shape).uniform_(1.0, 4.0, generator=generator)
-    kind = torch.rand(row_shape, generator=generator)
-    other = torch.randint(shape[1], row_shape, generator=generator)
+    device, row_shape = target.device, (shape[0], 1, *shape[2:])
+    logits = torch.empty(shape, dtype=dtype, device=device)
+    spread = torch.empty(row_shape, device=device).uniform_(1.0, 4.0, generator=generator)
+    step = max(1, (1 << 28) // max(1, logits[0].numel()))  # float32 only for a part at a time
+    for rows in range(0, shape[0], step):
+        part = torch.empty(logits[rows : rows + step].shape, device=device).normal_(generator=generator)
+        logits[rows : rows + step] = part * spread[rows : rows + step]
+    kind = torch.rand(row_shape, generator=generator, device=device)
+    other = torch.randint(shape[1], row_shape, generator=generator, device=device)
     peak = torch.where(kind < 0.25, target.unsqueeze(1), other)
-    height = torch.empty(row_shape).uniform_(8.0, 24.0, generator=generator)
-    return logits.scatter_add_(1, peak, torch.where(kind < 0.375, height, 0.0))
+    height = torch.empty(row_shape, device=device).uniform_(8.0, 24.0, generator=generator)
+    return logits.scatter_add_(1, peak, torch.where(kind < 0.375, height, 0.0).to(dtype))
 
 
 def parse(text: str) -> list[Workload]:
@@ -71,9 +74,24 @@ def parse(text: str) -> list[Workload]:
     return found
 
 
+CLASSES = (10, 100, 1000, 10_000, 32_000, 50_257, 128_000, 262_144, 1_000_000)
+
+
+def ladder(elements: int) -> list[Workload]:
+    """Every number of classes with about `elements` logits, in fp32 and bf16."""
+    return [Workload((max(1, elements // k), k), dtype) for k in CLASSES for dtype in ("fp32", "bf16")]
+
+
 SMALL = parse("128x10,128x100")
-FULL = parse(
-    "128x10,128x100,4096x1000,4096x1000:bf16,512x32000,512x32000:bf16,256x100000,256x100000:bf16,"
-    "64x1000000,64x1000000:bf16,1x21x512x512,1x21x512x512:bf16"
-)
-QUICK = parse("128x10,128x100,1024x1000,1024x1000:bf16,1x21x64x64")
+IMAGES = parse("1x21x512x512,1x21x512x512:bf16,1x150x512x512,1x150x512x512:bf16")
+ONE_ROW = parse("1x1000,1x1000000,1x1000000:bf16")
+CPU = [
+    *SMALL,
+    *parse("4096x1000,4096x1000:bf16"),
+    *ladder(25_600_000),
+    *parse("64x1000000,64x1000000:bf16"),
+    *ONE_ROW,
+    *IMAGES,
+]
+GPU = [*SMALL, *ladder(1 << 28), *ONE_ROW, *parse("16384x131072:bf16,2148x1000000"), *IMAGES]  # up to 2^31 elements
+QUICK = parse("128x10,128x100,1024x1000,1024x1000:bf16,8x100000,1x21x64x64")
