@@ -26,9 +26,11 @@ from .functional import (
     robust_loss,
     sce,
 )
+from .linear import linear_anl_ce, linear_anl_fl, linear_robust_loss
 from .modules import ANLCELoss, ANLFLLoss, RobustLoss
 from .registry import backends
 from .stats import Statistics
+from .suggest import Suggestion, suggest
 from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Expression, RowLoss
 
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ __all__ = [
     "RobustLoss",
     "RowLoss",
     "Statistics",
+    "Suggestion",
     "ael",
     "agce",
     "anl_ce",
@@ -62,6 +65,9 @@ __all__ = [
     "focal",
     "gce",
     "l1_penalty",
+    "linear_anl_ce",
+    "linear_anl_fl",
+    "linear_robust_loss",
     "mae",
     "nce",
     "nfl",
@@ -70,4 +76,5 @@ __all__ = [
     "rce",
     "robust_loss",
     "sce",
+    "suggest",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .entropy import batch_entropy, world_size
-from .layout import acc_dtype, is_concrete
-from .stats import VALID, TableStatistics, coefficients, reduce_rows, softmax_coefs
+from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten
+from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
 
 ONLY_ONCE = (
     "this loss is differentiated once and in reverse mode, since its gradient comes from a fused kernel: for double "
@@ -31,10 +31,15 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
         raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for logits that a layer made")
     if not call.built_in:
         return stats_loss(kernels, logits, target, weight, call)
+    if call.batch_group is not None and call.reduction == "mean":
+        weight, nothing = mean_as_sum(
+            target, weight, call, logits.shape[min(1, logits.dim() - 1)], acc_dtype(logits.dtype)
+        )
+        return robust_loss(kernels, logits, target, weight, call.variant(reduction="sum")) + nothing
     if differentiate or forward_ad._current_level >= 0:
         return _fused_loss(logits, target, weight, call, kernels)
     if call.entropy_weight:
-        coefs = kernels.new_coefs(logits, target)
+        coefs = new_coefs(logits, target)
         return _with_entropy(kernels, logits, target, weight, call, coefs)[0]
     return kernels.row_loss(call, logits, target, weight, None, None)
 
@@ -61,7 +66,7 @@ class FusedLoss(Function):
     def forward(ctx, logits, target, weight, call, kernels):
         ctx.call, ctx.kernels = call, kernels
         if call.deferred or (call.recompute is None and logits.dtype is torch.float16):
-            coefs = kernels.new_coefs(logits, target)
+            coefs = new_coefs(logits, target)
             if call.entropy_weight:
                 loss, ctx.entropy = _with_entropy(kernels, logits, target, weight, call, coefs)
             else:
@@ -69,7 +74,7 @@ class FusedLoss(Function):
             ctx.save_for_backward(logits, target, coefs)
             ctx.grad = None
             return loss
-        ctx.grad = grad = kernels.overwritten(logits) if call.inplace else kernels.new_grad(logits)
+        ctx.grad = grad = overwritten(logits) if call.inplace else new_grad(logits)
         loss = kernels.row_loss(call, logits, target, weight, grad, None)
         if call.inplace:
             torch.autograd.graph.increment_version(logits)
@@ -94,13 +99,18 @@ class FusedLoss(Function):
             if entropy is not None:
                 entropy = (entropy[0], entropy[1] * grad_output)
             grad = ctx.kernels.row_grad(ctx.call, logits.detach(), target, coefs, grad_output, entropy)
-        if torch.is_grad_enabled():
-            grad = torch._C._functions.DelayedError(ONLY_ONCE.encode(), 1)(grad.detach().requires_grad_())
-        return grad, None, None, None, None
+        return once(grad), None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise RuntimeError(ONLY_ONCE)
+
+
+def once(grad: Tensor) -> Tensor:
+    """`grad`, which to differentiate is an error."""
+    if torch.is_grad_enabled():
+        grad = torch._C._functions.DelayedError(ONLY_ONCE.encode(), 1)(grad.detach().requires_grad_())
+    return grad
 
 
 # Function.apply does nothing but look for functorch transforms before this; small calls notice it.
@@ -121,14 +131,17 @@ def stats_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, c
     return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
 
 
-def loss_of_table(table, sums, target, weight, call, dtype) -> Tensor:
-    """f of the statistics, reduced, with the entropy term; differentiable by `table` and `sums`."""
+def loss_of_table(table, sums, target, weight, call, dtype, classes=None) -> Tensor:
+    """f of the statistics, reduced, with the entropy term; differentiable by `table` and `sums`.
+
+    classes: how many there are, where `sums` are those of a slice of them.
+    """
     s = TableStatistics(table, call.min_prob, call.gamma, call.needs)
     valid = table[VALID].detach() != 0.0
     label = torch.where(valid, target.long(), 0)
-    loss = reduce_rows(call.expression.value(s), label, valid, weight, call.reduction)
+    loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
     if call.entropy_weight:
-        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call)[0]
+        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call, classes)[0]
     return loss.to(dtype)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import registry
+from . import class_parallel, registry
 from .layout import acc_dtype, check_inputs
 from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
 
@@ -21,9 +21,20 @@ class Call:
     """The checked keywords of a call, and what the kernels need to know of its expression."""
 
     __slots__ = (
-        "backend", "batch_group", "built_in", "deferred", "entropy_weight", "expression", "gamma", "ignore_index",
-        "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction", "terms",
+        "backend", "batch_group", "built_in", "class_group", "deferred", "entropy_weight", "expression", "gamma",
+        "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction", "terms",
+        "variants",
     )  # fmt: skip
+
+    def variant(self, **changes) -> Call:
+        """This call with some fields changed; kept with it."""
+        key = tuple(changes.items())
+        if key not in self.variants:
+            self.variants[key] = other = Call()
+            for name in self.__slots__:
+                setattr(other, name, changes.get(name, getattr(self, name)))
+            other.program, other.modules, other.variants = None, {}, {}
+        return self.variants[key]
 
 
 def robust_loss(
@@ -67,9 +78,12 @@ def robust_loss(
         recompute: True: forward keeps O(N) numbers and backward reads the logits again. False: forward makes the
             gradient. None: True for float16, where a GradScaler's factor must come before rounding.
         backend: "auto", or a name of `backends()`; ANL_KERNELS_BACKEND overrides "auto".
-        class_group: not available in this version.
-        batch_group: a torch.distributed process group whose ranks' rows share q. The gradient is such that the average
-            over ranks (DDP) is that of one process with all rows.
+        class_group: a torch.distributed process group over whose ranks the classes are split: logits are this rank's
+            contiguous slice (N, K_r), in the order of the ranks, of any size (0 too); targets and weight are those of
+            all classes, the same on every rank, and so is the loss. The gradient is that of the slice. Logits that are
+            DTensors, sharded along the classes, need no class_group: their gradient is a DTensor.
+        batch_group: a torch.distributed process group whose ranks' rows share q and the denominator of "mean". The
+            gradient is such that the average over ranks (DDP) is that of one process with all rows.
 
     Returns:
         The loss: float32 (float64 for float64 logits), a scalar, or target's shape with "none". An ignored row is 0;
@@ -77,7 +91,8 @@ def robust_loss(
 
     Raises:
         IndexError: a label outside [0, K) that is not ignore_index, on the CPU.
-        ValueError: shapes, devices, K < 2, K * min_prob >= 1, two focal exponents in one sum, an option's value.
+        ValueError: shapes, devices, K < 2, K * min_prob >= 1, two focal exponents in one sum, an option's value; calls
+            that differ between the ranks of class_group, on all of them.
         TypeError: dtypes, or an argument of the wrong type.
         RuntimeError: the backend asked for cannot run the call, or the loss is differentiated twice or in forward mode
             on a backend other than "reference".
@@ -85,10 +100,14 @@ def robust_loss(
     Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
     """
     options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
+    if type(logits) is not Tensor and class_parallel.is_dtensor(logits):
+        logits, target, class_group = class_parallel.of_dtensor(logits, target, class_group)
     if torch.compiler.is_compiling() or batch_group is not None or class_group is not None:
-        call = _checked_call(expression, *options, class_group, batch_group)
+        call = checked_call(expression, *options, class_group, batch_group)
     else:
         call = _known_call(expression, options)
+    if class_group is not None:
+        return class_parallel.robust_loss(logits, target, weight, call)
     check_inputs(logits, target, weight, call.min_prob)
     return registry.choose(logits, call).robust_loss(logits, target, weight, call)
 
@@ -100,14 +119,14 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
     try:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
-        call = _checked_call(expression, *options)
+        call = checked_call(expression, *options)
         if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
         expression.calls[options] = call
         return call
 
 
-def _checked_call(
+def checked_call(
     expression,
     ignore_index,
     reduction,
@@ -135,17 +154,15 @@ def _checked_call(
         raise ValueError(f"entropy_weight must be finite, got {entropy_weight}")
     if entropy_weight != 0.0 and reduction == "none":
         raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
-    if class_group is not None:
-        raise ValueError("class_group is not available in this version: leave it None")
     call = Call()
     call.expression = expression
     call.terms = [(term.kind, coef, *term.parameters) for coef, term in expression.terms]
     call.built_in, call.needs, call.gamma = expression.built_in, expression.needs, expression.gamma
     call.ignore_index, call.reduction, call.min_prob = ignore_index, reduction, min_prob
-    call.entropy_weight, call.batch_group = entropy_weight, batch_group
+    call.entropy_weight, call.batch_group, call.class_group = entropy_weight, batch_group, class_group
     call.inplace, call.recompute, call.backend = bool(inplace), recompute, backend
     call.deferred = bool(recompute) or reduction == "none" or entropy_weight != 0.0
-    call.program, call.modules = None, {}  # filled by the backends and by the choice among them
+    call.program, call.modules, call.variants = None, {}, {}  # filled by the backends and the choice among them
     return call
 
 

@@ -89,6 +89,58 @@ def _check_weight(weight: Tensor, logits: Tensor, classes: int) -> None:
         raise ValueError("weight is a constant of the loss, but it requires grad: pass weight.detach()")
 
 
+def shape_and_strides(tensor: Tensor):
+    """(outer, K, inner) and their strides in elements; None for both if no such view exists."""
+    shape, strides = tensor.shape, tensor.stride()
+    dims = len(shape)
+    if dims == 2:
+        return (shape[0], shape[1], 1), (strides[0], strides[1], 0)
+    if dims == 1:
+        return (1, shape[0], 1), (0, strides[0], 0)
+    inner, step = 1, 0
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:])):
+        if size == 1:
+            continue
+        if inner == 1:
+            step = stride
+        elif stride != step * inner:
+            return None, None
+        inner *= size
+    return (shape[0], shape[1], inner), (strides[0], strides[1], step)
+
+
+def as_rows(logits: Tensor):
+    """The logits, their (outer, K, inner) shape and strides: a view if there is one."""
+    shape, strides = shape_and_strides(logits)
+    if shape is None:
+        log_once("anl_kernels: the dimensions after the classes are not one run of memory: logits copied", logging.INFO)
+        logits = logits.contiguous()
+        shape, strides = shape_and_strides(logits)
+    return logits, shape, strides
+
+
+def new_grad(logits: Tensor) -> Tensor:
+    """Memory for the gradient, in the logits' order."""
+    grad = torch.empty_like(logits)
+    if grad.dim() > 2 and shape_and_strides(grad)[0] is None:
+        grad = logits.new_empty(logits.shape)
+    return grad
+
+
+def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
+    """Memory for what row_grad needs: (10, *target.shape)."""
+    return logits.new_empty((10, *target.shape), dtype=acc_dtype(logits.dtype))
+
+
+def overwritten(logits: Tensor) -> Tensor:
+    """The logits' memory, to hold the gradient; ValueError if it cannot."""
+    if logits.dim() > 2 and shape_and_strides(logits)[0] is None:
+        raise ValueError("inplace=True needs the dimensions after the classes to be one run of memory")
+    if torch._debug_has_internal_overlap(logits) == 1:
+        raise ValueError("inplace=True needs logits whose elements do not share memory, but these are expanded")
+    return logits.detach()
+
+
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import autograd, registry
-from .layout import acc_dtype
+from .layout import acc_dtype, new_coefs, new_grad
 from .stats import coefficients, softmax_coefs
 
 
@@ -52,7 +52,7 @@ def row_loss(
     """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (10, *target.shape)."""
     kernels = registry.fused(backend)
     call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction)
-    coefs = kernels.new_coefs(logits, target)
+    coefs = new_coefs(logits, target)
     return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
 
 
@@ -111,7 +111,7 @@ def row_grad(
 
 @row_grad.register_fake
 def _(logits, target, coefs, grad_output, column_grad, min_prob, gamma, needs, backend):
-    return registry.fused(backend).new_grad(logits)
+    return new_grad(logits)
 
 
 def _only_once(ctx, *grads):
@@ -150,7 +150,8 @@ row_grad.register_autograd(_only_once)
 def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
     """`autograd.robust_loss` through the operators."""
     gamma = 0.0 if call.gamma is None else call.gamma
-    if call.built_in and not call.entropy_weight:
+    shared_mean = call.batch_group is not None and call.reduction == "mean"
+    if call.built_in and not call.entropy_weight and not shared_mean:
         terms = [float(number) for term in call.terms for number in term]
         numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, kernels.NAME)
         return row_loss(logits, target, weight, terms, *numbers)[0]

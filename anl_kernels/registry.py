@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .backends import cpu, reference
+from .backends import cpu, cuda, reference, triton
 from .layout import log_once
 
-_MODULES = {"cpu": cpu, "reference": reference}  # fastest first
+_MODULES = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}  # fastest first
 # What `auto` tries, in this order, before the reference.
-_FUSED_BY_DEVICE = {"cpu": ("cpu",)}
+FUSED_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
 class Backend(NamedTuple):
@@ -52,7 +52,7 @@ def _named(name: str, asked_by: str, logits: Tensor, call):
 
 
 def _first_that_can(logits: Tensor, call):
-    for name in _FUSED_BY_DEVICE.get(logits.device.type, ()):
+    for name in FUSED_BY_DEVICE.get(logits.device.type, ()):
         reason = _cannot_run(_MODULES[name], logits, call)
         if reason is None:
             return _MODULES[name]

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .entropy import all_reduced, world_size
+
 # Bits of the passes over a row that a statistic asks for (the compiled modules use the same numbers).
 ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = 1, 2, 4, 8
 
@@ -43,6 +45,9 @@ _TABLE_ROW = {
     "focal_sum": FOCAL_SUM,
     "focal_above_sum": FOCAL_ABOVE_SUM,
 }
+
+# Labels of a slice's rows: the target is a class of another slice; the row counts nowhere and is not read.
+ELSEWHERE, IGNORED = -1, -2
 
 # The gradient by the focal sums has the exponent in it.
 FOCAL_STATISTICS = ("focal_sum", "focal_above_sum", "target_focal_weight")
@@ -198,13 +203,42 @@ def coefficients(table: Tensor, partials: Tensor, call, dtype: torch.dtype) -> T
     return torch.stack(torch.broadcast_tensors(*fields)).to(dtype)
 
 
-def reduce_rows(rows: Tensor, label: Tensor, valid: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def row_shares(label: Tensor, valid: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Each row's weight in the mean: 0 where it is ignored, 1 where a GPU was given a label that is no class."""
+    share = valid.to(dtype)
+    if weight is None:
+        return share
+    known = (label >= 0) & (label < weight.shape[0])
+    return share * torch.where(known, weight.to(dtype)[torch.where(known, label, 0)], 1.0)
+
+
+def denominator(share: Tensor, call) -> Tensor:
+    """What "mean" divides by; where ranks share it, so that the average of their losses is the mean of all rows."""
+    total = share.sum()
+    if call.batch_group is None:
+        return total
+    return all_reduced(total, call.batch_group) / world_size(call.batch_group)
+
+
+def reduce_rows(rows: Tensor, label: Tensor, valid: Tensor, weight: Tensor | None, call) -> Tensor:
     """mean, sum or none of `rows`, with class weights, as F.cross_entropy reduces."""
+    share = row_shares(label, valid, weight, rows.dtype)
     rows = torch.where(valid, rows, 0.0)
-    share = valid.to(rows.dtype)
-    if weight is not None:
-        share = share * weight.to(rows.dtype)[label]
-        rows = rows * share
-    if reduction == "none":
+    rows = rows if weight is None else rows * share
+    if call.reduction == "none":
         return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / share.sum()
+    return rows.sum() if call.reduction == "sum" else rows.sum() / denominator(share, call)
+
+
+def mean_as_sum(target: Tensor, weight: Tensor | None, call, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Class weights (K,) with which the sum over rows is the mean, and a number to add: NaN if no row counts, else 0.
+
+    For a mean whose denominator no kernel sees: rows in several chunks, or on several ranks.
+    """
+    valid = target != call.ignore_index
+    in_range = (target >= 0) & (target < classes)
+    label = torch.where(in_range, target.long(), 0)
+    total = denominator(row_shares(label, valid, weight, torch.float64), call)
+    scale = 1.0 / total
+    weight = scale.to(dtype).expand(classes).contiguous() if weight is None else (weight.double() * scale).to(dtype)
+    return weight, torch.where(total == 0.0, math.nan, 0.0).to(dtype)

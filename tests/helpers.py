@@ -244,7 +244,8 @@ def calculate(logits, target, criterion, grad_output=None, leaf=True, **keywords
     return loss.detach().cpu(), grad.cpu()
 
 
-DEVICES = {"cuda": "cuda", "triton": "cuda"}  # where a backend's tensors live, if not on the CPU
+# Where a backend's tensors live; without a GPU Triton's kernels are interpreted, and CUDA's compiled for the CPU.
+DEVICES = dict.fromkeys(("cuda", "triton"), "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def moved(tensor, device):

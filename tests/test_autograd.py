@@ -438,8 +438,9 @@ def test_a_parameter_as_logits(backend):
     loss.backward()
     expected = calculate(values, labels, expression(ANL_CE), backend=backend.name)
     assert torch.equal(loss.detach(), expected[0]) and torch.equal(parameter.grad, expected[1])
-    with pytest.raises(IndexError):
-        ak.anl_ce(parameter, labels + 9, backend=backend.name)
+    if backend.checks_labels:
+        with pytest.raises(IndexError):
+            ak.anl_ce(parameter, labels + 9, backend=backend.name)
     if backend.fused:
         with pytest.raises(ValueError, match="leaf"):
             ak.anl_ce(parameter, labels, inplace=True, backend=backend.name)
@@ -473,6 +474,8 @@ def test_saved_tensors_offloaded(backend):
 @pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(entropy_weight=0.5)], ids=str)
 def test_several_python_threads(fused, keywords):
     """The kernels run without the interpreter's lock: calls side by side do not disturb each other."""
+    if fused.interpreted:
+        pytest.skip("Triton's interpreter keeps its state in globals: one thread at a time")
     from concurrent.futures import ThreadPoolExecutor
 
     problems = [

@@ -35,6 +35,8 @@ MODES = {
 
 
 def modes(backend):
+    if backend.interpreted and backend.variant:  # one of each pass: gradient, coefficients, statistics
+        return ["inplace", "recompute", "row_loss"]
     return [mode for mode in MODES if backend.fused or mode != "inplace"]
 
 
@@ -73,6 +75,8 @@ def compare_batch(classes, dtype, name, mode, backend, layout="rows"):
     assert (grad[values == -math.inf] == 0).all()
 
 
+@pytest.mark.interpreted(classes=[3, 37], dtype=[torch.float32], forced=dict(classes=[37]))
+@pytest.mark.interpreted(classes=[10], name=REPRESENTATIVE)
 @ALL
 @EVERY_DTYPE
 @pytest.mark.parametrize("classes", [2, 3, 10, 37])
@@ -81,52 +85,30 @@ def test_every_loss(backend, name, dtype, classes):
         compare_batch(classes, dtype, name, mode, backend)
 
 
+@pytest.mark.interpreted(dtype=[torch.float32], name=["anl_fl"], forced=dict(name=["anl_ce"]))
 @SOME
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", helpers.LAYOUTS)
 def test_every_layout(backend, name, dtype, layout):
-    for classes in (10, 33):
+    for classes in backend.few((10, 33), 1):
         for mode in modes(backend):
             if layout == "spatial_permuted" and mode == "inplace":
                 continue  # no one view of its memory: test_cases has the refusal
             compare_batch(classes, dtype, name, mode, backend, layout)
 
 
+@pytest.mark.interpreted(name=["nce+rce"], dtype=[torch.float32, torch.bfloat16])
 @SOME
 @EVERY_DTYPE
 def test_every_number_of_classes(backend, name, dtype):
     """Every tail of a vector loop."""
-    for classes in (
-        4,
-        5,
-        7,
-        8,
-        9,
-        15,
-        16,
-        17,
-        23,
-        31,
-        32,
-        47,
-        48,
-        49,
-        63,
-        64,
-        65,
-        95,
-        100,
-        127,
-        128,
-        129,
-        255,
-        257,
-        1001,
-    ):
+    every = (4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 47, 48, 49, 63, 64, 65, 95, 100, 127, 128, 129, 255, 257, 1001)
+    for classes in backend.few(every, 4):
         for mode in ("forward", "recompute", "row_loss"):
             compare_batch(classes, dtype, name, mode, backend)
 
 
+@pytest.mark.interpreted(name=["anl_ce"], dtype=[torch.float32], layout=["rows", "spatial_1d"])
 @SOME
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["rows", "transposed", "spatial_1d"])
@@ -135,6 +117,7 @@ def test_thousands_of_classes(backend, name, dtype, layout):
         compare_batch(classes, dtype, name, mode, backend, layout)
 
 
+@pytest.mark.interpreted(dtype=[torch.float32], classes=[300_001])
 @pytest.mark.parametrize("classes", [65_536, 300_000, 300_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @SOME
@@ -153,6 +136,7 @@ def true_long(classes, dtype, name, mode):
     return helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, len(labels)))
 
 
+@pytest.mark.interpreted(name=["anl_ce"], mode=["forward", "row_loss", "entropy"])
 @SOME
 @pytest.mark.parametrize("mode", MODES)
 def test_one_row(backend, name, mode):
@@ -160,7 +144,7 @@ def test_one_row(backend, name, mode):
     if mode not in modes(backend):
         pytest.skip("the reference keeps the logits")
     torch.set_num_threads(2)
-    for classes in (2, 10, 1001, 200_003):
+    for classes in backend.few((2, 10, 1001, 200_003)):
         for kind in ("normal", "mixed"):
             values, labels = helpers.rows_of_every_kind(classes, torch.float32, kinds=(kind,))
             true = helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, 1))
@@ -169,6 +153,7 @@ def test_one_row(backend, name, mode):
                 helpers.assert_as_accurate(loss.view(true.loss.shape), grad, labels, true)
 
 
+@pytest.mark.interpreted(name=["anl_ce"], dtype=[torch.float32, torch.bfloat16])
 @SOME
 @EVERY_DTYPE
 def test_every_alignment_of_a_row(backend, name, dtype):
@@ -176,20 +161,21 @@ def test_every_alignment_of_a_row(backend, name, dtype):
     values, labels = helpers.rows_of_every_kind(67, dtype)
     rows = len(labels)
     true = helpers.truth(values, labels, EXPRESSIONS[name])
-    for start in range(16):
+    for start in backend.few(range(16), 3):
         room = torch.full((start + rows * 71,), math.nan, dtype=dtype)
         logits = room[start:].view(rows, 71)[:, :67].copy_(values)
         loss, grad = run(logits, labels, name, "forward", backend)
         helpers.assert_as_accurate(loss, grad, labels, true)
 
 
+@pytest.mark.interpreted(name=REPRESENTATIVE, dtype=[torch.float32], forced=dict(name=["nce+rce"]))
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_around_the_clamp(backend, name, dtype):
     """Rows wholly above it (the closed form), rows it cuts through, all but one class below; several clamps."""
     spreads = (0.3, 3.0, 8.0, 40.0, 300.0)
     for min_prob in (1e-3, 1e-7, 1e-12):
-        for classes in (10, 129):
+        for classes in backend.few((10, 129), 1):
             values = torch.stack(
                 [torch.randn(classes, generator=helpers.generator(5), dtype=torch.float64) * s for s in spreads]
             )
@@ -240,12 +226,13 @@ ORDERS = [
 ]
 
 
+@pytest.mark.interpreted(length=[700], dtype=[torch.float32], forced=dict(name=["anl_ce", "nce+rce"]))
 @SOME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("length", [700, 2048, 2311])
 def test_stretches_above_and_below_the_clamp(backend, name, dtype, length):
     """A kernel may take a stretch of classes wholly on one side of the clamp, or wholly masked, by a shorter way."""
-    for min_prob in (1e-7, 1e-6):
+    for min_prob in backend.few((1e-7, 1e-6), 1):
         values, labels = rows_of_segments(ORDERS, length, dtype, min_prob)
         true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="sum", min_prob=min_prob)
         for criterion in (helpers.expression(EXPRESSIONS[name]), helpers.row_loss_expression(EXPRESSIONS[name])):
@@ -254,6 +241,7 @@ def test_stretches_above_and_below_the_clamp(backend, name, dtype, length):
                 helpers.assert_as_accurate(*helpers.calculate(values, labels, criterion, **keywords), labels, true)
 
 
+@pytest.mark.interpreted(dtype=[torch.float32])
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_every_gamma(backend, gamma, dtype):
@@ -323,6 +311,7 @@ def exact_row(row, label, name):
     return oracle.exact(row, label, EXPRESSIONS[name])
 
 
+@pytest.mark.interpreted(forced=dict())
 def test_certain_rows_are_finite(backend):
     """p_y = 1 to every digit: nothing divides by the zero that is left."""
     logits = torch.zeros(3, 10)
@@ -340,6 +329,7 @@ def test_certain_rows_are_finite(backend):
 POISONS = (math.nan, math.inf)
 
 
+@pytest.mark.interpreted(name=REPRESENTATIVE, forced=dict(name=["anl_ce"], layout=["rows"]))
 @ALL
 @pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
 def test_a_row_of_nan_harms_no_other(backend, name, layout):
@@ -369,10 +359,11 @@ def test_a_row_of_nan_harms_no_other(backend, name, layout):
         helpers.check_grad(grad[others], labels[others], clean.of(others))
 
 
+@pytest.mark.interpreted(name=REPRESENTATIVE, forced=dict(name=["anl_ce"]))
 @ALL
 def test_a_target_that_does_not_exist_is_nan(backend, name):
     """Few classes and many: other kernels, each with its own test for it."""
-    for classes in (7, 40, 5000):
+    for classes in backend.few((7, 40, 5000)):
         logits = torch.randn(3, classes, generator=helpers.generator(0))
         logits[1, 2] = -math.inf
         target = torch.tensor([0, 2, 6])
@@ -391,6 +382,7 @@ def test_a_target_that_does_not_exist_is_nan(backend, name):
 # ---- the same bits
 
 
+@pytest.mark.interpreted(name=["anl_ce"], shape=[(5, 30_000)])
 @SOME
 @pytest.mark.parametrize("shape", [(1, 200_000), (5, 30_000), (3000, 129), (8, 19, 64, 33)], ids=str)
 def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, shape):
@@ -399,7 +391,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, sh
     criterion = helpers.expression(EXPRESSIONS[name])
     for keywords in (dict(), dict(recompute=True), dict(entropy_weight=0.3)):
         results = []
-        for threads in (1, 2, 2, 3):
+        for threads in backend.few((1, 2, 2, 3)):
             torch.set_num_threads(threads)
             results.append(helpers.calculate(logits, target, criterion, backend=backend.name, **keywords))
         for loss, grad in results[1:] if backend.fused else results[2:3]:

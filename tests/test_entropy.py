@@ -124,6 +124,7 @@ def check_worker(rank, world, path, backends):
             for recompute in (False, True):
                 for sizes in SIZES.values():
                     check_shared_entropy(rank, world, backend, sizes, recompute)
+                    check_shared_mean(rank, world, backend, sizes, recompute=recompute)
             check_row_loss(rank, world, backend)
             check_subgroup(rank, backend)
     finally:
@@ -184,6 +185,21 @@ def check_shared_entropy(rank, world, backend, sizes, recompute):
     torch.testing.assert_close(averaged(model.weight.grad, world), single.weight.grad, rtol=1e-10, atol=1e-14)
 
 
+def check_shared_mean(rank, world, backend, sizes, **keywords):
+    """Any split of the rows: the average of the ranks' losses and gradients is the mean over all rows that count."""
+    x, y, weight = data(sizes)
+    single = model_of(weight)
+    truth = oracle.loss(single(x), y, ANL_CE, **KNOBS)
+    truth.backward()
+    for criterion in (expression(ANL_CE), helpers.row_loss_expression(ANL_CE)):
+        model = model_of(weight)
+        logits, labels = model(shard(x, sizes, rank)), shard(y, sizes, rank)
+        loss = criterion(logits, labels, backend=backend, batch_group=dist.group.WORLD, **KNOBS, **keywords)
+        loss.backward()
+        torch.testing.assert_close(averaged(loss.detach(), world), truth.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(averaged(model.weight.grad, world), single.weight.grad, rtol=1e-10, atol=1e-14)
+
+
 def check_row_loss(rank, world, backend):
     sizes = SIZES["uneven"]
     x, y, weight = data(sizes)
@@ -204,7 +220,7 @@ def check_row_loss(rank, world, backend):
 
 
 def check_subgroup(rank, backend):
-    """Only the group's ranks share q; a rank outside has its own."""
+    """Only the group's ranks share q and the mean's denominator; a rank outside has its own."""
     sizes, pair = SIZES["uneven"], dist.new_group([0, 1])
     x, y, weight = data(sizes)
     mine, labels = shard(x, sizes, rank) @ weight.t(), shard(y, sizes, rank)
@@ -212,10 +228,11 @@ def check_subgroup(rank, backend):
         loss = ak.anl_ce(mine, labels, backend=backend, batch_group=pair, **KNOBS)
         both = sum(sizes[:2])
         rows = (x[:both] @ weight.t())[y[:both] != -100]
+        share = 2 * int((labels != -100).sum()) / len(rows)
     else:
         loss = ak.anl_ce(mine, labels, backend=backend, **KNOBS)
-        rows = mine[labels != -100]
-    expected = oracle.loss(mine, labels, ANL_CE) + 2.0 * oracle.batch_entropy(rows)
+        rows, share = mine[labels != -100], 1.0
+    expected = share * oracle.loss(mine, labels, ANL_CE) + 2.0 * oracle.batch_entropy(rows)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 

@@ -45,8 +45,20 @@ def test_equivalent_code(names, keywords):
     torch.testing.assert_close(ak.anl_ce(names["logits"], names["y"], **keywords), plain)
 
 
+def test_a_million_classes(names):
+    hidden, weight, bias = torch.randn(40, 6), torch.randn(10, 6), torch.randn(10)
+    group = None  # one process: its slice is all classes
+    names |= dict(
+        hidden=hidden, weight=weight, bias=bias, group=group, logits_slice=names["logits"], weight_slice=weight
+    )
+    for line in BLOCKS[2].strip().splitlines():
+        exec(line, names)
+        assert names["loss"].isfinite()
+    torch.testing.assert_close(names["loss"], ak.anl_ce(F.linear(hidden, weight), names["y"]))
+
+
 def test_adding_a_loss(names):
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[-1], names)
     expected = (ak.NCE() + 0.5 * ak.MAE())(names["logits"], names["y"], reduction="sum")
     torch.testing.assert_close(names["loss"], expected)
 

@@ -37,7 +37,8 @@ def test_the_compiled_module_is_there():
 def test_a_built_module_is_used(cpu):
     """If it loads, it is a backend, and the one that auto takes."""
     assert "cpu" in AVAILABLE
-    assert ak.backends()[0].name == "cpu"
+    call = "ak.anl_ce(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))"
+    assert python(used(call)).stdout.strip() == "cpu"
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "CPU", None, 3])
@@ -52,6 +53,27 @@ def test_a_backend_that_cannot_run_says_why(name):
         pytest.skip("it can run here")
     with pytest.raises((RuntimeError, ValueError), match=name):
         ak.anl_ce(LOGITS, TARGET, backend=name)
+
+
+@pytest.mark.parametrize(("environment", "reason"), [(dict(TRITON_INTERPRET="0"), "GPU"), (dict(), "Triton's device")])
+def test_triton_says_why_it_does_not_run(environment, reason):
+    """Without a GPU; and interpreted, where its tensors are the CPU's."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("it runs here")
+    code = (
+        "import torch, anl_kernels as ak\n"
+        "device = 'cpu' if {b.name: b for b in ak.backends()}['triton'].available is False else 'meta'\n"
+        "ak.anl_ce(torch.zeros(2, 3, device=device), torch.zeros(2, device=device).long(), backend='triton')"
+    )
+    result = python(code, **environment)
+    assert result.returncode != 0 and reason in result.stderr.splitlines()[-1], result.stderr
+
+
+def test_auto_never_interprets(cpu):
+    """TRITON_INTERPRET=1 makes the triton backend available on the CPU, for tests: only by its name."""
+    call = "ak.anl_ce(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))"
+    assert python(used(call), TRITON_INTERPRET="1").stdout.strip() == "cpu"
 
 
 def test_an_explicit_backend_that_cannot_run_this_call(cpu):

@@ -35,7 +35,7 @@ def run(folder, calls, compiler):
 
 
 def build(folder, compiler, defines=""):
-    flags = {"CXX": compiler, "CXXFLAGS": f"-O1 {SANITIZE} {defines}", "LDFLAGS": SANITIZE}
+    flags = {"ANL_KERNELS_NO_CUDA": "1", "CXX": compiler, "CXXFLAGS": f"-O1 {SANITIZE} {defines}", "LDFLAGS": SANITIZE}
     command = [
         sys.executable,
         "setup.py",

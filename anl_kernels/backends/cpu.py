@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 
 import torch
 from torch import Tensor
 
 from .. import autograd
-from ..layout import acc_dtype, bad_label, log_once
+from ..layout import acc_dtype, as_rows, bad_label, new_grad, overwritten, shape_and_strides
+from ..stats import IGNORED
 
 NAME = "cpu"
 PURPOSE = "fused C++ kernels on PyTorch's threads"
@@ -47,58 +47,6 @@ def info() -> dict:
     return _cpu.info()
 
 
-def _shape_and_strides(tensor: Tensor):
-    """(outer, K, inner) and their strides in elements; None for both if no such view exists."""
-    shape, strides = tensor.shape, tensor.stride()
-    dims = len(shape)
-    if dims == 2:
-        return (shape[0], shape[1], 1), (strides[0], strides[1], 0)
-    if dims == 1:
-        return (1, shape[0], 1), (0, strides[0], 0)
-    inner, step = 1, 0
-    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:])):
-        if size == 1:
-            continue
-        if inner == 1:
-            step = stride
-        elif stride != step * inner:
-            return None, None
-        inner *= size
-    return (shape[0], shape[1], inner), (strides[0], strides[1], step)
-
-
-def _rows(logits: Tensor):
-    """The logits, their (outer, K, inner) shape and strides: a view if there is one."""
-    shape, strides = _shape_and_strides(logits)
-    if shape is None:
-        log_once("anl_kernels: the dimensions after the classes are not one run of memory: logits copied", logging.INFO)
-        logits = logits.contiguous()
-        shape, strides = _shape_and_strides(logits)
-    return logits, shape, strides
-
-
-def new_grad(logits: Tensor) -> Tensor:
-    """Memory for the gradient, in the logits' order."""
-    grad = torch.empty_like(logits)
-    if grad.dim() > 2 and _shape_and_strides(grad)[0] is None:
-        grad = logits.new_empty(logits.shape)
-    return grad
-
-
-def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
-    """Memory for what row_grad needs: (10, *target.shape)."""
-    return logits.new_empty((10, *target.shape), dtype=acc_dtype(logits.dtype))
-
-
-def overwritten(logits: Tensor) -> Tensor:
-    """The logits' memory, to hold the gradient; ValueError if it cannot."""
-    if logits.dim() > 2 and _shape_and_strides(logits)[0] is None:
-        raise ValueError("inplace=True needs the dimensions after the classes to be one run of memory")
-    if torch._debug_has_internal_overlap(logits) == 1:
-        raise ValueError("inplace=True needs logits whose elements do not share memory, but these are expanded")
-    return logits.detach()
-
-
 def _program(call):
     call.program = _cpu.Program(call.terms, call.min_prob, call.gamma or 0.0)
     return call.program
@@ -108,11 +56,11 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
     dtype = logits.dtype
     acc = torch.float64 if dtype is torch.float64 else torch.float32
-    rows, shape, strides = _rows(logits)
+    rows, shape, strides = as_rows(logits)
     if grad is None:
         grad_ptr, grad_strides, fresh = 0, strides, False
     else:
-        grad_ptr, grad_strides, fresh = grad.data_ptr(), _shape_and_strides(grad)[1], not call.inplace
+        grad_ptr, grad_strides, fresh = grad.data_ptr(), shape_and_strides(grad)[1], not call.inplace
     if not target.is_contiguous():
         target = target.contiguous()
     if weight is not None:
@@ -130,7 +78,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
 
 def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     """The statistics' table (13, *target.shape), float64."""
-    rows, shape, strides = _rows(logits)
+    rows, shape, strides = as_rows(logits)
     target = target.contiguous()
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     bad = _cpu.row_stats(
@@ -142,9 +90,22 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     return table
 
 
+def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    """Sums over a slice's classes: see reference.slice_stats."""
+    rows, shape, strides = as_rows(logits)
+    target = target.contiguous()
+    lse = None if lse is None else lse.contiguous()
+    table = logits.new_empty((4 if lse is None else 7, *target.shape), dtype=torch.float64)
+    _cpu.slice_stats(
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), IGNORED, call.min_prob,
+        call.gamma or 0.0, call.needs, 0 if lse is None else lse.data_ptr(), table.data_ptr(),
+    )  # fmt: skip
+    return table
+
+
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
     """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
-    rows, shape, strides = _rows(logits)
+    rows, shape, strides = as_rows(logits)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
     _cpu.column_sums(_DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr())
     return sums
@@ -156,7 +117,7 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
     entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
     """
     acc = acc_dtype(logits.dtype)
-    rows, shape, strides = _rows(logits)
+    rows, shape, strides = as_rows(logits)
     grad = overwritten(logits) if call.inplace else new_grad(logits)
     target = target.contiguous()
     if grad_output is None:
@@ -168,7 +129,7 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
         grad_output = grad_output.contiguous()
     log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
     _cpu.row_grad(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), _shape_and_strides(grad)[1],
+        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), shape_and_strides(grad)[1],
         target.data_ptr(), _TARGETS[target.dtype], call.min_prob, call.gamma or 0.0, call.needs,
         coefs.data_ptr(), grad_output.data_ptr(), step, 0 if log_q is None else log_q.data_ptr(),
         0 if scale is None else scale.data_ptr(), not call.inplace,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..entropy import batch_entropy
-from ..layout import acc_dtype, bad_label, is_concrete
-from ..stats import Statistics, reduce_rows
+from ..layout import acc_dtype, bad_label, is_concrete, new_grad
+from ..stats import FOCAL, FOCAL_ABOVE, IGNORED, Statistics, focal_floor, reduce_rows
 
 NAME = "reference"
 PURPOSE = "plain PyTorch on every device, with double backward and forward mode"
@@ -124,7 +124,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     label = torch.where(valid & ~out_of_range, target, 0)
     rows = rows.masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row's logits may be NaN
     s = LogitStatistics(rows, label, out_of_range, call.min_prob, call.gamma)
-    loss = reduce_rows(call.expression.value(s), label, valid, weight, call.reduction)
+    loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
     if call.entropy_weight:
         sums = (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
         loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call)[0]
@@ -135,3 +135,91 @@ def _raise_for_labels(target: Tensor, out_of_range: Tensor) -> None:
     """IndexError where labels can be read without cost: plain CPU tensors. Elsewhere the row is NaN."""
     if out_of_range.device.type == "cpu" and is_concrete(out_of_range) and out_of_range.any():
         raise bad_label(int(target[out_of_range].flatten()[0]))
+
+
+# ---- what fused backends have as kernels, for slices of the classes (slices.py) in PyTorch's own operators
+
+SLICE_ELEMENTS = 1 << 22  # of logits at a time
+
+
+def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    """Sums over a slice's classes, each row's target left out, float64.
+
+    Args:
+        logits: (N, K_r, ...), K_r >= 1.
+        target: (N, ...), int64: a class of the slice, -1 where the row's target is elsewhere, -2 where the row is
+            ignored: its logits are not read and its sums are not specified.
+        lse: None, or (2, N, ...) float64: the max and log sum exp(z - max) of the whole row.
+
+    Returns:
+        Without lse (4, N, ...): max over all classes of the slice (-inf if none exists), and over j != y the sums of
+        exp(z_j - max), max - z_j and 1, of classes that exist; max - z_j sums to NaN where a logit is NaN or +inf.
+        With it (7, N, ...), sums over j != y of I_j (T + l_j), I_j, (1 - I_j) p_j, -w_j l_j, w_j, I_j (A + w_j l_j) and
+        I_j w_j; those that call.needs does not ask for are not specified.
+    """
+    result = torch.empty((4 if lse is None else 7, *target.shape), dtype=torch.float64, device=logits.device)
+    step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
+    for begin in range(0, len(logits), step):
+        rows = slice(begin, begin + step)
+        z, y = logits.detach()[rows], target[rows].unsqueeze(1)
+        z = z.to(acc_dtype(z.dtype)).masked_fill(y == IGNORED, 0.0)
+        other = torch.ones_like(z, dtype=torch.bool).scatter(1, y.clamp(min=0), y < 0) & (z != -math.inf)
+        sums = _first_sums(z, other) if lse is None else _second_sums(call, z, other, lse[:, rows].unsqueeze(2))
+        for field, value in enumerate(sums):
+            result[field, rows] = value
+    return result
+
+
+def _first_sums(z, other):
+    high = z.amax(1, keepdim=True)
+    x = torch.where(other, z - high, 0.0)
+    total = lambda terms: torch.where(other, terms, 0.0).sum(1, dtype=torch.float64)
+    # Where the largest is NaN or +inf, a class at -inf would hide it from the sums.
+    poison = torch.where(high.squeeze(1) < math.inf, 0.0, math.nan)
+    return high.squeeze(1), total(x.exp()), total(-x) + poison, total(torch.ones_like(x))
+
+
+def _second_sums(call, z, other, lse):
+    l = (z.double() - lse[0] - lse[1]).to(z.dtype)
+    T = -math.log(call.min_prob)
+    total = lambda mask, terms: torch.where(mask, terms, 0.0).sum(1, dtype=torch.float64)
+    above = other & (l > -T)
+    sums = [total(above, l + T), total(above, torch.ones_like(l)), total(other & ~above, l.exp())]
+    if call.gamma is None:
+        return sums
+    w = (-torch.expm1(l)).clamp(min=0.0) ** call.gamma
+    floor = focal_floor(call.min_prob, call.gamma)
+    return [*sums, total(other, -w * l), total(other, w), total(above, floor + w * l), total(above, w)]
+
+
+def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
+    """The gradient of `coefs` (10, *target.shape); in the logits' memory if call.inplace."""
+    grad = logits.detach() if call.inplace else new_grad(logits)
+    step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
+    for begin in range(0, len(logits), step):
+        rows = slice(begin, begin + step)
+        grad[rows] = _gradient(call, logits.detach()[rows], target[rows], coefs[:, rows].unsqueeze(2))
+    return grad
+
+
+def _gradient(call, z, target, coefs):
+    high, inv_sum, a, b, a_above, c, bw, cw, at_target, log_sum = coefs
+    x = z.to(coefs.dtype) - high
+    above = x > log_sum + math.log(call.min_prob)
+    grad = torch.where(above, a_above, a) * (x.exp() * inv_sum) + torch.where(above, b + c, b)
+    if call.needs & (FOCAL | FOCAL_ABOVE):
+        w = (-torch.expm1(x - log_sum)).clamp(min=0.0) ** call.gamma
+        grad = grad + torch.where(above, bw + cw, bw) * w
+    grad = grad.masked_fill(z == -math.inf, 0.0).scatter(1, target.long().unsqueeze(1), at_target)
+    return torch.where(inv_sum == 0.0, 0.0, torch.where(inv_sum.isnan(), math.nan, grad))
+
+
+def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
+    """Sum over the rows of p, (K_r,), float64."""
+    sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+    step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
+    for begin in range(0, len(logits), step):
+        high, inv_sum = coefs[:2, begin : begin + step].unsqueeze(2)
+        p = torch.exp(logits.detach()[begin : begin + step] - high) * inv_sum
+        sums += torch.where(inv_sum == 0.0, 0.0, p).movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float64)
+    return sums

@@ -13,7 +13,7 @@ import torch
 from helpers import DTYPES, EXPRESSIONS, dtype_id
 
 import anl_kernels as ak
-from anl_kernels.backends import cpu as adapter
+from anl_kernels import layout
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TARGET_CODES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
@@ -53,7 +53,7 @@ def nan(*shape, dtype):
 
 
 def new_coefs(logits, target):
-    return adapter.new_coefs(logits, target).fill_(math.nan)
+    return layout.new_coefs(logits, target).fill_(math.nan)
 
 
 def row_loss(kernels, terms, logits, target, grad=None, reduction="sum", coefs=None, weight=None, ignore_index=-100):
