@@ -30,11 +30,11 @@ def test_info_names_every_backend_and_the_instruction_set():
 
 @pytest.mark.slow
 def test_check_passes():
-    result = run("check")
+    result = run("check", TRITON_INTERPRET="0")  # interpreted it would take minutes
     assert result.returncode == 0, result.stdout + result.stderr
     for backend in ak.backends():
-        if backend.available:
-            assert backend.name in result.stdout
+        if backend.available and not (backend.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+            assert f"backend {backend.name}" in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--nothing"]], ids=str)

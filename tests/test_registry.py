@@ -211,23 +211,20 @@ def test_one_kernel_call_for_any_sum(cpu, monkeypatch):
 # ---- the package
 
 
-def test_import_needs_neither_triton_nor_the_command_line():
+def test_import_is_light():
+    """Neither Triton nor PyTorch's compiler, which take seconds, nor what only the command line needs."""
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import anl_kernels\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "for name in ('triton', 'sklearn', 'matplotlib', 'tqdm', 'tabulate', 'pytest'):\n"
-        "    assert name not in new, name\n"
+        "new = set(sys.modules) - before\n"
+        "heavy = ('triton', 'torch._dynamo', 'torch._inductor', 'torch.distributed', 'sympy', 'numpy', 'sklearn')\n"
+        "heavy += ('matplotlib', 'tqdm', 'tabulate', 'pytest')\n"
+        "found = [h for h in heavy if any(name == h or name.startswith(h + '.') for name in new)]\n"
+        "assert not found, found\n"
     )
     result = python(code)
     assert result.returncode == 0, result.stderr
-
-
-def test_import_is_light():
-    """Under 0.3 s beyond `import torch`; the least of three, for a busy machine."""
-    code = "import time, torch\nstart = time.perf_counter()\nimport anl_kernels\nprint(time.perf_counter() - start)"
-    assert min(float(python(code).stdout) for _ in range(3)) < 0.3
 
 
 def test_every_public_name_exists_and_is_documented():

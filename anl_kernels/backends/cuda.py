@@ -39,10 +39,12 @@ def unavailable() -> str | None:
     return _refusal(-1)
 
 
-@torch.compiler.assume_constant_result  # the tracer cannot look into the module
 def _refusal(device: int) -> str | None:
     """Why the kernels do not run on that device (-1: the current one); None if they do."""
     return _cuda.why_not(device) or None
+
+
+_refusal._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
 
 
 def cannot_run(logits: Tensor, call) -> str | None:

@@ -18,7 +18,7 @@ from .common import progress, table
 T = formulas.T
 DTYPES = workloads.DTYPES
 # Of the value and of the gradient (see `relative`, `gradient_error`), the latter rounded to the logits' dtype.
-TOLERANCE = {"fp64": (1e-11, 1e-11), "fp32": (2e-6, 5e-5), "bf16": (2e-6, 4.1e-3), "fp16": (2e-6, 5.1e-4)}
+TOLERANCE = {"fp64": (1e-11, 1e-11), "fp32": (4e-6, 5e-5), "bf16": (4e-6, 4.1e-3), "fp16": (4e-6, 5.1e-4)}
 ENTROPY = 0.7
 SHOWN_FAILURES = 20
 
@@ -57,7 +57,7 @@ def rows(dtype: torch.dtype, classes: int = 1001, count: int = 24) -> tuple[Tens
     logits[0] = 0.25  # uniform
     logits[1] -= 30.0
     logits[1, target[1]] = 60.0  # as sure as float32 can say
-    logits[2] += 1000.0
+    logits[2] += 128.0  # exp of it is beyond float32; bfloat16 still tells these apart
     return logits.to(dtype), target
 
 

@@ -1,12 +1,8 @@
-"""Without a GPU the kernels run under Triton's interpreter on CPU tensors, chosen before Triton is imported."""
-
-import os
+"""Without a GPU the kernels run under Triton's interpreter on CPU tensors (see the conftest above)."""
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 
