@@ -1,0 +1,132 @@
+"""The backends that take part in the tests: every one that can run here, with every variant that runs here."""
+
+import importlib
+import importlib.util
+from contextlib import contextmanager
+from unittest import mock
+
+import cuda_on_host.build
+import torch
+
+CPU_ISAS = ("avx512", "avx2", "baseline")
+TRITON_PATHS = ("tile", "loop", "split")
+CUDA_HOSTS = ("host", "host-sm80", "host-warp")  # the kernels compiled for the CPU, as on devices that do not exist
+# A backend joins the conformance suite by its name here (and in helpers.DEVICES its device): (id, variant), where a
+# variant is the CPU's instruction set, or the kernel that Triton is made to take.
+CANDIDATES = [
+    ("reference", None),
+    *((f"cpu-{isa}", isa) for isa in CPU_ISAS),
+    ("triton", None),
+    *((f"triton-{path}", path) for path in TRITON_PATHS),
+    ("cuda", None),
+    *((f"cuda-{host}", host) for host in CUDA_HOSTS),
+]
+
+
+def cpu_module():
+    """anl_kernels._cpu, or None where it is not built."""
+    if importlib.util.find_spec("anl_kernels") is None or importlib.util.find_spec("anl_kernels._cpu") is None:
+        return None
+    return importlib.import_module("anl_kernels._cpu")
+
+
+def runnable_isas():
+    module = cpu_module()
+    if module is None:
+        return []
+    in_use, runnable = module.info()["isa"], []
+    for isa in module.info()["isas"]:
+        try:
+            module.set_isa(isa)
+            runnable.append(isa)
+        except ValueError:
+            pass
+    module.set_isa(in_use)
+    return sorted(runnable, key=CPU_ISAS.index)
+
+
+def variants(name):
+    """The variants of a backend that run here; None: it has none, or runs as it is."""
+    if name == "cpu":
+        return runnable_isas()
+    if name == "cuda":
+        return [None] if torch.cuda.is_available() else CUDA_HOSTS if cuda_on_host.build.compiler() else []
+    return [None, *TRITON_PATHS] if name == "triton" else [None]
+
+
+class Backend:
+    """What a test needs to know of a backend: its name for `backend=`, and what only some of them do."""
+
+    def __init__(self, identity, variant):
+        self.identity, self.variant = identity, variant
+        self.name = identity.split("-")[0]
+        self.fused = self.name != "reference"
+        self.checks_labels = self.name in ("cpu", "reference")  # a GPU's would wait for the device
+        self.isa = variant if self.name == "cpu" else None
+        self.on_host = self.name == "cuda" and variant is not None
+        self.on_gpu = self.name in ("cuda", "triton") and torch.cuda.is_available() and not self.on_host
+        self.interpreted = self.name == "triton" and not torch.cuda.is_available()  # a thousand times slower
+
+    def __repr__(self):
+        return self.identity
+
+    def few(self, cases, count=2):
+        """All `cases`; where kernels are interpreted, the first and the last, `count` in all."""
+        cases = list(cases)
+        if not self.interpreted or len(cases) <= count:
+            return cases
+        return cases[: count - 1] + cases[-1:]
+
+    @contextmanager
+    def in_use(self):
+        """Within it `backend=self.name` means this variant."""
+        if self.isa:
+            module = cpu_module()
+            before = module.info()["isa"]
+            module.set_isa(self.isa)
+            try:
+                yield
+            finally:
+                module.set_isa(before)
+        elif self.name == "triton" and self.variant:
+            from anl_kernels.kernels import passes
+
+            with mock.patch.object(passes, "plan", triton_plan(self.variant)):
+                yield
+        elif self.on_host:
+            from cuda_on_host import adapter
+
+            with adapter.on_host(self.variant):
+                yield
+        else:
+            yield
+
+
+def triton_plan(path):
+    """A choice of kernels that always takes `path`, with blocks so small that few rows and classes are many blocks."""
+    from anl_kernels.kernels import launch, passes, rows
+
+    def plan(view, itemsize, target):
+        if path == "tile":
+            config = launch.LaunchConfig(16, launch.power_of_2(view.num_classes), 4)
+            return passes.planned(rows.tile_kernel, view, config)
+        classes = min(256, max(16, launch.power_of_2(view.num_classes // 3)))
+        lanes = 1 if view.lanes <= 6 else 16  # one row a program takes ways that several do not
+        if path == "loop":
+            return passes.planned(rows.loop_kernel, view, launch.LaunchConfig(lanes, classes, 4))
+        return passes.split(view, launch.LaunchConfig(lanes, classes, 4), group=1, programs=3)
+
+    return plan
+
+
+def backends():
+    import anl_kernels
+
+    available = {b.name for b in anl_kernels.backends() if b.available}
+    found = [Backend(*candidate) for candidate in CANDIDATES]
+    return [b for b in found if (b.name in available or b.on_host) and b.variant in variants(b.name)]
+
+
+BACKENDS = backends()
+# A backend that knows several variants takes part with each, or (ONCE) with the best.
+ONCE = [b for b in BACKENDS if b.variant == variants(b.name)[0]]
