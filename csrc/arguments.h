@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -59,6 +60,23 @@ inline void set_target(Call& call, Address target, int target_type, int64_t igno
   call.target = reinterpret_cast<const void*>(target);
   call.target_type = TargetType(target_type);
   call.ignore_index = ignore_index;
+}
+
+inline Call make_grad_call(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
+                              const Triple& grad_strides, Address target, int target_type, double min_prob,
+                              double gamma, unsigned needs, Address coefs, Address grad_output,
+                              int64_t grad_output_stride, Address log_q, Address entropy_scale) {
+  Call call = make_call(Op::GRAD, dtype, shape, logits, logits_strides);
+  set_grad(call, grad, grad_strides);
+  // Ignored rows are known by their coefficients.
+  set_target(call, target, target_type, std::numeric_limits<int64_t>::min());
+  call.program = make_program(min_prob, gamma, needs);
+  call.coefs = reinterpret_cast<void*>(coefs);
+  call.grad_output = reinterpret_cast<const void*>(grad_output);
+  call.grad_output_stride = grad_output_stride;
+  call.log_q = reinterpret_cast<const void*>(log_q);
+  call.entropy_scale = reinterpret_cast<const void*>(entropy_scale);
+  return call;
 }
 
 // One index for the rows where one stride will do.

@@ -51,6 +51,22 @@ struct Call {
   Program program;      // STATS, SLICE_STATS, GRAD: only min_prob, gamma and needs
 };
 
+template <class S>
+struct Stored {
+  using type = S;
+};
+
+// f(Stored<S>()) for the type S that holds a stored number; H and B are float16's and bfloat16's.
+template <class H, class B, class F>
+auto by_storage(DType dtype, F f) {
+  switch (dtype) {
+    case FLOAT32: return f(Stored<float>());
+    case FLOAT64: return f(Stored<double>());
+    case FLOAT16: return f(Stored<H>());
+    default: return f(Stored<B>());
+  }
+}
+
 ANL_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 ANL_HD int64_t label_at(const Call& call, int64_t r) {

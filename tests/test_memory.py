@@ -1,76 +1,74 @@
 """Memory: the gradient and O(N + K), in place O(N + K), without grad O(N); and offsets beyond 32 bits."""
 
-import ctypes
-import gc
 import os
 import re
 
 import helpers
 import pytest
 import torch
-from helpers import EXPRESSIONS, expression
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import DEVICES, EXPRESSIONS, expression
 
 import anl_kernels as ak
+from anl_kernels.cli import timing
+from anl_kernels.cli.contenders import Run
 
 pytestmark = pytest.mark.unpoisoned
-ROWS, CLASSES = 4000, 4001
-BYTES = ROWS * CLASSES * 4
-SMALL = 64 * (ROWS + CLASSES) * 8  # "O(N + K)": 64 numbers a row and a class
 
 
-class Allocations(TorchDispatchMode):
-    """The bytes of every storage that an operation returns and did not get."""
+class Case:
+    """Logits and labels where the backend runs, and the most memory that a call holds there beyond them.
 
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.kept = 0, []
+    On the CPU the process's resident memory. On a GPU, and where kernels are emulated (their memory is the emulator's,
+    and the logits are few), what PyTorch's allocator holds.
+    """
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
-                self.bytes += x.untyped_storage().nbytes()
-                self.kept.append(x)  # so that no storage comes again under the same address
-        return result
+    def __init__(self, backend, rows, classes, resident=True):
+        self.backend, self.device = backend, DEVICES.get(backend.name, "cpu")
+        self.resident = resident and backend.name == "cpu"
+        if backend.interpreted or backend.on_host:
+            rows = 48
+        self.values = torch.randn(rows, classes, generator=helpers.generator(0))
+        self.labels = torch.randint(classes, (rows,), generator=helpers.generator(1))
+        self.bytes = self.values.numel() * 4
+        # "O(N + K)": so many numbers a row and a class; malloc's own habits are in the larger one
+        self.small = (64 if self.resident else 16) * (rows + classes) * 8
 
+    def keywords(self, kind):
+        moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in KINDS[kind].items()}
+        return {**moved, "backend": self.backend.name}
 
-def peak_of(function):
-    """The peak of this process's resident memory while `function` runs, above what it was before."""
-    gc.collect()  # what is freed meanwhile, or was freed but kept, would serve the call without showing
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
+    def lay_out(self, layout):
+        logits, target = helpers.lay_out(layout, self.values, self.labels)
+        return helpers.moved(logits, self.device), target.to(self.device)
 
+    def tensors(self):
+        return self.values.to(self.device), self.labels.to(self.device)
 
-def status(field):
-    with open("/proc/self/status") as file:
-        return int(re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.M).group(1)) * 1024
-
-
-@pytest.fixture
-def logits():
-    return torch.randn(ROWS, CLASSES, generator=helpers.generator(0))
+    def peak_of(self, function):
+        run = Run(function)
+        peak = timing.peak_resident(run) if self.resident else timing.profile(run, self.device).peak_bytes
+        if peak is None:
+            pytest.skip("needs Linux's /proc")
+        return peak
 
 
 @pytest.fixture
-def target():
-    return torch.randint(CLASSES, (ROWS,), generator=helpers.generator(1))
+def case(fused):
+    case = Case(fused, 4000, 4001)
+    small, target = case.values[:, :5].to(case.device).requires_grad_(), case.labels.to(case.device) % 5
+    for criterion in (expression(EXPRESSIONS["anl_ce"]), ak.RowLoss(lambda s: s.lse)):
+        loss = ak.robust_loss(small, target, criterion, backend=fused.name)
+        loss.backward(torch.full_like(loss, 1024.0))  # a first use maps code: not the call's memory
+    return case
 
 
-resident = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 KINDS = {
     "default": dict(),
     "recompute": dict(recompute=True),
     "none": dict(reduction="none"),
     "entropy": dict(entropy_weight=0.5),
     "entropy_recompute": dict(entropy_weight=0.5, recompute=True),
-    "weight": dict(weight=torch.ones(CLASSES)),
+    "weight": dict(weight=torch.ones(4001)),
 }
 LOSSES = pytest.mark.parametrize(
     "build", [lambda: expression(EXPRESSIONS["anl_fl"]), lambda: ak.RowLoss(lambda s: s.lse)], ids=["fused", "row_loss"]
@@ -82,100 +80,90 @@ def step(logits, target, criterion, **keywords):
     loss.backward(torch.ones_like(loss))
 
 
-@resident
 @LOSSES
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_backward_allocate_the_gradient(fused, logits, target, build, kind):
-    criterion = build()
-    step(logits[:5].clone().requires_grad_(), target[:5], criterion, backend=fused.name, **KINDS[kind])
+def test_forward_and_backward_allocate_the_gradient(case, build, kind):
+    criterion, keywords = build(), case.keywords(kind)
+    logits, target = case.tensors()
     logits.requires_grad_()
-    peak = peak_of(lambda: step(logits, target, criterion, backend=fused.name, **KINDS[kind]))
-    assert peak >= 0.9 * BYTES  # the measurement itself: the gradient is there
-    assert peak <= BYTES + SMALL
+    peak = case.peak_of(lambda: step(logits, target, criterion, **keywords))
+    assert peak >= 0.9 * case.bytes  # the measurement itself: the gradient is there
+    assert peak <= case.bytes + case.small
 
 
-@resident
 @pytest.mark.parametrize("kind", KINDS)
-def test_grad_output_costs_nothing_more(fused, logits, target, kind):
+def test_grad_output_costs_nothing_more(case, kind):
     """A GradScaler's factor is multiplied into the gradient where it lies."""
-    criterion, keywords = expression(EXPRESSIONS["anl_ce"]), {**KINDS[kind], "backend": fused.name}
+    keywords = case.keywords(kind)
+    logits, target = case.tensors()
+    logits.requires_grad_()
 
     def run():
-        loss = ak.robust_loss(logits, target, criterion, **keywords)
+        loss = ak.robust_loss(logits, target, expression(EXPRESSIONS["anl_ce"]), **keywords)
         loss.backward(torch.full_like(loss, 1024.0))
 
-    small = torch.randn(4000, 5, requires_grad=True)  # a first use maps code: not the call's memory
-    loss = ak.robust_loss(small, target.new_zeros(4000), criterion, backend=fused.name)
-    loss.backward(torch.full_like(loss, 1024.0))
-    logits.requires_grad_()
-    assert peak_of(run) <= BYTES + SMALL
+    assert case.peak_of(run) <= case.bytes + case.small
 
 
-@resident
 @pytest.mark.parametrize("kind", KINDS)
-def test_inplace_allocates_no_gradient(fused, logits, target, kind):
+def test_inplace_allocates_no_gradient(case, kind):
+    keywords = dict(case.keywords(kind), inplace=True)
+    logits, target = case.tensors()
     hidden = helpers.Alias.apply(logits.requires_grad_())
     grads = []
     hidden.register_hook(lambda grad: grads.append(grad.data_ptr()))
 
     def run():
-        loss = ak.robust_loss(
-            hidden, target, expression(EXPRESSIONS["anl_fl"]), inplace=True, backend=fused.name, **KINDS[kind]
-        )
+        loss = ak.robust_loss(hidden, target, expression(EXPRESSIONS["anl_fl"]), **keywords)
         torch.autograd.grad(loss, logits, torch.full_like(loss, 3.0))
 
-    assert peak_of(run) <= SMALL
+    assert case.peak_of(run) <= case.small
     assert grads == [logits.data_ptr()]
 
 
-@resident
 @LOSSES
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_grad_nothing_is_written(fused, logits, target, build, kind):
-    criterion = build()
-    assert peak_of(lambda: ak.robust_loss(logits, target, criterion, backend=fused.name, **KINDS[kind])) <= SMALL
+def test_without_grad_nothing_is_written(case, build, kind):
+    criterion, keywords = build(), case.keywords(kind)
+    logits, target = case.tensors()
+    assert case.peak_of(lambda: ak.robust_loss(logits, target, criterion, **keywords)) <= case.small
     with torch.no_grad():
         logits.requires_grad_()
-        assert peak_of(lambda: ak.robust_loss(logits, target, criterion, backend=fused.name, **KINDS[kind])) <= SMALL
+        assert case.peak_of(lambda: ak.robust_loss(logits, target, criterion, **keywords)) <= case.small
 
 
-@resident
 @pytest.mark.parametrize("kind", ["recompute", "none", "entropy_recompute"])
-def test_between_forward_and_backward(fused, logits, target, kind):
+def test_between_forward_and_backward(case, kind):
     """recompute keeps O(N) until backward."""
+    keywords = case.keywords(kind)
+    logits, target = case.tensors()
     logits.requires_grad_()
     losses = []
-    keywords = {**KINDS[kind], "backend": fused.name}
-    peak = peak_of(lambda: losses.append(ak.robust_loss(logits, target, expression(EXPRESSIONS["anl_ce"]), **keywords)))
-    assert peak <= SMALL
+    peak = case.peak_of(
+        lambda: losses.append(ak.robust_loss(logits, target, expression(EXPRESSIONS["anl_ce"]), **keywords))
+    )
+    assert peak <= case.small
 
 
-@resident
 @pytest.mark.parametrize("layout", ["padded", "transposed", "every_other_class", "spatial_1d", "channels_last"])
 def test_layouts_are_not_copied(fused, layout):
-    values = torch.randn(24000, 501, generator=helpers.generator(0))
-    labels = torch.randint(501, (24000,), generator=helpers.generator(1))
-    logits, target = helpers.lay_out(layout, values, labels)
-    size = values.numel() * 4
-    del values
+    case = Case(fused, 24000, 501)
+    logits, target = case.lay_out(layout)
+    case.values = None
     logits.requires_grad_()
-    peak = peak_of(lambda: step(logits, target, expression(EXPRESSIONS["anl_ce"]), backend=fused.name))
-    assert 0.9 * size <= peak <= size + SMALL
+    peak = case.peak_of(lambda: step(logits, target, expression(EXPRESSIONS["anl_ce"]), backend=fused.name))
+    assert 0.9 * case.bytes <= peak <= case.bytes + case.small
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @LOSSES
 def test_tensors_made_by_a_call(fused, build, kind):
-    """Counted in PyTorch's own allocations: the gradient, and numbers for rows and classes."""
-    logits = torch.randn(40, 3000).requires_grad_()
-    target = torch.zeros(40, dtype=torch.int64)
-    keywords = {**KINDS[kind], "backend": fused.name}
-    if "weight" in keywords:
-        keywords["weight"] = torch.ones(3000)
-    with Allocations() as made:
-        step(logits, target, build(), **keywords)
-    assert made.bytes >= 40 * 3000 * 4
-    assert made.bytes <= 40 * 3000 * 4 + 64 * (40 + 3000) * 8
+    """In PyTorch's own allocations: the gradient, and numbers for rows and classes."""
+    case = Case(fused, 48, 4001, resident=False)
+    logits, target = case.tensors()
+    logits.requires_grad_()
+    peak = case.peak_of(lambda: step(logits, target, build(), **case.keywords(kind)))
+    assert case.bytes <= peak <= case.bytes + case.small
 
 
 # ---- offsets beyond 32 bits, in memory that is mostly never touched

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import torch
 from torch import Tensor
 
 from .. import autograd
-from ..layout import acc_dtype, as_rows, bad_label, new_grad, overwritten, shape_and_strides
+from ..layout import as_rows, bad_label, shape_and_strides
 from ..stats import IGNORED
+from . import compiled
+from .compiled import DTYPES, REDUCTIONS, TARGETS
 
 NAME = "cpu"
 PURPOSE = "fused C++ kernels on PyTorch's threads"
-MAX_TERMS = 16
 
-try:
-    _cpu = importlib.import_module("anl_kernels._cpu")
-    _why_not = None
-except ModuleNotFoundError:
-    _cpu, _why_not = None, "the compiled module anl_kernels._cpu was not built (installed with ANL_KERNELS_NO_EXT=1?)"
-except ImportError as error:
-    _cpu, _why_not = None, f"the compiled module anl_kernels._cpu does not load: {error}"
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_TARGETS = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_ONES = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+_cpu, _why_not = compiled.load("_cpu", "installed with ANL_KERNELS_NO_EXT=1?")
 
 
 def unavailable() -> str | None:
@@ -35,11 +24,7 @@ def unavailable() -> str | None:
 
 
 def cannot_run(logits: Tensor, call) -> str | None:
-    if logits.device.type != "cpu":
-        return f"the logits are on {logits.device}"
-    if len(call.expression.terms) > MAX_TERMS:
-        return f"a sum holds at most {MAX_TERMS} terms"
-    return None
+    return compiled.cannot_run(logits, call, "cpu")
 
 
 def info() -> dict:
@@ -67,9 +52,9 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
         weight = weight.to(acc).contiguous()
     loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
     bad = _cpu.row_loss(
-        call.program or _program(call), _DTYPES[dtype], shape, rows.data_ptr(), strides, grad_ptr, grad_strides,
-        target.data_ptr(), _TARGETS[target.dtype], call.ignore_index, 0 if weight is None else weight.data_ptr(),
-        _REDUCTIONS[call.reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), fresh,
+        call.program or _program(call), DTYPES[dtype], shape, rows.data_ptr(), strides, grad_ptr, grad_strides,
+        target.data_ptr(), TARGETS[target.dtype], call.ignore_index, 0 if weight is None else weight.data_ptr(),
+        REDUCTIONS[call.reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), fresh,
     )  # fmt: skip
     if bad >= 0:
         raise bad_label(int(target.view(-1)[bad]))
@@ -82,7 +67,7 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     target = target.contiguous()
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     bad = _cpu.row_stats(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), _TARGETS[target.dtype],
+        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), TARGETS[target.dtype],
         call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
     )  # fmt: skip
     if bad >= 0:
@@ -97,7 +82,7 @@ def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Ten
     lse = None if lse is None else lse.contiguous()
     table = logits.new_empty((4 if lse is None else 7, *target.shape), dtype=torch.float64)
     _cpu.slice_stats(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), IGNORED, call.min_prob,
+        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), IGNORED, call.min_prob,
         call.gamma or 0.0, call.needs, 0 if lse is None else lse.data_ptr(), table.data_ptr(),
     )  # fmt: skip
     return table
@@ -107,7 +92,7 @@ def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
     """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
     rows, shape, strides = as_rows(logits)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
-    _cpu.column_sums(_DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr())
+    _cpu.column_sums(DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr())
     return sums
 
 
@@ -116,27 +101,7 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
 
     entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
     """
-    acc = acc_dtype(logits.dtype)
-    rows, shape, strides = as_rows(logits)
-    grad = overwritten(logits) if call.inplace else new_grad(logits)
-    target = target.contiguous()
-    if grad_output is None:
-        grad_output = _ONES[acc]
-    step = 1
-    if not any(grad_output.stride()):  # a number, or a number expanded to the rows
-        step = 0
-    elif not grad_output.is_contiguous():
-        grad_output = grad_output.contiguous()
-    log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
-    _cpu.row_grad(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), shape_and_strides(grad)[1],
-        target.data_ptr(), _TARGETS[target.dtype], call.min_prob, call.gamma or 0.0, call.needs,
-        coefs.data_ptr(), grad_output.data_ptr(), step, 0 if log_q is None else log_q.data_ptr(),
-        0 if scale is None else scale.data_ptr(), not call.inplace,
-    )  # fmt: skip
-    if call.inplace:
-        torch.autograd.graph.increment_version(logits)
-    return grad
+    return compiled.row_grad(_cpu.row_grad, call, logits, target, coefs, grad_output, entropy, not call.inplace)
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 from functools import lru_cache
@@ -11,24 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import autograd
-from ..layout import acc_dtype, as_rows, new_grad, overwritten, shape_and_strides
+from ..layout import acc_dtype, as_rows, shape_and_strides
+from . import compiled
+from .compiled import DTYPES, REDUCTIONS, TARGETS
 
 NAME = "cuda"
 PURPOSE = "fused CUDA kernels for NVIDIA GPUs"
-MAX_TERMS = 16
 
-try:
-    _cuda = importlib.import_module("anl_kernels._cuda")
-    _why_not = None
-except ModuleNotFoundError:
-    _cuda, _why_not = None, "the compiled module anl_kernels._cuda was not built (no nvcc where it was installed)"
-except ImportError as error:
-    _cuda, _why_not = None, f"the compiled module anl_kernels._cuda does not load: {error}"
+_cuda, _why_not = compiled.load("_cuda", "no nvcc where it was installed")
 
 _DEVICE = "cuda"  # the type of the devices whose memory the kernels reach
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_TARGETS = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def unavailable() -> str | None:
@@ -48,11 +39,7 @@ _refusal._dynamo_marked_constant = True  # torch.compiler.assume_constant_result
 
 
 def cannot_run(logits: Tensor, call) -> str | None:
-    if logits.device.type != _DEVICE:
-        return f"the logits are on {logits.device}"
-    if len(call.expression.terms) > MAX_TERMS:
-        return f"a sum holds at most {MAX_TERMS} terms"
-    return _refusal(_index(logits.device))
+    return compiled.cannot_run(logits, call, _DEVICE) or _refusal(_index(logits.device))
 
 
 def info() -> dict:
@@ -94,9 +81,9 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     if weight is not None:
         weight = weight.to(acc).contiguous()
     _cuda.row_loss(
-        _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), _DTYPES[dtype], shape, rows.data_ptr(), strides,
-        grad_ptr, grad_strides, target.data_ptr(), _TARGETS[target.dtype], call.ignore_index,
-        0 if weight is None else weight.data_ptr(), _REDUCTIONS[call.reduction], loss.data_ptr(),
+        _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape, rows.data_ptr(), strides,
+        grad_ptr, grad_strides, target.data_ptr(), TARGETS[target.dtype], call.ignore_index,
+        0 if weight is None else weight.data_ptr(), REDUCTIONS[call.reduction], loss.data_ptr(),
         0 if coefs is None else coefs.data_ptr(), _where(logits),
     )  # fmt: skip
     return loss
@@ -108,7 +95,7 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     target = target.contiguous()
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     _cuda.row_stats(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), _TARGETS[target.dtype],
+        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), TARGETS[target.dtype],
         call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(), _where(logits),
     )  # fmt: skip
     return table
@@ -121,7 +108,7 @@ def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
         return logits.new_zeros(shape[1], dtype=torch.float64)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
     _cuda.column_sums(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr(), _where(logits)
+        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr(), _where(logits)
     )
     return sums
 
@@ -131,27 +118,7 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
 
     entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
     """
-    acc = acc_dtype(logits.dtype)
-    rows, shape, strides = as_rows(logits)
-    grad = overwritten(logits) if call.inplace else new_grad(logits)
-    target = target.contiguous()
-    if grad_output is None:
-        grad_output = logits.new_ones((), dtype=acc)
-    step = 1
-    if not any(grad_output.stride()):  # a number, or a number expanded to the rows
-        step = 0
-    elif not grad_output.is_contiguous():
-        grad_output = grad_output.contiguous()
-    log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
-    _cuda.row_grad(
-        _DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), shape_and_strides(grad)[1],
-        target.data_ptr(), _TARGETS[target.dtype], call.min_prob, call.gamma or 0.0, call.needs,
-        coefs.data_ptr(), grad_output.data_ptr(), step, 0 if log_q is None else log_q.data_ptr(),
-        0 if scale is None else scale.data_ptr(), _where(logits),
-    )  # fmt: skip
-    if call.inplace:
-        torch.autograd.graph.increment_version(logits)
-    return grad
+    return compiled.row_grad(_cuda.row_grad, call, logits, target, coefs, grad_output, entropy, _where(logits))
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
@@ -160,7 +127,7 @@ def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
         return grad * factor
     shape, strides = shape_and_strides(grad)
     factor = factor.to(acc_dtype(grad.dtype))
-    _cuda.scale(_DTYPES[grad.dtype], shape, grad.data_ptr(), strides, factor.data_ptr(), _where(grad))
+    _cuda.scale(DTYPES[grad.dtype], shape, grad.data_ptr(), strides, factor.data_ptr(), _where(grad))
     return grad
 
 

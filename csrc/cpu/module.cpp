@@ -10,7 +10,6 @@
 #endif
 
 #include <atomic>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -241,16 +240,8 @@ void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logi
               const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
               unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
               Address entropy_scale, bool fresh) {
-  Call call = make_call(Op::GRAD, dtype, shape, logits, logits_strides);
-  set_grad(call, grad, grad_strides);
-  // Ignored rows are known by their coefficients.
-  set_target(call, target, target_type, std::numeric_limits<int64_t>::min());
-  call.program = make_program(min_prob, gamma, needs);
-  call.coefs = reinterpret_cast<void*>(coefs);
-  call.grad_output = reinterpret_cast<const void*>(grad_output);
-  call.grad_output_stride = grad_output_stride;
-  call.log_q = reinterpret_cast<const void*>(log_q);
-  call.entropy_scale = reinterpret_cast<const void*>(entropy_scale);
+  Call call = make_grad_call(dtype, shape, logits, logits_strides, grad, grad_strides, target, target_type, min_prob,
+                             gamma, needs, coefs, grad_output, grad_output_stride, log_q, entropy_scale);
   ask_for_huge_pages(call, fresh);
   launch(call);
 }

@@ -473,12 +473,7 @@ double run(const Call& call) {
 }  // namespace
 
 double spatial_entry(const Call& call) {
-  switch (call.dtype) {
-    case FLOAT32: return run<float>(call);
-    case FLOAT64: return run<double>(call);
-    case FLOAT16: return run<half_t>(call);
-    default: return run<bfloat16_t>(call);
-  }
+  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) { return run<typename decltype(s)::type>(call); });
 }
 
 }  // namespace ANL_ISA

@@ -256,22 +256,14 @@ Plan plan_columns(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_columns(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_column_sums<float>(p, stream);
-    case FLOAT64: return launch_column_sums<double>(p, stream);
-    case FLOAT16: return launch_column_sums<half_t>(p, stream);
-    default: return launch_column_sums<bfloat16_t>(p, stream);
-  }
+  return by_storage<half_t, bfloat16_t>(
+      p.call.dtype, [&](auto s) { return launch_column_sums<typename decltype(s)::type>(p, stream); });
 }
 
 cudaError_t launch_scale(const Scaling& scaling, const Limits& limits, cudaStream_t stream) {
   const Scaling s = in_order(scaling);
-  switch (s.dtype) {
-    case FLOAT32: return launch_scaling<float>(s, limits, stream);
-    case FLOAT64: return launch_scaling<double>(s, limits, stream);
-    case FLOAT16: return launch_scaling<half_t>(s, limits, stream);
-    default: return launch_scaling<bfloat16_t>(s, limits, stream);
-  }
+  return by_storage<half_t, bfloat16_t>(
+      s.dtype, [&](auto x) { return launch_scaling<typename decltype(x)::type>(s, limits, stream); });
 }
 
 }  // namespace gpu

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
@@ -178,16 +177,8 @@ void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logi
               const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
               unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
               Address entropy_scale, const Where& where) {
-  Call call = make_call(Op::GRAD, dtype, shape, logits, logits_strides);
-  set_grad(call, grad, grad_strides);
-  // Ignored rows are known by their coefficients.
-  set_target(call, target, target_type, std::numeric_limits<int64_t>::min());
-  call.program = make_program(min_prob, gamma, needs);
-  call.coefs = reinterpret_cast<void*>(coefs);
-  call.grad_output = reinterpret_cast<const void*>(grad_output);
-  call.grad_output_stride = grad_output_stride;
-  call.log_q = reinterpret_cast<const void*>(log_q);
-  call.entropy_scale = reinterpret_cast<const void*>(entropy_scale);
+  Call call = make_grad_call(dtype, shape, logits, logits_strides, grad, grad_strides, target, target_type, min_prob,
+                             gamma, needs, coefs, grad_output, grad_output_stride, log_q, entropy_scale);
   run(call, NONE, 0, where);
 }
 
@@ -260,16 +251,7 @@ py::dict info() {
   return d;
 }
 
-// The kernel that a loss of this shape would run on a device: for tests and benchmarks.
-std::string kernel_for(int dtype, const Triple& shape, const Triple& strides, int device) {
-  Call call = make_call(Op::LOSS, dtype, shape, 0, strides);
-  fold_rows(call);
-  const OnDevice on(device);
-  const std::string name = family_of(select(call, limits_of(on.index())).kernel).name;
-  return name.substr(name.rfind(' ') + 1);
-}
-
-// How it would run: for the table of kernels.
+// How a loss of this shape would run on a device: for tests and the table of kernels.
 py::dict plan_for(int dtype, const Triple& shape, const Triple& strides, int device) {
   Call call = make_call(Op::LOSS, dtype, shape, 0, strides);
   fold_rows(call);
@@ -303,6 +285,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("scale", &gpu::scale);
   m.def("why_not", &gpu::why_not);
   m.def("info", &gpu::info);
-  m.def("kernel_for", &gpu::kernel_for);
   m.def("plan_for", &gpu::plan_for);
 }

@@ -18,6 +18,16 @@ ANL_DEVICE T minus_inf() {
   return T(-INF);
 }
 
+// ---- kernels by what their template arguments are ------------------------------------------------------------------
+
+// f(Stored<S>(), FOCAL): whether the second sweep is the focal losses'.
+template <class F>
+cudaError_t by_variant(const Call& call, F f) {
+  const bool focal = call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
+  return by_storage<half_t, bfloat16_t>(
+      call.dtype, [&](auto s) { return focal ? f(s, std::true_type()) : f(s, std::false_type()); });
+}
+
 // ---- labels --------------------------------------------------------------------------------------------------------
 
 enum class Label { LIVE, IGNORED, BAD };  // BAD: outside [0, K), its row is NaN
@@ -391,6 +401,22 @@ ANL_DEVICE T write_unread_row(const Params& p, int64_t r, Label kind) {
     write_coefs(p, r, fields);
   }
   return value;
+}
+
+// Of any row, one that does not exist included (not `writes`): its loss where `writes`, and its gradient.
+template <class T, bool FOCAL>
+ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, const Row<T>& row, double denominator,
+                            bool writes, GradientRow<T>& gradient) {
+  const bool live = kind == Label::LIVE;
+  gradient = GradientRow<T>::constant(unread_value<T>(kind));
+  if (live && p.call.op != Op::STATS) {
+    const T loss = finish_row<T, FOCAL>(p, r, row, row_weight<T>(p.call, y, kind), denominator, writes, gradient);
+    return writes ? loss : T(0);
+  }
+  if (!writes) return T(0);
+  if (!live) return write_unread_row<T>(p, r, kind);
+  write_statistics(p, r, row);
+  return T(0);
 }
 
 // A row as its coefficients (10, N) and grad_output describe it.

@@ -133,23 +133,18 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3) rows_bloc
   finish_loss<T>(p, blockIdx.x, total, denominator);
 }
 
-template <class S>
-cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
+template <class S, bool FOCAL>
+cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  if (p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE))
-    return ANL_LAUNCH((rows_block_kernel<S, true>), grid, block, 1, p.plan.shared_bytes, stream, p);
-  return ANL_LAUNCH((rows_block_kernel<S, false>), grid, block, 1, p.plan.shared_bytes, stream, p);
+  return ANL_LAUNCH((rows_block_kernel<S, FOCAL>), grid, block, 1, p.plan.shared_bytes, stream, p);
 }
 
 }  // namespace
 
 cudaError_t launch_block(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_storage<float>(p, stream);
-    case FLOAT64: return launch_storage<double>(p, stream);
-    case FLOAT16: return launch_storage<half_t>(p, stream);
-    default: return launch_storage<bfloat16_t>(p, stream);
-  }
+  return by_variant(p.call, [&](auto s, auto focal) {
+    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  });
 }
 
 }  // namespace gpu

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_
 }
 
 template <class S, bool FOCAL>
-cudaError_t launch_kernel(Params p, cudaStream_t stream) {
+cudaError_t launch_variant(Params p, cudaStream_t stream) {
   const unsigned cluster = unsigned(p.plan.cluster);
   // Rows are dealt to the clusters beforehand, so no more of them than run at a time.
   const int64_t most =
@@ -263,12 +263,6 @@ cudaError_t launch_kernel(Params p, cudaStream_t stream) {
   p.plan.loss_parts = clusters;
   return ANL_LAUNCH((rows_cluster_kernel<S, FOCAL>), unsigned(clusters) * cluster, p.plan.threads, cluster,
                     p.plan.shared_bytes, stream, p);
-}
-
-template <class S>
-cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
-  if (p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE)) return launch_kernel<S, true>(p, stream);
-  return launch_kernel<S, false>(p, stream);
 }
 
 // ---- the plan ---------------------------------------------------------------------------------------------------------
@@ -333,12 +327,13 @@ bool fits_cluster(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_cluster(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_storage<float>(p, stream);
-    case FLOAT16: return launch_storage<half_t>(p, stream);
-    case BFLOAT16: return launch_storage<bfloat16_t>(p, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return by_variant(p.call, [&](auto s, auto focal) {
+    using S = typename decltype(s)::type;
+    if constexpr (sizeof(S) == 8)
+      return cudaErrorInvalidValue;
+    else
+      return launch_variant<S, decltype(focal)::value>(p, stream);
+  });
 }
 
 }  // namespace gpu

@@ -119,21 +119,12 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   return ANL_LAUNCH((rows_gradient_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
 }
 
-template <class S>
-cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
-  const bool focal = p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
-  return focal ? launch_variant<S, true>(p, stream) : launch_variant<S, false>(p, stream);
-}
-
 }  // namespace
 
 cudaError_t launch_gradient(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_storage<float>(p, stream);
-    case FLOAT64: return launch_storage<double>(p, stream);
-    case FLOAT16: return launch_storage<half_t>(p, stream);
-    default: return launch_storage<bfloat16_t>(p, stream);
-  }
+  return by_variant(p.call, [&](auto s, auto focal) {
+    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  });
 }
 
 }  // namespace gpu

@@ -163,18 +163,8 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
       if (row.second) row.take(sums, FOCAL);
     }
     const bool writes = leader && exists;
-    if (call.op == Op::STATS) {
-      if (writes && live) write_statistics(p, r, row);
-      if (writes && !live) write_unread_row<T>(p, r, kind);
-      continue;
-    }
-    GradientRow<T> gradient = GradientRow<T>::constant(unread_value<T>(kind));
-    T loss = T(0);
-    if (live)
-      loss = finish_row<T, FOCAL>(p, r, row, row_weight<T>(call, y, kind), denominator, writes, gradient);
-    else if (writes)
-      loss = write_unread_row<T>(p, r, kind);
-    if (writes) total += double(loss);
+    GradientRow<T> gradient;
+    total += double(finish_any_row<T, FOCAL>(p, r, y, kind, row, denominator, writes, gradient));
     __syncwarp();  // in place, a lane overwrites the target's logit, which others have read
     if (call.grad && exists) {
       lane.each([&](T& v) { v = gradient.template at<FOCAL>(v); });
@@ -187,32 +177,27 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
   finish_loss<T>(p, blockIdx.x, block_reduce(total, Add<double>(), shared), denominator);
 }
 
-template <class S, int E>
+template <class S, bool FOCAL, int E>
 cudaError_t launch_elements(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  if (p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE))
-    return ANL_LAUNCH((rows_small_kernel<S, E, true>), grid, block, 1, 0, stream, p);
-  return ANL_LAUNCH((rows_small_kernel<S, E, false>), grid, block, 1, 0, stream, p);
+  return ANL_LAUNCH((rows_small_kernel<S, E, FOCAL>), grid, block, 1, 0, stream, p);
 }
 
-template <class S>
-cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
+template <class S, bool FOCAL>
+cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   if constexpr (MAX_ELEMENTS<S> > 16) {
-    if (p.plan.elements == 8) return launch_elements<S, 8>(p, stream);
-    if (p.plan.elements == 16) return launch_elements<S, 16>(p, stream);
+    if (p.plan.elements == 8) return launch_elements<S, FOCAL, 8>(p, stream);
+    if (p.plan.elements == 16) return launch_elements<S, FOCAL, 16>(p, stream);
   }
-  return launch_elements<S, MAX_ELEMENTS<S>>(p, stream);
+  return launch_elements<S, FOCAL, MAX_ELEMENTS<S>>(p, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_small(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_storage<float>(p, stream);
-    case FLOAT64: return launch_storage<double>(p, stream);
-    case FLOAT16: return launch_storage<half_t>(p, stream);
-    default: return launch_storage<bfloat16_t>(p, stream);
-  }
+  return by_variant(p.call, [&](auto s, auto focal) {
+    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  });
 }
 
 }  // namespace gpu

@@ -249,12 +249,10 @@ __global__ void __launch_bounds__(MAX_THREADS, CTAS) rows_split_kernel(const __g
   }
 }
 
-template <class S>
-cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
+template <class S, bool FOCAL>
+cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  if (p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE))
-    return ANL_LAUNCH((rows_split_kernel<S, true>), grid, block, 1, 0, stream, p);
-  return ANL_LAUNCH((rows_split_kernel<S, false>), grid, block, 1, 0, stream, p);
+  return ANL_LAUNCH((rows_split_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
 }
 
 }  // namespace
@@ -286,12 +284,9 @@ Plan plan_split(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_split(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_storage<float>(p, stream);
-    case FLOAT64: return launch_storage<double>(p, stream);
-    case FLOAT16: return launch_storage<half_t>(p, stream);
-    default: return launch_storage<bfloat16_t>(p, stream);
-  }
+  return by_variant(p.call, [&](auto s, auto focal) {
+    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  });
 }
 
 }  // namespace gpu

@@ -185,18 +185,8 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_kernel(const __grid
       const SecondSums<T> sums = pixel.template second_sums<FOCAL>(row.sweep(call.program), second, memory);
       if (second) row.take(sums, FOCAL);
     }
-    if (call.op == Op::STATS) {
-      if (writes && live) write_statistics(p, r, row);
-      if (writes && !live) write_unread_row<T>(p, r, kind);
-      continue;
-    }
-    GradientRow<T> gradient = GradientRow<T>::constant(unread_value<T>(kind));
-    T loss = T(0);
-    if (live)
-      loss = finish_row<T, FOCAL>(p, r, row, row_weight<T>(call, y, kind), denominator, writes, gradient);
-    else if (writes)
-      loss = write_unread_row<T>(p, r, kind);
-    if (writes) total += double(loss);
+    GradientRow<T> gradient;
+    total += double(finish_any_row<T, FOCAL>(p, r, y, kind, row, denominator, writes, gradient));
     if (call.grad)
       pixel.store(p, [&](auto k, T x) { return k == pixel.y ? gradient.target : gradient.template at<FOCAL>(x); });
   }
@@ -237,12 +227,6 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   return ANL_LAUNCH((spatial_kernel<S, FOCAL, false>), grid, block, 1, bytes, stream, p);
 }
 
-template <class S>
-cudaError_t launch_storage(const Params& p, cudaStream_t stream) {
-  const bool focal = p.call.program.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
-  return focal ? launch_variant<S, true>(p, stream) : launch_variant<S, false>(p, stream);
-}
-
 int64_t power_of_two(int64_t n) {
   int64_t x = 1;
   while (x < n) x *= 2;
@@ -281,12 +265,9 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_spatial(const Params& p, cudaStream_t stream) {
-  switch (p.call.dtype) {
-    case FLOAT32: return launch_storage<float>(p, stream);
-    case FLOAT64: return launch_storage<double>(p, stream);
-    case FLOAT16: return launch_storage<half_t>(p, stream);
-    default: return launch_storage<bfloat16_t>(p, stream);
-  }
+  return by_variant(p.call, [&](auto s, auto focal) {
+    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  });
 }
 
 }  // namespace gpu

@@ -63,13 +63,13 @@ H100, A100 = 3, 4  # of tests/cuda_on_host/host_runtime.cpp
     ],
 )
 def test_selection(module, device, dtype, rows, classes, kernel):
-    assert module.kernel_for(dtype, (rows, classes, 1), (classes, 1, 0), device) == kernel
+    assert module.plan_for(dtype, (rows, classes, 1), (classes, 1, 0), device)["kernel"] == kernel
 
 
 def test_selection_by_strides(module):
-    assert module.kernel_for(FLOAT32, (8, 19, 64), (19 * 64, 64, 1), H100) == "spatial"
-    assert module.kernel_for(FLOAT32, (8, 19, 64), (19 * 64, 1, 19), H100) == "rows_small"  # channels-last
-    assert module.kernel_for(FLOAT32, (8, 5000, 1), (1, 8, 0), H100) == "spatial"
+    assert module.plan_for(FLOAT32, (8, 19, 64), (19 * 64, 64, 1), H100)["kernel"] == "spatial"
+    assert module.plan_for(FLOAT32, (8, 19, 64), (19 * 64, 1, 19), H100)["kernel"] == "rows_small"  # channels-last
+    assert module.plan_for(FLOAT32, (8, 5000, 1), (1, 8, 0), H100)["kernel"] == "spatial"
 
 
 def row_loss(module, logits, target, empty, device=-1):
@@ -170,8 +170,8 @@ def test_the_device_is_the_current_one_while_a_call_is_launched(module):
 
     library = adapter.loaded()[1]
     assert library.anl_host_use_device(H100) == 0
-    assert module.kernel_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), A100) == "rows_split"
-    assert module.kernel_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), -1) == "rows_cluster"
+    assert module.plan_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), A100)["kernel"] == "rows_split"
+    assert module.plan_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), -1)["kernel"] == "rows_cluster"
 
 
 # ---- the module that nvcc built

@@ -31,8 +31,8 @@ def test_every_kernel_takes_part(device, rows, classes, kernel):
     float32 = 0
     with adapter.on_host(device) as module:
         shape = (rows, classes, 1)
-        assert module.kernel_for(float32, shape, (classes, 1, 0), -1) == kernel
-        assert module.kernel_for(float32, shape, (1, rows + 1, 0), -1) == "spatial"
+        assert module.plan_for(float32, shape, (classes, 1, 0), -1)["kernel"] == kernel
+        assert module.plan_for(float32, shape, (1, rows + 1, 0), -1)["kernel"] == "spatial"
 
 
 @pytest.mark.parametrize("device", ["host-warp", "host-h100", "host-a100"])
