@@ -1,4 +1,7 @@
-"""The ratios of a `bench --json` file as README's table: python benchmarks/table.py RESULT.json [--into README.md]."""
+"""The ratios of a `bench --json` file as README's table: python benchmarks/table.py RESULT.json [--into README.md].
+
+README's: --shapes 128x10,128x100,4096x1000,2560x10000,800x32000,509x50257,256x100000,97x262144,64x1000000,1x21x512x512
+"""
 
 import argparse
 import json
@@ -15,10 +18,12 @@ OTHERS = {
 }
 
 
-def table(document: dict) -> str:
+def table(document: dict, shapes: list[str] | None = None) -> str:
     cases: dict = {}
     for result in document["results"]:
         if result.get("phase", "both") != "both":
+            continue
+        if shapes and result["shape"] not in shapes:
             continue
         cases.setdefault((result["loss"], result["shape"], result["dtype"]), {})[result["contender"]] = result
     facts = document["environment"]
@@ -60,8 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--into", type=Path, help="replace what stands between the 'measured' marks of this file")
+    parser.add_argument("--shapes", type=lambda text: text.split(","), help="only these")
     args = parser.parse_args()
-    text = table(json.loads(args.result.read_text()))
+    text = table(json.loads(args.result.read_text()), args.shapes)
     if not args.into:
         print(text)
         return
