@@ -281,6 +281,7 @@ def test_the_reference_does_not_write_in_place():
 DIFFERENTIABLE = [name for name, terms in EXPRESSIONS.items() if not any("gamma" in p for _, _, p in terms)]
 
 
+@pytest.mark.interpreted(name=["anl_ce", "rce"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(one_backend, name):
     logits = torch.randn(4, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()
@@ -489,10 +490,14 @@ def test_several_python_threads(fused, keywords):
             assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-def test_changing_knobs_keeps_no_memory(one_fused):
+def test_changing_knobs_keeps_no_memory(one_fused, monkeypatch):
     """A schedule hands in a new number at every step: what a call remembers of its keywords must not grow with them."""
     import gc
 
+    if one_fused.interpreted:  # thousands of launches, whose results do not matter
+        from triton.runtime.interpreter import InterpretedFunction
+
+        monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **keywords: None)
     logits, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
     criterion = ak.NCE() + ak.NNCE()
 
