@@ -153,8 +153,9 @@ def test_the_last_label_is_within_bounds(backend):
 
 def test_bad_label_among_many(backend):
     """Found wherever it is, also in the last row of a batch that several threads share."""
-    logits, target = torch.randn(4099, 10), torch.zeros(4099, dtype=torch.int64)
-    for row in (0, 1, 2048, 4098):
+    rows = 515 if backend.interpreted else 4099
+    logits, target = torch.randn(rows, 10), torch.zeros(rows, dtype=torch.int64)
+    for row in (0, 1, rows // 2, rows - 1):
         target[row] = 10
         if backend.checks_labels:
             with pytest.raises(IndexError):

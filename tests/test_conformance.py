@@ -113,7 +113,7 @@ def test_every_number_of_classes(backend, name, dtype):
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["rows", "transposed", "spatial_1d"])
 def test_thousands_of_classes(backend, name, dtype, layout):
-    for classes, mode in ((4097, "forward"), (16387, "recompute"), (16387, "forward")):
+    for classes, mode in backend.few(((4097, "forward"), (16387, "recompute"), (16387, "forward"))):
         compare_batch(classes, dtype, name, mode, backend, layout)
 
 
@@ -391,7 +391,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, sh
     criterion = helpers.expression(EXPRESSIONS[name])
     for keywords in (dict(), dict(recompute=True), dict(entropy_weight=0.3)):
         results = []
-        for threads in backend.few((1, 2, 2, 3)):
+        for threads in (1, 2, 2, 3) if backend.name in ("cpu", "reference") else (1, 2):
             torch.set_num_threads(threads)
             results.append(helpers.calculate(logits, target, criterion, backend=backend.name, **keywords))
         for loss, grad in results[1:] if backend.fused else results[2:3]:
