@@ -121,6 +121,7 @@ def test_inplace_allocates_no_gradient(case, kind):
     assert grads == [logits.data_ptr()]
 
 
+@pytest.mark.interpreted(kind=["default", "weight", "entropy"])
 @LOSSES
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_grad_nothing_is_written(case, build, kind):
@@ -155,6 +156,7 @@ def test_layouts_are_not_copied(fused, layout):
     assert 0.9 * case.bytes <= peak <= case.bytes + case.small
 
 
+@pytest.mark.interpreted(kind=[])  # the test above is the same there
 @pytest.mark.parametrize("kind", KINDS)
 @LOSSES
 def test_tensors_made_by_a_call(fused, build, kind):

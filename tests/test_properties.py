@@ -82,6 +82,8 @@ def test_the_order_of_the_rows_does_not_matter(one_backend, name, rows, classes,
 @given(st.sampled_from(["nnce", "nce", "mae"]), classes, spreads, seeds)
 def test_symmetric_losses(one_backend, name, classes, spread, seed):
     """The sum over all labels is a constant: K - 1 for NNCE and MAE, 1 for NCE. It is why they stand label noise."""
+    if one_backend.interpreted:
+        classes = min(classes, 20)
     values, _ = problem(1, classes, spread, seed)
     labels = torch.arange(classes)
     loss, grad = calculate(
