@@ -145,8 +145,8 @@ def report(document: dict) -> str:
     load = "" if facts["load_average"] is None else f", load {facts['load_average']:.1f} when it began"
     return f"""{device}, {facts["threads"]} threads, PyTorch {facts["torch"]}, {date}{load}.
 Times are the other's divided by ours (2.0: ours takes half as long); memory is the peak above the inputs and dW, in
-units of the logits (N K numbers). The last contender is plain cross entropy. Ours works in chunks of {chunk} or 33 rows. Who
-is slower than --patience runs once, in the order of the columns: the first of them also pays for memory that is new.
+units of the logits (N K numbers). The last contender is plain cross entropy. Ours works in chunks of {chunk} or 33
+rows. Who is slower than --patience runs once, in the order of the columns: the first also pays for memory that is new.
 
 {table(document["results"])}
 """

@@ -1,6 +1,6 @@
 """The ratios of a `bench --json` file as README's table: python benchmarks/table.py RESULT.json [--into README.md].
 
-README's: --shapes 128x10,128x100,4096x1000,2560x10000,800x32000,509x50257,256x100000,97x262144,64x1000000,1x21x512x512
+README's: --shapes 128x10,128x100,4096x1000,2560x10000,800x32000,509x50257,256x100000,64x1000000,1x21x512x512
 """
 
 import argparse
