@@ -70,7 +70,27 @@ def rows_of_table(kernels_here, module, device, rows):
                 span([plan["shared_bytes"] + max(k.shared for k in used) for plan in plans], 1024),
                 span([plan["cluster"] for plan in plans]),
                 span([plan["threads"] for plan in plans]),
+                MEASURED,
             )
+
+
+# Their rows need no range: bytes a class, in units of the storage type.
+OTHERS = {
+    "spatial": "1 + 1; again through the caches where the pixels' classes do not fit in shared memory",
+    "rows_gradient": "1 + 1",
+    "rows_gradient_entropy": "1 + 1, twice again through the caches for the mean of log q",
+    "spatial_gradient": "1 + 1",
+    "column_sums": "1 + 0",
+    "pixel_sums": "1 + 0",
+}
+MEASURED = "not measured on a GPU"
+
+
+def others_of_table(kernels_here):
+    for name, traffic in OTHERS.items():
+        for dtype, (_, _, storage) in DTYPES.items():
+            used = instances(kernels_here, name, storage)
+            yield name, dtype, traffic, span([kernel.registers for kernel in used]), MEASURED
 
 
 HEADINGS = (
@@ -82,7 +102,15 @@ HEADINGS = (
     "shared memory, KB",
     "cluster",
     "threads",
+    "share of copy bandwidth",
 )
+OTHER_HEADINGS = ("kernel, any K", "dtype", "logits read + written", "registers", "share of copy bandwidth")
+
+
+def show(headings, rows):
+    print(f"\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 def main(rows=4096):
@@ -94,9 +122,9 @@ def main(rows=4096):
     for name, (device, arch) in DEVICES.items():
         assert library.anl_host_use_device(device) == 0
         found = [kernel for path in cubins(arch).values() for kernel in kernels(path)]
-        print(f"\n{name}, sm_{arch}:\n\n| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
-        for row in rows_of_table(found, module, device, rows):
-            print(f"| {' | '.join(row)} |")
+        print(f"\n{name}, sm_{arch}:")
+        show(HEADINGS, rows_of_table(found, module, device, rows))
+        show(OTHER_HEADINGS, others_of_table(found))
 
 
 if __name__ == "__main__":
