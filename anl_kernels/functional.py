@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Iterable
 
 import torch
@@ -25,6 +26,11 @@ class Call:
         "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction", "terms",
         "variants",
     )  # fmt: skip
+
+    @property
+    def explicit(self) -> bool:
+        """Whether somebody named the backend: then it takes protocols that nothing has verified here (trust.py)."""
+        return self.backend != "auto" or os.environ.get("ANL_KERNELS_BACKEND", "auto") not in ("", "auto")
 
     def variant(self, **changes) -> Call:
         """This call with some fields changed; kept with it."""

@@ -6,11 +6,7 @@ kind is the kernel, its classes and rows up to a power of two, the layout, the s
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -18,9 +14,10 @@ from pathlib import Path
 import torch
 import triton
 
-from ..layout import log_once
+from ..cache import File
 from .launch import LaunchConfig, View, power_of_2
 
+FILE = File("triton.json", "kernels are tuned anew", "what tuning found is not kept")
 _known: dict[Path, dict[str, LaunchConfig]] = {}
 
 
@@ -29,18 +26,6 @@ def enabled() -> bool:
     if os.environ.get("ANL_KERNELS_AUTOTUNE") != "1":
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def cache_file() -> Path:
-    """Where the winners are kept."""
-    folder = os.environ.get("ANL_KERNELS_CACHE")
-    if folder:
-        return Path(folder) / "triton.json"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "anl_kernels" / "triton.json"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "anl_kernels" / "triton.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anl_kernels" / "triton.json"
 
 
 def kind_of(kernel: str, view: View, dtype: torch.dtype, needs: int, device: str) -> str:
@@ -74,10 +59,9 @@ def milliseconds(run: Callable[[], None]) -> float:
 
 def best(kind: str, tried: list[LaunchConfig], run: Callable[[LaunchConfig], None]) -> LaunchConfig:
     """The configuration of this kind: from the file, or the fastest of `tried`, the first of which must run."""
-    path = cache_file()
-    known = _known.get(path)
+    known = _known.get(FILE.path)
     if known is None:
-        known = _known[path] = _read(path)
+        known = _known[FILE.path] = _read()
     if kind not in known:
         times = {tried[0]: milliseconds(lambda: run(tried[0]))}
         for config in tried[1:]:
@@ -86,22 +70,15 @@ def best(kind: str, tried: list[LaunchConfig], run: Callable[[LaunchConfig], Non
             except triton.runtime.errors.OutOfResources:
                 continue
         known[kind] = min(times, key=times.get)
-        _write(path, known)
+        FILE.update({kind: astuple(known[kind])})
     return known[kind]
 
 
-def _read(path: Path) -> dict[str, LaunchConfig]:
+def _read() -> dict[str, LaunchConfig]:
     try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        log_once(f"anl_kernels: {path} cannot be read, kernels are tuned anew: {error}")
-        return {}
-    try:
-        return {kind: LaunchConfig(*map(_size, sizes)) for kind, sizes in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        log_once(f"anl_kernels: {path} is not what was written there, kernels are tuned anew: {error}")
+        return {kind: LaunchConfig(*map(_size, sizes)) for kind, sizes in FILE.read().items()}
+    except (ValueError, TypeError) as error:
+        FILE.is_not_ours(error)
         return {}
 
 
@@ -109,17 +86,3 @@ def _size(value) -> int:
     if type(value) is not int or not 0 < value <= 65536 or value & (value - 1):
         raise ValueError(f"{value!r} is no block size")
     return value
-
-
-def _write(path: Path, known: dict[str, LaunchConfig]) -> None:
-    """Whole or not at all, with what other processes have found since."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = {**_read(path), **known}
-        text = json.dumps({kind: astuple(config) for kind, config in sorted(lines.items())}, indent=0)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except OSError as error:
-        log_once(f"anl_kernels: what tuning found is not kept: {error}", logging.WARNING)
