@@ -6,6 +6,7 @@ import functools
 import os
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import autograd
@@ -30,6 +31,17 @@ def backends() -> list[Backend]:
         why_not = module.unavailable()
         found.append(Backend(name, why_not is None, why_not or module.PURPOSE))
     return found
+
+
+def device_of(name: str) -> torch.device:
+    """A device whose tensors the backend takes; of several GPUs the current one."""
+    kind = getattr(_MODULES[name], "device_type", lambda: "cpu")()
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def is_interpreted(name: str) -> bool:
+    """Whether the backend's kernels run under Triton's interpreter."""
+    return name == "triton" and triton.interpreted()
 
 
 class Falling:

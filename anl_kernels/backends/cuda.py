@@ -42,6 +42,16 @@ def cannot_run(logits: Tensor, call) -> str | None:
     return compiled.cannot_run(logits, call, _DEVICE) or _refusal(_index(logits.device))
 
 
+def device_type() -> str:
+    return _DEVICE
+
+
+def plan_for(rows: int, classes: int, dtype: torch.dtype, device: torch.device, protocols) -> dict:
+    """How a loss of contiguous (rows, classes) logits would run with these protocols: its kernel, CTAs and so on."""
+    bits = sum(_cuda.PROTOCOLS[name] for name in protocols)
+    return _cuda.plan_for(DTYPES[dtype], (rows, classes, 1), (classes, 1, 0), _index(device), bits)
+
+
 def info() -> dict:
     """What the kernels were compiled for, CUDA's versions, the compute capability of each device."""
     return _cuda.info()
