@@ -1,8 +1,6 @@
 #include "device.h"
 
-#if !defined(ANL_CUDA_ON_HOST)
 #include <cuda.h>
-#endif
 
 #include <mutex>
 #include <stdexcept>
@@ -35,7 +33,7 @@ struct Driver {
 template <class F>
 void find(F& function, const char* name) {
   void* found = nullptr;
-#if defined(ANL_CUDA_ON_HOST) || CUDART_VERSION >= 12050
+#if CUDART_VERSION >= 12050
   constexpr unsigned VERSION = 12000;
   check(cudaGetDriverEntryPointByVersion(name, &found, VERSION, cudaEnableDefault, nullptr), name);
 #else
@@ -115,6 +113,9 @@ OnDevice::OnDevice(int device) {
   check(cudaGetDevice(&current), "finding the current device");
   device_ = device < 0 ? current : device;
   if (device_ == current) return;
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "counting the devices");
+  if (device_ >= count) check(cudaErrorInvalidDevice, "choosing the logits' device");
   check_driver(driver().push(primary_context(device_)), "choosing the logits' device");
   pushed_ = true;
 }

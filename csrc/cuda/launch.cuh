@@ -1,9 +1,7 @@
 // Launches of kernels: what the runtime has to be told before, clusters, errors. Included by primitives.cuh.
 #pragma once
 
-#if !defined(ANL_CUDA_ON_HOST)
 #include <cuda_runtime.h>
-#endif
 #include <stddef.h>
 #include <stdint.h>
 

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t SMALL_THREADS = 512;      // of the one CTA that runs a small batch
 constexpr int64_t LOSS_PARTS = 16 << 10;    // beyond, a CTA takes more rows
 constexpr int64_t SHARED_BY_FOUR = 48 << 10;
-constexpr int64_t STATIC_SHARED = 3 << 10;  // what rows_block.cu has besides the row
+constexpr int64_t STATIC_SHARED = 2 << 10;  // what rows_block.cu has besides the row
 constexpr int64_t RESERVED_SHARED = 1 << 10;  // what CUDA keeps of a multiprocessor's for every CTA
 constexpr int64_t PACK_BYTES = 16;
 

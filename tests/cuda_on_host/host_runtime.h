@@ -10,6 +10,8 @@
 
 #include "engine.h"
 
+#define CUDART_VERSION 13000  // 13.0
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
