@@ -245,7 +245,12 @@ EXPORTED int anl_host_use_device(int device) {
   host_thread.contexts.clear();
   return 0;
 }
+// A bit for each device that has a context.
 EXPORTED unsigned anl_host_contexts() { return created; }
+EXPORTED void anl_host_create_context(int device) { create_context(device); }
+// The device whose context is current in this thread; -1: none is.
+EXPORTED int anl_host_current_context() { return host_thread.contexts.empty() ? -1 : host_thread.contexts.back(); }
+EXPORTED int anl_host_set_device(int device) { return cudaSetDevice(device); }
 // No contexts, in this thread none that is current, no errors. What kernels were told and what is known of them stays:
 // csrc/cuda tells them once.
 EXPORTED void anl_host_reset() {
