@@ -145,12 +145,12 @@ def operator_calls(dtype, shape):
     logits, target = problem(dtype, shape)
     needs, gamma, weight = 15, 0.5, torch.linspace(0.5, 2, shape[1])
     for reduction in ("mean", "none"):
-        numbers = (terms_of("anl_fl"), 1e-7, gamma, needs, -100, reduction, "cpu")
+        numbers = (terms_of("anl_fl"), 1e-7, gamma, needs, -100, reduction, "cpu", True)
         yield ops.row_loss, (logits.clone().requires_grad_(), target, weight, *numbers)
         yield ops.row_loss, (logits.clone().requires_grad_(), target, None, *numbers)
     for with_sums in (False, True):
-        yield ops.row_stats, (logits.clone().requires_grad_(), target, 1e-7, gamma, needs, -100, with_sums, "cpu")
-    _, coefs = ops.row_loss(logits, target, None, terms_of("anl_fl"), 1e-7, gamma, needs, -100, "none", "cpu")
+        yield ops.row_stats, (logits.clone().requires_grad_(), target, 1e-7, gamma, needs, -100, with_sums, "cpu", True)
+    _, coefs = ops.row_loss(logits, target, None, terms_of("anl_fl"), 1e-7, gamma, needs, -100, "none", "cpu", True)
     output = torch.ones(target.shape, dtype=helpers.acc(dtype))
     yield ops.row_grad, (logits, target, coefs, output, None, 1e-7, gamma, needs, "cpu")
     yield (

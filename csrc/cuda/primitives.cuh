@@ -11,11 +11,8 @@
 
 #include <type_traits>
 
-#include "row_math.h"
-
-#if !defined(ANL_CUDA_ON_HOST)
 #include "launch.cuh"
-#endif
+#include "row_math.h"
 
 #define ANL_DEVICE __device__ __forceinline__
 

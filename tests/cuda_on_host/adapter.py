@@ -8,8 +8,13 @@ import cuda_on_host.build as build
 
 from anl_kernels.backends import cuda
 
-# Devices of host_runtime.cpp. The first three are small: a few hundred classes are long rows there.
-DEVICES = {"host": 0, "host-sm80": 1, "host-warp": 2, "host-h100": 3, "host-a100": 4}
+# Devices of host_devices.cpp. The first three are small: a few hundred classes are long rows there.
+SMALL = ("host", "host-sm80", "host-warp")
+# And with NVIDIA's numbers: "h20" has too few multiprocessors a GPC for the widest clusters, "mig" is a slice of an H200,
+# "h100-of-80" runs what was compiled for an A100 (and as PTX for what is newer).
+LARGE = ("host-h100", "host-a100", "host-h200", "host-h20", "host-b200", "host-rtx4090", "host-rtx5090", "host-mig")
+LARGE += ("host-h100-of-80",)
+DEVICES = {name: index for index, name in enumerate(SMALL + LARGE)}
 
 
 @lru_cache
@@ -25,6 +30,7 @@ def on_host(device="host"):
     before = cuda._cuda, cuda._why_not, cuda._DEVICE
     cuda._cuda, cuda._why_not, cuda._DEVICE = module, None, "cpu"
     cuda._program.cache_clear()
+    library.anl_host_reset()
     assert library.anl_host_use_device(DEVICES[device]) == 0
     try:
         yield module

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,40 +39,77 @@ def sources(csrc):
     return sorted(csrc.glob("cuda/*.cu")) + sorted(csrc.glob("cuda/*.cpp"))
 
 
-def digest(paths, *more):
-    state = hashlib.sha256(repr((compiler(), FLAGS, more)).encode())
-    for path in paths:
-        state.update(path.name.encode() + path.read_bytes())
-    return state.hexdigest()[:16]
+def digest(*what):
+    return hashlib.sha256(repr((compiler(), FLAGS, what)).encode()).hexdigest()[:16]
+
+
+def folders(csrc):
+    """Where #include "..." looks."""
+    return [csrc, csrc / "cuda", HERE, HERE / "include"]
+
+
+def contents(path, csrc, seen):
+    """`seen`, with the text of the file and of every header that it includes."""
+    if path.name in seen:
+        return seen
+    seen[path.name] = text = path.read_text()
+    for name in re.findall(r'#include [<"]([\w./]+)[">]', text):
+        found = [folder / name for folder in [path.parent, *folders(csrc)] if (folder / name).is_file()]
+        if found:
+            contents(found[0], csrc, seen)
+    return seen
+
+
+def is_kernels(unit):
+    """Whether it is CUDA C++."""
+    return unit.parent != HERE or unit.name.endswith("_checks.cpp")
+
+
+def object_of(unit, variant, csrc):
+    """Named by all that it is compiled from: what a change does not reach is not compiled again."""
+    seen = contents(HERE / "shim.h", csrc, {}) if is_kernels(unit) else {}
+    return BUILD / f"{unit.stem}-{digest(contents(unit, csrc, seen), variant, VARIANTS[variant])}.o"
+
+
+def engine_units(variant):
+    return [HERE / name for name in ("engine.cpp", VARIANTS[variant][1], "host_devices.cpp", "host_runtime.cpp")]
 
 
 def build(variant="plain", csrc=ROOT / "csrc"):
     """The path of the module, of these sources (csrc: another copy of them, for tests that break it)."""
-    flags, engine = VARIANTS[variant]
-    units = [*sources(csrc), HERE / "engine.cpp", HERE / engine, HERE / "host_runtime.cpp"]
-    headers = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("cuda/*.cuh"), *HERE.glob("*.h")])
-    objects = {BUILD / f"{unit.stem}-{digest([unit, *headers], variant, flags)}.o": unit for unit in units}
-    module = BUILD / digest([], *objects) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    module.parent.mkdir(parents=True, exist_ok=True)
+    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return link([*sources(csrc), *engine_units(variant)], variant, csrc, name, ["-shared"])
+
+
+def build_program(source):
+    """The path of a program of its own that runs kernels."""
+    return link([source, *engine_units("plain")], "plain", ROOT / "csrc", source.stem, [])
+
+
+def link(units, variant, csrc, name, options):
+    objects = {object_of(unit, variant, csrc): unit for unit in units}
+    target = BUILD / digest(sorted(map(str, objects)), options) / name
+    target.parent.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here for what the first one builds
-        if not module.exists():
+        if not target.exists():
+            flags = VARIANTS[variant][0]
             compile_missing(objects, flags, csrc)
-            partial = module.with_suffix(".tmp")
-            run([compiler(), "-shared", "-pthread", *flags, *map(str, objects), "-o", str(partial)])
-            partial.replace(module)
-    return module
+            partial = target.with_suffix(".tmp")
+            run([compiler(), "-pthread", *options, *flags, *map(str, objects), "-o", str(partial)])
+            partial.replace(target)
+    return target
 
 
 def compile_missing(objects, flags, csrc):
     import pybind11
 
-    paths = [csrc, csrc / "cuda", HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    paths = [*folders(csrc), pybind11.get_include(), sysconfig.get_paths()["include"]]
     includes = [f"-I{path}" for path in paths]
 
     def compile_one(target):
         unit = objects[target]
-        shim = ["-include", "shim.h"] if unit.parent != HERE else []
+        shim = ["-include", "shim.h"] if is_kernels(unit) else []
         partial = target.with_suffix(".tmp")
         run([compiler(), *FLAGS, *flags, *includes, *shim, "-x", "c++", "-c", str(unit), "-o", str(partial)])
         partial.replace(target)

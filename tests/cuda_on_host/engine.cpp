@@ -44,7 +44,20 @@ Cluster::Cluster(const Launch& launch, uint64_t first_cta) : barrier(launch.thre
 
 void* Cta::static_shared(const void* site, size_t size, size_t alignment) {
   const std::lock_guard lock(mutex);
-  return statics.try_emplace(site, size, alignment).first->second.data;
+  const auto [found, fresh] = statics.try_emplace(site, size, alignment);
+  if (fresh) count_static_shared(size, alignment);
+  return found->second.data;
+}
+
+// How much a kernel has is known when it has run: CUDA would have refused the launch.
+void Cta::count_static_shared(size_t size, size_t alignment) {
+  static_bytes = (static_bytes + alignment - 1) / alignment * alignment + size;
+  if (std::atomic<size_t>* most = launch->static_shared) {
+    size_t known = *most;
+    while (known < static_bytes && !most->compare_exchange_weak(known, static_bytes)) {
+    }
+  }
+  if (static_bytes > launch->most_static_shared) refuse("static and dynamic shared memory are more than a block may have");
 }
 
 // Without the lock after the first time, which would order what the kernel does not.
@@ -132,13 +145,25 @@ void Thread::finish() const {
     fail("a thread ended before its asynchronous copies");
 }
 
-bool run(const Launch& launch) {
+namespace {
+
+unsigned seed_of(const Launch& launch) {
+  const char* seed = getenv("ANL_HOST_SEED");
+  uint64_t hash = seed ? strtoull(seed, nullptr, 10) : 0;
+  for (const uint64_t x : {launch.identity, uint64_t(launch.grid.x), uint64_t(launch.grid.y), uint64_t(launch.grid.z)})
+    hash = (hash ^ x) * 0x9e3779b97f4a7c15u;
+  return unsigned(hash >> 32);
+}
+
+}  // namespace
+
+Outcome run(const Launch& launch) {
   const uint64_t ctas = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
   std::vector<unsigned> order(ctas / launch.cluster);
   std::iota(order.begin(), order.end(), 0u);
-  static std::atomic<unsigned> launches{0};
-  std::shuffle(order.begin(), order.end(), std::minstd_rand(++launches));
-  return run_clusters(launch, order);
+  const unsigned seed = seed_of(launch);
+  std::shuffle(order.begin(), order.end(), std::minstd_rand(seed));
+  return run_clusters(launch, order, seed);
 }
 
 }  // namespace host

@@ -28,13 +28,19 @@ struct uint3 {
 namespace anl {
 namespace host {
 
-// Ends the launch with an error (fibers) or the process (threads).
+// Ends the launch with an error (fibers) or the process (threads): what is undefined on a device; and what a device would
+// have refused to launch, had it been known before.
 [[noreturn]] void fail(const char* message);
+[[noreturn]] void refuse(const char* message);
 
 // For other threads to get on, inside a loop that waits for them.
 void yield();
 
 #if defined(ANL_HOST_THREADS)
+
+// Whether bulk copies are made when they are waited for, so that what is read before is not there yet. Threads make them
+// at once, as a device may: ThreadSanitizer sees who reads too early, or writes too late.
+constexpr bool COPIES_ARE_LATE = false;
 
 class Barrier {
  public:
@@ -60,6 +66,8 @@ class Meeting {
 };
 
 #else
+
+constexpr bool COPIES_ARE_LATE = true;
 
 class Barrier {
  public:
@@ -100,6 +108,10 @@ struct Launch {
   size_t shared_bytes;
   void (*kernel)(void* context);
   void* context;
+  uint64_t identity = 0;                           // of the kernel: the same in every process
+  int code = 90;                                   // the architecture that the kernel was compiled for
+  std::atomic<size_t>* static_shared = nullptr;    // the kernel's, as far as it has been seen
+  size_t most_static_shared = SIZE_MAX;
   unsigned threads() const { return block.x * block.y * block.z; }
 };
 
@@ -114,9 +126,17 @@ struct Memory {
   const size_t bytes, alignment;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+  void run() const;
+};
+
 struct Cta {
   Cta(const Launch& launch, uint3 index, unsigned rank, Cluster* cluster);
   void* static_shared(const void* site, size_t size, size_t alignment);
+  void count_static_shared(size_t size, size_t alignment);
   void* same_place(const Cta& other, const void* shared);  // in this CTA
   Lanes& lanes(unsigned warp, unsigned mask);
 
@@ -127,8 +147,10 @@ struct Cta {
   Barrier barrier;
   std::atomic<int> votes[3] = {0, 0, 0};  // of three calls in turn
   Memory shared;
-  std::mutex mutex;  // of what follows, and of the mbarriers in shared memory
+  std::map<const void*, std::vector<Copy>> late_copies;  // by the mbarrier that waits for them
+  std::mutex mutex;  // of what follows
   std::map<const void*, Memory> statics;
+  size_t static_bytes = 0;
   std::map<std::pair<unsigned, unsigned>, std::unique_ptr<Lanes>> parts;  // of warps, by warp and mask
   std::vector<std::unique_ptr<Lanes>> warps;                              // whole: no mutex needed
 };
@@ -139,13 +161,6 @@ struct Cluster {
   Cluster(const Launch& launch, uint64_t first_cta);
   std::vector<std::unique_ptr<Cta>> ctas;
   Barrier barrier;
-};
-
-struct Copy {
-  void* to;
-  const void* from;
-  unsigned bytes;
-  void run() const;
 };
 
 // Asynchronous copies are made when they are waited for, no sooner: what is read before holds something else.
@@ -182,9 +197,11 @@ int sync_cta_or(bool predicate);
 void cluster_arrive();
 void cluster_wait();
 
-// Runs the grid; false if it failed (the message is on stderr). Engines implement run_clusters.
-bool run(const Launch& launch);
-bool run_clusters(const Launch& launch, const std::vector<unsigned>& order);
+// Runs the grid, in an order that follows from the kernel, the grid and the environment's ANL_HOST_SEED; what went wrong
+// is on stderr. Engines implement run_clusters.
+enum class Outcome { DONE, FAILED, REFUSED };
+Outcome run(const Launch& launch);
+Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, unsigned seed);
 
 }  // namespace host
 }  // namespace anl

@@ -114,7 +114,6 @@ int main(int, char** arguments) {
   if (name == "shuffle_from_nobody") return run(shuffle_from_nobody, 1, 1);
   if (name == "shuffles") return run(shuffles, 1, 1);
   if (name == "neighbours") return run(neighbours, 4, 4);
-  if (name == "cluster_that_does_not_fit") return run(neighbours, 4, 3);
   if (name == "order") return run(order, 40, 1);
   if (name == "shared_of_nobody") return run(shared_of_nobody, 1, 1);
   return 1;

@@ -114,7 +114,7 @@ struct Fiber : Thread {
 
 struct Scheduler {
   Context context;
-  bool failed = false;
+  Outcome outcome = Outcome::DONE;  // so far
   const void* stack_bottom = nullptr;  // the launching thread's, for AddressSanitizer
   size_t stack_bytes = 0;
 };
@@ -191,7 +191,7 @@ struct Running {
     for (const std::unique_ptr<Fiber>& f : fibers) {
       if (f->state == Fiber::DONE || (f->state == Fiber::WAITS && !f->waits_for->passed(f->token))) continue;
       got_on |= resume(*f);
-      if (scheduler->failed) return false;
+      if (scheduler->outcome != Outcome::DONE) return false;
       left -= f->state == Fiber::DONE;
     }
     return got_on;
@@ -223,22 +223,29 @@ void yield() {
   leave();
 }
 
-void fail(const char* message) {
+namespace {
+
+[[noreturn]] void end(Outcome outcome, const char* message) {
   const Cta& cta = *self().cta;
   fprintf(stderr, "CUDA on the host: %s (block %u %u %u, thread %u %u %u)\n", message, cta.index.x, cta.index.y,
           cta.index.z, self().index.x, self().index.y, self().index.z);
-  scheduler->failed = true;
+  scheduler->outcome = outcome;
   leave();
   abort();
 }
 
+}  // namespace
+
+void fail(const char* message) { end(Outcome::FAILED, message); }
+void refuse(const char* message) { end(Outcome::REFUSED, message); }
+
 void cluster_arrive() { self().cluster_token = self().cta->cluster->barrier.arrive(); }
 void cluster_wait() { self().cta->cluster->barrier.wait(self().cluster_token); }
 
-bool run_clusters(const Launch& launch, const std::vector<unsigned>& order) {
+Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, unsigned seed) {
   Scheduler own;
   scheduler = &own;
-  std::minstd_rand random(unsigned(order.size()) + order[0]);
+  std::minstd_rand random(seed);
   std::vector<std::unique_ptr<Running>> active;
   size_t next = 0;
   for (int fruitless = 0; next < order.size() || !active.empty();) {
@@ -247,16 +254,16 @@ bool run_clusters(const Launch& launch, const std::vector<unsigned>& order) {
     bool got_on = false;
     for (const auto& running : active) {
       got_on |= running->round();
-      if (own.failed) return false;
+      if (own.outcome != Outcome::DONE) return own.outcome;
     }
     std::erase_if(active, [](const auto& running) { return running->left == 0; });
     fruitless = got_on ? 0 : fruitless + 1;
     if (fruitless == FRUITLESS_ROUNDS) {
       fprintf(stderr, "CUDA on the host: a deadlock, every thread waits for others or has ended\n");
-      return false;
+      return Outcome::FAILED;
     }
   }
-  return true;
+  return Outcome::DONE;
 }
 
 }  // namespace host

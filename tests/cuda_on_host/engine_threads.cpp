@@ -56,13 +56,14 @@ void fail(const char* message) {
   fprintf(stderr, "CUDA on the host: %s\n", message);
   abort();
 }
+void refuse(const char* message) { fail(message); }
 
 void cluster_arrive() {
   self().cluster_token = std::make_unique<Barrier::Token>(self().cta->cluster->barrier.arrive());
 }
 void cluster_wait() { self().cta->cluster->barrier.wait(std::move(*self().cluster_token)); }
 
-bool run_clusters(const Launch& launch, const std::vector<unsigned>& order) {
+Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, unsigned) {
   std::atomic<size_t> next{0};
   std::vector<std::thread> slots;
   for (size_t slot = 0; slot < std::min(UNDER_WAY, order.size()); ++slot) {
@@ -71,7 +72,7 @@ bool run_clusters(const Launch& launch, const std::vector<unsigned>& order) {
     });
   }
   for (std::thread& slot : slots) slot.join();
-  return true;
+  return Outcome::DONE;
 }
 
 }  // namespace host

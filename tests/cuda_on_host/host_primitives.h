@@ -64,60 +64,131 @@ void copy_async_wait() {
   self().copies.wait(N);
 }
 
-// Copies are made by whoever next looks whether the phase is complete.
+// Whatever has no machine code below sm_90: csrc/cuda/primitives.cuh traps there.
+inline void needs_sm90() {
+  if (self().cta->launch->code < 90) host::fail("an instruction of sm_90 in code that was compiled for less: it traps");
+}
+
+// ---- mbarriers: one word, as on a device, and no lock: they order what a device's order and no more ---------------------
+
 struct Barrier {
-  unsigned arrivals, arrived, phase;
-  uint64_t expected;
-  std::vector<Copy>* copies;
+  uint64_t word;
 };
 
-inline void barrier_init(Barrier* barrier, unsigned arrivals) { *barrier = {arrivals, 0, 0, 0, nullptr}; }
-inline void barrier_turn(Barrier* barrier) {
-  uint64_t bytes = 0;
-  if (barrier->copies)
-    for (const Copy& copy : *barrier->copies) bytes += copy.bytes;
-  if (barrier->arrived < barrier->arrivals || bytes < barrier->expected) return;
-  if (bytes > barrier->expected) host::fail("a barrier was told to expect fewer bytes than were copied");
-  if (barrier->copies)
-    for (const Copy& copy : *barrier->copies) copy.run();
-  delete barrier->copies;
-  *barrier = {barrier->arrivals, 0, barrier->phase + 1, 0, nullptr};
+struct Phase {
+  int64_t bytes;      // of bulk copies, still to come; below 0: they came before they were expected
+  unsigned pending;   // arrivals, still to come
+  unsigned arrivals;  // of every phase
+  unsigned number;    // of phases before this one
+};
+constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // that a barrier counts
+constexpr unsigned MOST_ARRIVALS = (1 << 11) - 1;
+constexpr uint64_t MADE = 1;  // in the upper two bits; fresh shared memory is full of ones
+
+inline uint64_t pack(const Phase& x) {
+  return MADE << 62 | uint64_t(x.number & 0xffff) << 46 | uint64_t(x.arrivals) << 34 | uint64_t(x.pending) << 22 |
+         uint64_t(x.bytes + MOST_BYTES);
+}
+inline Phase unpack(uint64_t word) {
+  if (word >> 62 != MADE) host::fail("a barrier that was not initialised");
+  return {int64_t(word & 0x3fffff) - MOST_BYTES, unsigned(word >> 22) & 0xfff, unsigned(word >> 34) & 0xfff,
+          unsigned(word >> 46) & 0xffff};
+}
+
+// f(phase), and the next phase if that is complete. What the thread has done before is seen by whoever waits.
+template <class F>
+void change(Barrier* barrier, const F& f) {
+  std::atomic_ref<uint64_t> word(barrier->word);
+  uint64_t before = word.load(std::memory_order_relaxed);
+  Phase x;
+  do {
+    x = unpack(before);
+    f(x);
+    if (x.bytes > MOST_BYTES || x.bytes < -MOST_BYTES) host::fail("more bytes than a barrier counts");
+    if (!x.pending && x.bytes < 0) host::fail("a barrier was told to expect fewer bytes than were copied");
+    if (!x.pending && !x.bytes) x = {0, x.arrivals, x.arrivals, x.number + 1};
+  } while (!word.compare_exchange_weak(before, pack(x), std::memory_order_release, std::memory_order_relaxed));
+}
+
+inline void barrier_init(Barrier* barrier, unsigned arrivals) {
+  needs_sm90();
+  if (!arrivals || arrivals > MOST_ARRIVALS) host::fail("a barrier for no such number of arrivals");
+  barrier->word = pack({0, arrivals, arrivals, 0});
 }
 inline void barrier_expect(Barrier* barrier, unsigned bytes) {
-  const std::lock_guard lock(self().cta->mutex);
-  barrier->expected += bytes;
-  if (++barrier->arrived > barrier->arrivals) host::fail("more arrivals at a barrier than it was made for");
-  if (!barrier->expected) barrier_turn(barrier);
+  needs_sm90();
+  change(barrier, [bytes](Phase& x) {
+    x.bytes += bytes;
+    --x.pending;
+  });
+}
+
+// Late copies are made by whoever next looks whether the phase is complete, when nothing else is missing.
+inline void make_late_copies(Barrier* barrier, const Phase& phase) {
+  const auto found = self().cta->late_copies.find(barrier);
+  if (found == self().cta->late_copies.end() || phase.pending) return;
+  int64_t bytes = 0;
+  for (const Copy& copy : found->second) bytes += copy.bytes;
+  if (bytes < phase.bytes) return;
+  for (const Copy& copy : found->second) copy.run();
+  self().cta->late_copies.erase(found);
+  change(barrier, [bytes](Phase& x) { x.bytes -= bytes; });
 }
 inline void bulk_copy(void* shared, const void* global, unsigned bytes, Barrier* barrier) {
+  needs_sm90();
   check_copy(shared, global, bytes);
-  const std::lock_guard lock(self().cta->mutex);
-  if (!barrier->copies) barrier->copies = new std::vector<Copy>;
-  barrier->copies->push_back({shared, global, bytes});
+  if (bytes > MOST_BYTES) host::fail("a bulk copy of more bytes than a barrier counts");
+  const Copy copy = {shared, global, bytes};
+  if (host::COPIES_ARE_LATE) {
+    self().cta->late_copies[barrier].push_back(copy);
+    return;
+  }
+  copy.run();
+  change(barrier, [bytes](Phase& x) { x.bytes -= bytes; });
 }
 inline bool barrier_passed(Barrier* barrier, unsigned parity) {
-  const std::lock_guard lock(self().cta->mutex);
-  if ((barrier->phase & 1) == parity) barrier_turn(barrier);
-  return (barrier->phase & 1) != parity;
+  const auto look = [barrier] {
+    return unpack(std::atomic_ref<uint64_t>(barrier->word).load(std::memory_order_acquire));
+  };
+  if (const Phase phase = look(); host::COPIES_ARE_LATE && (phase.number & 1) == parity) make_late_copies(barrier, phase);
+  return (look().number & 1) != parity;
 }
 inline void barrier_wait(Barrier* barrier, unsigned parity) {
+  needs_sm90();
   while (!barrier_passed(barrier, parity)) host::yield();
 }
-inline void bulk_store_fence() {}
+inline void bulk_store_fence() { needs_sm90(); }
 inline void bulk_store(void* global, const void* shared, unsigned bytes) {
+  needs_sm90();
   check_copy(shared, global, bytes);
   self().stores.open.push_back({global, shared, bytes});
 }
-inline void bulk_store_commit() { self().stores.commit(); }
+inline void bulk_store_commit() {
+  needs_sm90();
+  self().stores.commit();
+}
 template <int N>
 void bulk_store_wait() {
+  needs_sm90();
   self().stores.wait(N);
 }
 
-inline unsigned cluster_rank() { return self().cta->rank; }
-inline unsigned cluster_size() { return self().cta->launch->cluster; }
-inline void cluster_arrive() { host::cluster_arrive(); }
-inline void cluster_wait() { host::cluster_wait(); }
+inline unsigned cluster_rank() {
+  needs_sm90();
+  return self().cta->rank;
+}
+inline unsigned cluster_size() {
+  needs_sm90();
+  return self().cta->launch->cluster;
+}
+inline void cluster_arrive() {
+  needs_sm90();
+  host::cluster_arrive();
+}
+inline void cluster_wait() {
+  needs_sm90();
+  host::cluster_wait();
+}
 inline void cluster_sync() {
   cluster_arrive();
   cluster_wait();
@@ -125,6 +196,7 @@ inline void cluster_sync() {
 
 template <class T>
 T* cluster_map(T* shared, unsigned rank) {
+  needs_sm90();
   const host::Cta& own = *self().cta;
   if (rank >= own.launch->cluster) host::fail("cluster_map of a rank that is not in the cluster");
   return static_cast<T*>(own.cluster->ctas[rank]->same_place(own, shared));
@@ -136,24 +208,6 @@ T* cluster_map(T* shared, unsigned rank) {
   static const char name##_site = 0;                                                                          \
   name##_shared_type& name = *static_cast<name##_shared_type*>(                                              \
       ::anl::host::static_shared(&name##_site, sizeof(name##_shared_type), alignof(name##_shared_type)))
-
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, cudaStream_t,
-                   const A&... arguments) {
-  const auto body = [&] { kernel(arguments...); };
-  using Body = decltype(body);
-  const host::Launch launch = {grid,
-                               block,
-                               cluster,
-                               shared_bytes,
-                               [](void* context) { (*static_cast<Body*>(context))(); },
-                               const_cast<void*>(static_cast<const void*>(&body))};
-  return host::launch(launch);
-}
-#define ANL_MAX_CLUSTERS(kernel, threads, cluster, shared_bytes) \
-  ::anl::host::max_clusters(threads, cluster, shared_bytes)
-#define ANL_LAUNCH(kernel, grid, block, cluster, shared_bytes, stream, ...) \
-  ::anl::gpu::launch(kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__)
 
 }  // namespace gpu
 }  // namespace anl

@@ -1,129 +1,444 @@
-// Devices that do not exist. Small ones, so that a few hundred classes fill a CTA's shared memory and a few thousand a
-// cluster's: `anl_host_use_device` makes one current (called through ctypes by the tests).
+// What a GPU's runtime would answer: contexts, errors that stay, and what it refuses to launch.
+//
+// Where CUDA's headers name the error of a refusal, it is that one. Where they do not, it is what the driver is known to
+// give (clusters: cudaErrorInvalidClusterSize), and on a device without clusters cudaErrorNotSupported.
 #include "host_runtime.h"
 
+#include <dlfcn.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "host_devices.h"
+
+struct CUctx_st {};  // a device's only context: number i of `contexts`
 
 namespace anl {
 namespace host {
 namespace {
 
-struct Device {
-  const char* name;
-  int major, minor, processors, threads, registers, shared_bytes, l2_bytes;
+constexpr int VERSION = 13000;
+
+// ---- contexts, and the errors that stay in them ----------------------------------------------------------------------------
+
+CUctx_st contexts[NUM_DEVICES];
+std::atomic<unsigned> created{0};                       // a bit a device
+std::atomic<cudaError_t> broken[NUM_DEVICES] = {};      // what every later call in that context answers
+std::atomic<int> first_device{0};                       // current in a thread that has never chosen one
+
+struct HostThread {
+  std::vector<int> contexts;  // the current one last
+  cudaError_t last_error = cudaSuccess;
+};
+thread_local HostThread host_thread;
+
+int current_device() { return host_thread.contexts.empty() ? first_device.load() : host_thread.contexts.back(); }
+
+cudaError_t answer(cudaError_t error) {
+  if (error) host_thread.last_error = error;
+  return error;
+}
+
+bool exists(int device) { return device >= 0 && device < NUM_DEVICES; }
+
+void create_context(int device) { created |= 1u << device; }
+
+// For whatever cannot do without a context.
+cudaError_t enter_context() {
+  const int device = current_device();
+  create_context(device);
+  if (host_thread.contexts.empty()) host_thread.contexts.push_back(device);
+  return broken[device];
+}
+
+CUresult get_device(CUdevice* device, int ordinal) {
+  if (!exists(ordinal)) return CUDA_ERROR_INVALID_DEVICE;
+  *device = ordinal;
+  return CUDA_SUCCESS;
+}
+CUresult retain(CUcontext* context, CUdevice device) {
+  if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
+  create_context(device);
+  *context = &contexts[device];
+  return CUDA_SUCCESS;
+}
+CUresult push(CUcontext context) {
+  if (context < contexts || context >= contexts + NUM_DEVICES) return CUDA_ERROR_INVALID_CONTEXT;
+  host_thread.contexts.push_back(int(context - contexts));
+  return CUDA_SUCCESS;
+}
+CUresult get_current(CUcontext* context) {
+  *context = host_thread.contexts.empty() ? nullptr : &contexts[host_thread.contexts.back()];
+  return CUDA_SUCCESS;
+}
+CUresult pop(CUcontext* context) {
+  if (host_thread.contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+  if (context) get_current(context);
+  host_thread.contexts.pop_back();
+  return CUDA_SUCCESS;
+}
+
+// ---- kernels ---------------------------------------------------------------------------------------------------------------
+
+// What a kernel has been told on a device.
+struct Permissions {
+  int dynamic = -1;  // bytes of shared memory; -1: nothing was said
+  bool wide_clusters = false;
 };
 
-constexpr Device DEVICES[] = {
-    {"a small sm_90", 9, 0, 4, 64, 4096, 16 << 10, 256 << 10},
-    {"a small sm_80", 8, 0, 3, 64, 4096, 12 << 10, 128 << 10},
-    {"sm_90 of one warp", 9, 0, 2, 32, 2048, 6 << 10, 64 << 10},
-    {"H100's numbers", 9, 0, 132, 1024, 65536, 227 << 10, 50 << 20},
-    {"A100's numbers", 8, 0, 108, 1024, 65536, 163 << 10, 40 << 20},
+// Registers are not known on the host: 64 a thread, unless a test says otherwise.
+struct KernelState {
+  std::atomic<size_t> static_shared{0};  // the most that was seen so far: known once the kernel has run
+  int registers = 64;
+  Permissions on[NUM_DEVICES];
 };
-constexpr int NUM_DEVICES = int(sizeof(DEVICES) / sizeof(DEVICES[0]));
-constexpr unsigned MAX_CLUSTER = 16;
+std::mutex kernels_mutex;
+std::map<const void*, KernelState> kernels;
 
-int in_use = 0;
+KernelState& state_of(const void* kernel) {
+  const std::lock_guard lock(kernels_mutex);
+  return kernels[kernel];
+}
 
-bool fits(const Launch& launch) {
-  const Device& device = DEVICES[in_use];
-  const dim3 g = launch.grid, b = launch.block;
-  if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return false;
-  if (!b.x || !b.y || !b.z || b.z > 64 || launch.threads() > unsigned(device.threads)) return false;
-  if (launch.cluster < 1 || launch.cluster > MAX_CLUSTER || g.x % launch.cluster) return false;
-  if (launch.cluster > 1 && device.major < 9) return false;
-  return launch.shared_bytes <= size_t(device.shared_bytes);
+// Where the kernel is in its module: the same in every process, whatever the addresses are.
+uint64_t identity(const void* kernel) {
+  Dl_info info = {};
+  return dladdr(kernel, &info) ? uint64_t(static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase)) : 0;
+}
+
+// A kernel on the current device.
+struct Kernel {
+  const Device& device;
+  KernelState& state;
+  Permissions& told;
+
+  explicit Kernel(const void* kernel)
+      : device(device_of(current_device())), state(state_of(kernel)), told(state.on[current_device()]) {}
+
+  size_t static_shared() const { return device.toy ? 0 : state.static_shared.load(); }
+  Footprint footprint(unsigned threads, size_t dynamic) const {
+    return {threads, state.registers, static_shared() + dynamic};
+  }
+  int max_threads() const { return std::min(device.threads, device.registers / state.registers / 32 * 32); }
+  int without_asking() const { return std::min(device.shared, SHARED_WITHOUT_ASKING); }
+  // How much static shared memory leaves room for so much dynamic.
+  size_t most_static(size_t dynamic) const {
+    const size_t most = told.dynamic < 0 ? without_asking() : device.shared;
+    return dynamic < most ? most - dynamic : 0;
+  }
+  int max_dynamic() const { return told.dynamic < 0 ? without_asking() - int(static_shared()) : told.dynamic; }
+};
+
+// ---- what is refused -------------------------------------------------------------------------------------------------------
+
+struct Refusal {
+  cudaError_t error = cudaSuccess;
+  const char* why = "";
+};
+
+unsigned product(const dim3& d) { return d.x * d.y * d.z; }
+
+Refusal refuse_block(const Kernel& kernel, const dim3& block, size_t dynamic) {
+  const Device& device = kernel.device;
+  if (!block.x || !block.y || !block.z || block.x > 1024 || block.y > 1024 || block.z > 64)
+    return {cudaErrorInvalidConfiguration, "a block of no such size"};
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (threads > uint64_t(device.threads)) return {cudaErrorInvalidConfiguration, "more threads than a block may have"};
+  if (threads > uint64_t(kernel.max_threads())) return {cudaErrorLaunchOutOfResources, "more registers than a block may have"};
+  if (dynamic > size_t(std::max(0, kernel.max_dynamic())))
+    return {cudaErrorInvalidValue, "more dynamic shared memory than the kernel has asked for"};
+  if (kernel.static_shared() + dynamic > size_t(device.shared))
+    return {cudaErrorInvalidValue, "more shared memory than a block may have"};
+  if (!ctas_per_sm(device, kernel.footprint(unsigned(threads), dynamic)))
+    return {cudaErrorLaunchOutOfResources, "a block that does not fit an SM"};
+  return {};
+}
+
+Refusal refuse_grid(const dim3& grid) {
+  if (!grid.x || !grid.y || !grid.z) return {cudaErrorInvalidConfiguration, "a grid without blocks"};
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return {cudaErrorInvalidConfiguration, "a grid that is too large"};
+  return {};
+}
+
+Refusal refuse_cluster_size(const Kernel& kernel, unsigned cluster) {
+  if (!kernel.device.max_cluster) return {cudaErrorNotSupported, "clusters on a device without them"};
+  if (!cluster || cluster > unsigned(kernel.device.max_cluster)) return {cudaErrorInvalidClusterSize, "a cluster of no such size"};
+  if (cluster > PORTABLE_CLUSTER && !kernel.told.wide_clusters)
+    return {cudaErrorInvalidClusterSize, "a cluster above the portable size that was not asked for"};
+  return {};
+}
+
+// The cluster's dimensions, of which there may be none.
+struct Cluster1d {
+  bool given = false;
+  unsigned size = 1;
+};
+
+Refusal read_attributes(const cudaLaunchConfig_t& config, Cluster1d& cluster) {
+  if (config.numAttrs && !config.attrs) return {cudaErrorInvalidValue, "attributes that are not there"};
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeIgnore) continue;
+    if (attribute.id != cudaLaunchAttributeClusterDimension) return {cudaErrorInvalidValue, "an attribute that is none"};
+    const auto& d = attribute.val.clusterDim;
+    if (d.y != 1 || d.z != 1) return {cudaErrorNotSupported, "clusters of more than one dimension are not emulated"};
+    cluster = {true, d.x};
+  }
+  return {};
+}
+
+Refusal refuse_launch(const Kernel& kernel, const cudaLaunchConfig_t& config, const Cluster1d& cluster) {
+  if (const Refusal no = refuse_grid(config.gridDim); no.error) return no;
+  if (const Refusal no = refuse_block(kernel, config.blockDim, config.dynamicSmemBytes); no.error) return no;
+  if (!cluster.given) return {};
+  if (const Refusal no = refuse_cluster_size(kernel, cluster.size); no.error) return no;
+  if (config.gridDim.x % cluster.size) return {cudaErrorInvalidConfiguration, "a grid that is no multiple of the cluster"};
+  const Footprint cta = kernel.footprint(product(config.blockDim), config.dynamicSmemBytes);
+  if (!active_clusters(kernel.device, cta, cluster.size)) return {cudaErrorInvalidClusterSize, "a cluster that no GPC holds"};
+  return {};
+}
+
+cudaError_t refused(const Refusal& refusal) {
+  fprintf(stderr, "CUDA on the host: refused, %s (%s)\n", refusal.why, cudaGetErrorName(refusal.error));
+  return answer(refusal.error);
 }
 
 }  // namespace
 
-cudaError_t launch(const Launch& launch) {
-  if (!fits(launch)) return cudaErrorInvalidConfiguration;
-  return run(launch) ? cudaSuccess : cudaErrorLaunchFailure;
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void (*body)(void*), void* context) {
+  if (const cudaError_t error = enter_context()) return answer(error);
+  const Kernel kernel(function);
+  Cluster1d cluster;
+  if (const Refusal no = read_attributes(config, cluster); no.error) return refused(no);
+  if (const Refusal no = refuse_launch(kernel, config, cluster); no.error) return refused(no);
+  Launch launch = {config.gridDim, config.blockDim, cluster.size, config.dynamicSmemBytes, body, context};
+  launch.identity = identity(function);
+  launch.code = kernel.device.ptx;
+  launch.static_shared = &kernel.state.static_shared;
+  launch.most_static_shared = kernel.device.toy ? SIZE_MAX : kernel.most_static(config.dynamicSmemBytes);
+  switch (run(launch)) {
+    case Outcome::DONE: return cudaSuccess;
+    case Outcome::REFUSED: return answer(cudaErrorInvalidValue);
+    default: return answer(broken[current_device()] = cudaErrorLaunchFailure);
+  }
 }
 
-int max_clusters(unsigned threads, unsigned cluster, size_t shared_bytes) {
-  const Launch one = {cluster, threads, cluster, shared_bytes, nullptr, nullptr};
-  return fits(one) ? std::max(1, DEVICES[in_use].processors / int(cluster)) : 0;
-}
+void set_registers(const void* kernel, int registers) { state_of(kernel).registers = registers; }
 
 }  // namespace host
 }  // namespace anl
 
 using namespace anl::host;
 
-extern "C" __attribute__((visibility("default"))) int anl_host_use_device(int device) {
-  if (device < 0 || device >= NUM_DEVICES) return -1;
-  in_use = device;
+// ---- for the tests, by ctypes ----------------------------------------------------------------------------------------------
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// That one is current where nobody has chosen another; no context is made.
+EXPORTED int anl_host_use_device(int device) {
+  if (!exists(device)) return -1;
+  first_device = device;
+  host_thread.contexts.clear();
   return 0;
 }
+// A bit for each device that has a context.
+EXPORTED unsigned anl_host_contexts() { return created; }
+EXPORTED void anl_host_create_context(int device) { create_context(device); }
+// The device whose context is current in this thread; -1: none is.
+EXPORTED int anl_host_current_context() { return host_thread.contexts.empty() ? -1 : host_thread.contexts.back(); }
+EXPORTED int anl_host_set_device(int device) { return cudaSetDevice(device); }
+// No contexts, in this thread none that is current, no errors. What kernels were told and what is known of them stays:
+// csrc/cuda tells them once.
+EXPORTED void anl_host_reset() {
+  created = 0;
+  for (std::atomic<cudaError_t>& error : broken) error = cudaSuccess;
+  host_thread = {};
+}
+
+// ---- the runtime -----------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = NUM_DEVICES;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = in_use;
+  *device = current_device();
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return anl_host_use_device(device) ? cudaErrorInvalidDevice : cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  if (!exists(device)) return answer(cudaErrorInvalidDevice);
+  create_context(device);
+  if (host_thread.contexts.empty()) host_thread.contexts.push_back(device);
+  host_thread.contexts.back() = device;
+  return answer(broken[device]);
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= NUM_DEVICES) return cudaErrorInvalidDevice;
-  const Device& d = DEVICES[device];
+  if (!exists(device)) return answer(cudaErrorInvalidDevice);
+  const Device& d = device_of(device);
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = d.threads; break;
-    case cudaDevAttrMultiProcessorCount: *value = d.processors; break;
-    case cudaDevAttrL2CacheSize: *value = d.l2_bytes; break;
+    case cudaDevAttrMultiProcessorCount: *value = d.gpcs.processors(); break;
+    case cudaDevAttrL2CacheSize: *value = d.l2; break;
     case cudaDevAttrComputeCapabilityMajor: *value = d.major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = d.minor; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = d.shared_bytes < (48 << 10) ? d.shared_bytes : 48 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = d.shared_bytes; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = d.shared_bytes + 1024; break;
-    case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2 * d.threads; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = std::min(d.shared, SHARED_WITHOUT_ASKING); break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = d.shared; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = d.shared_per_sm; break;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = RESERVED_SHARED; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = d.threads_per_sm; break;
     case cudaDevAttrMaxRegistersPerBlock: *value = d.registers; break;
-    case cudaDevAttrClusterLaunch: *value = d.major >= 9; break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = d.registers_per_sm; break;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: *value = d.ctas_per_sm; break;
+    case cudaDevAttrClusterLaunch: *value = d.max_cluster > 0; break;
+    default: return answer(cudaErrorInvalidValue);
   }
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device < 0 || device >= NUM_DEVICES) return cudaErrorInvalidDevice;
-  const Device& d = DEVICES[device];
+  if (!exists(device)) return answer(cudaErrorInvalidDevice);
+  const Device& d = device_of(device);
   *properties = {};
   snprintf(properties->name, sizeof(properties->name), "%s", d.name);
   properties->major = d.major;
   properties->minor = d.minor;
-  properties->multiProcessorCount = d.processors;
+  properties->multiProcessorCount = d.gpcs.processors();
   return cudaSuccess;
 }
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError() {
+  const cudaError_t stays = created >> current_device() & 1 ? broken[current_device()].load() : cudaSuccess;
+  return stays ? stays : host_thread.last_error;
+}
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = cudaPeekAtLastError();
+  host_thread.last_error = cudaSuccess;
+  return error;
+}
 
 const char* cudaGetErrorName(cudaError_t error) {
+#define NAMED(name) \
+  case name: return #name;
   switch (error) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorNoDevice: return "cudaErrorNoDevice";
-    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-    default: return "cudaErrorLaunchFailure";
+    NAMED(cudaSuccess)
+    NAMED(cudaErrorInvalidValue)
+    NAMED(cudaErrorMemoryAllocation)
+    NAMED(cudaErrorInvalidConfiguration)
+    NAMED(cudaErrorInsufficientDriver)
+    NAMED(cudaErrorInvalidDeviceFunction)
+    NAMED(cudaErrorNoDevice)
+    NAMED(cudaErrorInvalidDevice)
+    NAMED(cudaErrorDeviceUninitialized)
+    NAMED(cudaErrorNoKernelImageForDevice)
+    NAMED(cudaErrorInvalidPtx)
+    NAMED(cudaErrorUnsupportedPtxVersion)
+    NAMED(cudaErrorIllegalAddress)
+    NAMED(cudaErrorLaunchOutOfResources)
+    NAMED(cudaErrorLaunchTimeout)
+    NAMED(cudaErrorIllegalInstruction)
+    NAMED(cudaErrorMisalignedAddress)
+    NAMED(cudaErrorLaunchFailure)
+    NAMED(cudaErrorNotSupported)
+    NAMED(cudaErrorStreamCaptureInvalidated)
+    NAMED(cudaErrorInvalidClusterSize)
+    NAMED(cudaErrorUnknown)
   }
+#undef NAMED
+  return "unrecognized error code";
 }
 const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
+  *version = VERSION;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  if (const cudaError_t error = enter_context()) return answer(error);
   memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  if (const cudaError_t error = enter_context()) return answer(error);
+  const Kernel kernel(function);
+  *attributes = {};
+  attributes->sharedSizeBytes = kernel.static_shared();
+  attributes->maxThreadsPerBlock = kernel.max_threads();
+  attributes->numRegs = kernel.state.registers;
+  attributes->ptxVersion = kernel.device.ptx;
+  attributes->binaryVersion = kernel.device.binary;
+  attributes->maxDynamicSharedSizeBytes = kernel.max_dynamic();
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (const cudaError_t error = enter_context()) return answer(error);
+  const Kernel kernel(function);
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || kernel.static_shared() + size_t(value) > size_t(kernel.device.shared)) return answer(cudaErrorInvalidValue);
+    kernel.told.dynamic = value;
+  } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    kernel.told.wide_clusters = value != 0;
+  } else {
+    return answer(cudaErrorInvalidValue);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function, const cudaLaunchConfig_t* config) {
+  if (const cudaError_t error = enter_context()) return answer(error);
+  const Kernel kernel(function);
+  Cluster1d cluster;
+  if (const Refusal no = read_attributes(*config, cluster); no.error) return answer(no.error);
+  if (!cluster.given) return answer(cudaErrorInvalidClusterSize);  // "must be specified, else [...] an error"
+  if (const Refusal no = refuse_cluster_size(kernel, cluster.size); no.error) return answer(no.error);
+  *clusters = 0;
+  if (refuse_block(kernel, config->blockDim, config->dynamicSmemBytes).error) return cudaSuccess;
+  *clusters = active_clusters(kernel.device, kernel.footprint(product(config->blockDim), config->dynamicSmemBytes), cluster.size);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* cluster, const void* function, const cudaLaunchConfig_t* config) {
+  if (const cudaError_t error = enter_context()) return answer(error);
+  const Kernel kernel(function);
+  if (!kernel.device.max_cluster) return answer(cudaErrorNotSupported);
+  *cluster = 0;
+  if (refuse_block(kernel, config->blockDim, config->dynamicSmemBytes).error) return cudaSuccess;
+  const Footprint cta = kernel.footprint(product(config->blockDim), config->dynamicSmemBytes);
+  int size = kernel.told.wide_clusters ? kernel.device.max_cluster : std::min(kernel.device.max_cluster, PORTABLE_CLUSTER);
+  while (size > 0 && !active_clusters(kernel.device, cta, unsigned(size))) --size;
+  *cluster = size;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads, size_t shared_bytes) {
+  if (const cudaError_t error = enter_context()) return answer(error);
+  if (threads <= 0) return answer(cudaErrorInvalidValue);
+  const Kernel kernel(function);
+  const bool fits = !refuse_block(kernel, dim3(unsigned(threads)), shared_bytes).error;
+  *blocks = fits ? ctas_per_sm(kernel.device, kernel.footprint(unsigned(threads), shared_bytes)) : 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* status) {
+  static const std::map<std::string_view, void*> known = {
+      {"cuDeviceGet", reinterpret_cast<void*>(get_device)},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(retain)},
+      {"cuCtxPushCurrent", reinterpret_cast<void*>(push)},
+      {"cuCtxPopCurrent", reinterpret_cast<void*>(pop)},
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(get_current)},
+  };
+  if (!symbol || !function || flags != cudaEnableDefault || version > VERSION) return answer(cudaErrorInvalidValue);
+  const auto found = known.find(symbol);
+  *function = found == known.end() ? nullptr : found->second;
+  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

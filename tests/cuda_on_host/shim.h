@@ -1,7 +1,8 @@
 // CUDA C++ for g++: included before everything else when a .cu file is compiled for the host (-DANL_CUDA_ON_HOST).
 //
 // Here are the language's keywords, built-in types and functions. engine.h runs the threads, host_primitives.h has the
-// host's side of csrc/cuda/primitives.cuh (and is included there), host_runtime.h the few functions of the runtime that the launches call.
+// host's side of csrc/cuda/primitives.cuh (and is included there), host_runtime.h what csrc/cuda/launch.cuh and module.cpp
+// call of CUDA's runtime.
 #pragma once
 
 #include <math.h>
@@ -28,8 +29,20 @@
 
 #define threadIdx (::anl::host::self().index)
 #define blockIdx (::anl::host::self().cta->index)
-#define blockDim (::anl::host::self().cta->launch->block)
-#define gridDim (::anl::host::self().cta->launch->grid)
+
+// Objects, not macros: the launches have members of these names.
+template <dim3 anl::host::Launch::* SIZE>
+struct anl_launch_size {
+  template <unsigned dim3::* D>
+  struct Of {
+    operator unsigned() const { return ::anl::host::self().cta->launch->*SIZE.*D; }
+  };
+  Of<&dim3::x> x;
+  Of<&dim3::y> y;
+  Of<&dim3::z> z;
+};
+inline constexpr anl_launch_size<&anl::host::Launch::block> blockDim;
+inline constexpr anl_launch_size<&anl::host::Launch::grid> gridDim;
 
 struct alignas(8) uint2 {
   unsigned x, y;
