@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from unittest import mock
 
 import cuda_on_host.build
-import torch
+from devices import GPU
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
 TRITON_PATHS = ("tile", "loop", "split")
 CUDA_HOSTS = ("host", "host-sm80", "host-warp")  # the kernels compiled for the CPU, as on devices that do not exist
-# A backend joins the conformance suite by its name here (and in helpers.DEVICES its device): (id, variant), where a
+# A backend joins the conformance suite by its name here: (id, variant), where a
 # variant is the CPU's instruction set, or the kernel that Triton is made to take.
 CANDIDATES = [
     ("reference", None),
@@ -50,7 +50,7 @@ def variants(name):
     if name == "cpu":
         return runnable_isas()
     if name == "cuda":
-        return [None] if torch.cuda.is_available() else CUDA_HOSTS if cuda_on_host.build.compiler() else []
+        return [None] if GPU else CUDA_HOSTS if cuda_on_host.build.compiler() else []
     return [None, *TRITON_PATHS] if name == "triton" else [None]
 
 
@@ -64,16 +64,19 @@ class Backend:
         self.checks_labels = self.name in ("cpu", "reference")  # a GPU's would wait for the device
         self.isa = variant if self.name == "cpu" else None
         self.on_host = self.name == "cuda" and variant is not None
-        self.on_gpu = self.name in ("cuda", "triton") and torch.cuda.is_available() and not self.on_host
-        self.interpreted = self.name == "triton" and not torch.cuda.is_available()  # a thousand times slower
+        self.on_gpu = self.name in ("cuda", "triton") and GPU is not None
+        self.device = GPU if self.on_gpu else "cpu"  # where its tensors live
+        self.interpreted = self.name == "triton" and GPU != "cuda"  # a thousand times slower
+        self.forced = self.name == "triton" and variant is not None  # each path compiles every kernel anew
+        self.limited = self.interpreted or self.forced
 
     def __repr__(self):
         return self.identity
 
     def few(self, cases, count=2):
-        """All `cases`; where kernels are interpreted, the first and the last, `count` in all."""
+        """All `cases`; where that would take too long, the first and the last, `count` in all."""
         cases = list(cases)
-        if not self.interpreted or len(cases) <= count:
+        if not self.limited or len(cases) <= count:
             return cases
         return cases[: count - 1] + cases[-1:]
 

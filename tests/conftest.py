@@ -1,36 +1,40 @@
 """Backends as a fixture: every one that can run here, the CPU's once for each instruction set.
 
-Fresh memory is full of NaN while a test runs (poison).
+`-m gpu` selects what a machine with a GPU should run: the tests of the backends that run there, with tensors that live
+there, and the tests marked so. Fresh memory is full of NaN while a test runs (poison).
 """
 
 import importlib.util
 import os
 import types
 
+import devices
 import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: `poison` asks for determinism
+if devices.GPU != "cuda":  # before Triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if devices.EMULATED:
+    devices.emulate()
 
 from candidates import BACKENDS, ONCE, Backend, cpu_module
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreted(**values): the parameters that interpreted kernels are tested with")
-    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    config.addinivalue_line("markers", "interpreted(**values): the parameters that slow kernels are tested with")
+    config.addinivalue_line("markers", "not_emulated(why): what only a real GPU has")
+    if devices.GPU != "cuda" and importlib.util.find_spec("triton"):
         speed_up_interpreter()
     torch.set_num_threads(1)  # small tensors; what needs threads asks for them
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA or AMD GPU")
-    config.addinivalue_line("markers", "slow: several seconds, or gigabytes of memory")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
 
 
 def pytest_report_header():
     import anl_kernels
 
-    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, backends: {', '.join(map(repr, BACKENDS))}"
+    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, GPU: {devices.GPU}, backends: {BACKENDS}"
 
 
 NO_CASES = types.SimpleNamespace(params={})
@@ -46,17 +50,24 @@ def pytest_collection_modifyitems(config, items):
             isinstance(value, Backend) and value.on_gpu for value in getattr(item, "callspec", NO_CASES).params.values()
         ):
             item.add_marker("gpu")
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not devices.GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+        mark = item.get_closest_marker("not_emulated")
+        if mark and devices.EMULATED:
+            item.add_marker(pytest.mark.skip(reason=f"no emulation of {mark.args[0]}"))
 
 
 def interpreter_takes(item):
-    """Whether an interpreted backend takes part in a test: with the values that its markers `interpreted` list.
+    """Whether a slow backend takes part in a test: with the values that its markers `interpreted` list.
 
-    A path that Triton is made to take does where the marker has forced=dict(...), further values.
+    Slow are interpreted kernels, and compiled ones too: Triton compiles one for every loss, dtype and kind of shape.
+    ANL_TEST_TRITON=full runs all that is compiled. A path that Triton is made to take, interpreted or not, takes part
+    where the marker has forced=dict(...), further values.
     """
     values = getattr(item, "callspec", None) and item.callspec.params
-    found = [v for v in (values or {}).values() if isinstance(v, Backend) and v.interpreted]
+    found = [v for v in (values or {}).values() if isinstance(v, Backend) and (v.limited or v.name == "triton")]
+    if found and not found[0].limited and os.environ.get("ANL_TEST_TRITON") == "full":
+        return True
     marks = list(item.iter_markers("interpreted"))
     if not found or not (marks or found[0].variant):
         return True
@@ -117,6 +128,23 @@ def one_fused(request):
     """Every fused backend once, with its best variant."""
     with request.param.in_use():
         yield request.param
+
+
+@pytest.fixture
+def device(request):
+    """Where the tensors of the test's backend live."""
+    names = [name for name in ("backend", "fused", "one_backend", "one_fused") if name in request.fixturenames]
+    return torch.device(request.getfixturevalue(names[0]).device)
+
+
+@pytest.fixture
+def on_device(device):
+    """Tensors are made there by default: for a test that calls the package itself, not by helpers.calculate."""
+    if device.type == "cpu":
+        yield device
+        return
+    with device:
+        yield device
 
 
 @pytest.fixture
