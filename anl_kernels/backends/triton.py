@@ -125,6 +125,23 @@ def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
     return reduce.scale(grad, factor) if keep else reduce.scale_(grad, factor)
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return _interpreted()
+
+
+def device_type() -> str:
+    return _device_type()
+
+
+def splits(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether contiguous (rows, classes) logits would be split over programs that wait for one another."""
+    passes, launch, *_ = _kernels()
+    strides = (classes, 1, 0)
+    view = launch.view_of((rows, classes, 1), dtype.itemsize, strides, strides)
+    return passes.plan(view, dtype.itemsize, launch.target_of(device)).split is not None
+
+
 def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
     return autograd.robust_loss(_this, logits, target, weight, call)
 
