@@ -48,7 +48,8 @@ class Driver:
     def launcher_cls(self, src, metadata):
         def run(x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
             hooks = [getattr(hook, "calls", hook) or None for hook in (enter_hook, exit_hook)]
-            self.launches.append((function, (x, y, z), stream, packed_metadata, launch_metadata, *hooks, arguments))
+            told = launch_metadata if any(hooks) else None  # it is for them
+            self.launches.append((function, (x, y, z), stream, packed_metadata, told, *hooks, arguments))
 
         return run
 
