@@ -75,9 +75,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
         tuple(call.terms), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64
     )
     weight = None if weight is None else weight.contiguous()
-    return passes.row_loss(
-        program, rows, view, target.contiguous(), call.ignore_index, weight, call.reduction, grad, coefs
-    )
+    return passes.row_loss(program, call, rows, view, target.contiguous(), weight, grad, coefs)
 
 
 def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     rows, shape, strides = as_rows(logits)
     view = launch.view_of(shape, logits.element_size(), strides, strides)
     program = passes.program((), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64)
-    return passes.row_stats(program, rows, view, target.contiguous(), call.ignore_index)
+    return passes.row_stats(program, call, rows, view, target.contiguous())
 
 
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
