@@ -11,7 +11,7 @@
 #   WHEELS         a folder of wheels, of packages that are missing where nothing can be downloaded
 #   STAGE_SECONDS  the longest that a stage may take (530)
 #   CALL_SECONDS   the longest that this call may take (no limit)
-#   TEST_WORKERS   processes of pytest (half of the processors, 8 at most)
+#   TEST_WORKERS   processes of pytest (one a processor, 8 at most)
 #   REHEARSE=1     no GPU: it is emulated (tests/emulated_device), without streams, graphs and speed, and sizes are small
 set -uo pipefail
 STAGES="build tests_cuda tests_triton tests_untrusted sanitizers speed_small speed_128k speed_1m speed_10k speed_big
@@ -28,8 +28,7 @@ work=${WORK:-build/gpu}
 mkdir -p "$work/done"
 work=$(cd "$work" && pwd)
 python=${PYTHON:-python3} rehearse=${REHEARSE:-} limit=${STAGE_SECONDS:-530} wheels=${WHEELS:-}
-workers=$(($(nproc) / 2))
-workers=${TEST_WORKERS:-$((workers > 8 ? 8 : workers < 1 ? 1 : workers))}
+workers=${TEST_WORKERS:-$(($(nproc) > 8 ? 8 : $(nproc)))}
 export work python rehearse wheels workers PYTHONUNBUFFERED=1 PYTHONPATH="$work/site:${PYTHONPATH:-}"
 export ANL_KERNELS_CACHE="$work/cache" CUBLAS_WORKSPACE_CONFIG=:4096:8
 [ -z "$rehearse" ] || export ANL_TEST_DEVICE=emulated TRITON_INTERPRET=1

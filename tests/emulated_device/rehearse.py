@@ -9,11 +9,11 @@ HERE = Path(__file__).resolve().parent
 os.environ.update(ANL_TEST_DEVICE="emulated", TRITON_INTERPRET="1")
 sys.path[:1] = [os.getcwd(), str(HERE.parent)]
 
-import devices
+import devices  # noqa: E402
 
 devices.emulate()
 
-from anl_kernels.cli import verify
+from anl_kernels.cli import verify  # noqa: E402
 
 verify.COMMAND = [sys.executable, __file__, "-m", "anl_kernels"]
 
