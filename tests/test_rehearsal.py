@@ -12,6 +12,8 @@ import cuda_on_host.build
 import devices
 import pytest
 
+import anl_kernels as ak
+
 TESTS = Path(__file__).resolve().parent
 pytestmark = pytest.mark.skipif(
     devices.GPU is not None or not cuda_on_host.build.compiler(), reason="needs g++ on Linux, and no GPU"
@@ -43,9 +45,12 @@ def test_random_numbers_of_the_cpu(one_fused):
 
 def pytest_on_the_emulated_device(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-q", "-rfE", "-p", "no:cacheprovider", *arguments],
-        env={**os.environ, "ANL_TEST_DEVICE": "emulated", "PYTHONPATH": str(TESTS)},
-        cwd=TESTS.parent,
+        [
+            *(sys.executable, "-m", "pytest", "-c", str(TESTS.parent / "pyproject.toml"), "-m", "gpu", "-n", "0"),
+            *("-q", "-rfE", "-p", "no:cacheprovider", *arguments),
+        ],
+        env={**os.environ, "ANL_TEST_DEVICE": "emulated", "PYTHONPATH": f"{TESTS}:{Path(ak.__file__).parents[1]}"},
+        cwd="/",
         capture_output=True,
         text=True,
     )
@@ -54,7 +59,7 @@ def pytest_on_the_emulated_device(*arguments):
 def test_a_tensor_that_is_left_on_the_cpu_fails(tmp_path):
     file = tmp_path / "test_forgetful.py"
     file.write_text(FORGETFUL)
-    done = pytest_on_the_emulated_device("--confcutdir", str(TESTS), "-p", "conftest", str(file), "-k", "cuda")
+    done = pytest_on_the_emulated_device("-p", "conftest", str(file), "-k", "cuda")
     assert done.returncode == 1, done.stdout + done.stderr
     failed = {line.split("::")[1].split("[")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")}
     assert failed == {"test_on_the_cpu", "test_compared_with_the_cpu", "test_random_numbers_of_the_cpu"}, done.stdout
