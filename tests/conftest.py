@@ -24,6 +24,7 @@ from candidates import BACKENDS, ONCE, Backend, cpu_module
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted(**values): the parameters that slow kernels are tested with")
+    config.addinivalue_line("markers", "forced: Triton takes a path that it would not choose itself")
     config.addinivalue_line("markers", "not_emulated(why): what only a real GPU has")
     if devices.GPU != "cuda" and importlib.util.find_spec("triton"):
         speed_up_interpreter()
@@ -48,12 +49,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = taken
     config.hook.pytest_deselected(items=dropped)
     for item in items:
-        if any(
-            isinstance(value, Backend) and value.on_gpu for value in getattr(item, "callspec", NO_CASES).params.values()
-        ):
+        used = [v for v in getattr(item, "callspec", NO_CASES).params.values() if isinstance(v, Backend)]
+        if any(value.on_gpu for value in used):
             item.add_marker("gpu")
         if item.get_closest_marker("gpu") and not devices.GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+        if any(value.forced for value in used):
+            item.add_marker("forced")
         mark = item.get_closest_marker("not_emulated")
         if mark and devices.EMULATED:
             item.add_marker(pytest.mark.skip(reason=f"no emulation of {mark.args[0]}"))
@@ -176,10 +178,10 @@ def poison(request):
     if request.node.get_closest_marker("unpoisoned"):
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA has operators that no test should fail for
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture(autouse=True)

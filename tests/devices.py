@@ -26,7 +26,8 @@ def emulate():
     if importlib.util.find_spec("triton"):
         let_the_interpreter_wait()
     cuda._cuda, cuda._why_not, cuda._DEVICE = adapter.loaded()[0], None, GPU
-    triton._device_type = lambda: GPU
+    for name in ("device_type", "_device_type"):
+        setattr(triton, name, lambda: GPU)
     registry.FUSED_BY_DEVICE[GPU] = ("cuda", "triton")
 
 

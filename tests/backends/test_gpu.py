@@ -123,14 +123,15 @@ def test_two_streams_at_once(backend, gpu, shape):
         problem.load(*on_gpu(devices.GPU, *values))
         problem.step()
     gpu.synchronize()
-    streams, results = [gpu.Stream() for _ in problems], []
+    streams, results = [gpu.Stream() for _ in problems], [[] for _ in problems]
     for _ in range(3 if devices.EMULATED else 20):
-        for stream, problem in zip(streams, problems):
+        for stream, problem, found in zip(streams, problems, results):
             with gpu.stream(stream):
-                results.append((problem, *problem.step()))
+                found.append(problem.step())
     gpu.synchronize()
-    for problem, *result in results:
-        problem.check(result, *data[problems.index(problem)])
+    for problem, values, found in zip(problems, data, results):
+        problem.check(found[0], *values)
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
 # ---- graphs
