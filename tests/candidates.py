@@ -11,7 +11,8 @@ from devices import GPU
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
 TRITON_PATHS = ("tile", "loop", "split", "launches")  # launches: split where no protocol is trusted
-CUDA_HOSTS = ("host", "host-sm80", "host-warp")  # the kernels compiled for the CPU, as on devices that do not exist
+# The kernels compiled for the CPU, as on devices that do not exist; launches: where no protocol is trusted.
+CUDA_HOSTS = ("host", "host-sm80", "host-warp", "host-launches")
 # A backend joins the conformance suite by its name here: (id, variant), where a
 # variant is the CPU's instruction set, or the kernel that Triton is made to take.
 CANDIDATES = [
@@ -101,7 +102,9 @@ class Backend:
         elif self.on_host:
             from cuda_on_host import adapter
 
-            with adapter.on_host(self.variant):
+            device = self.variant.removesuffix("-launches")
+            trust = {} if device == self.variant else {"ANL_KERNELS_TRUST": "none"}
+            with adapter.on_host(device), mock.patch.dict(os.environ, trust):
                 yield
         else:
             yield

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..backends import LaunchRefused
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -198,6 +200,15 @@ def launch(kernel, grid, args: tuple, constexprs: dict, config: LaunchConfig, de
     else:
         with torch.get_device_module(device).device(device):
             _launch_here(kernel, grid, args, constexprs, config, driver, device.index)
+
+
+def launch_first(kernel, grid, args: tuple, constexprs: dict, config: LaunchConfig, device: torch.device) -> None:
+    """`launch` of a kernel before which no result was written: LaunchRefused where the device cannot hold it."""
+    try:
+        launch(kernel, grid, args, constexprs, config, device)
+    except triton.runtime.errors.OutOfResources as error:
+        name = kernel.fn.__name__
+        raise LaunchRefused(f"anl_kernels: the device refuses to launch {name}: {error}") from None
 
 
 class _Compiled(NamedTuple):

@@ -161,7 +161,7 @@ def _launch(p, this, logits, view, target, ignore_index, weight, denominator, re
     if p.split is not None:
         _launch_split(p, this.needs, args, constexprs, logits)
     else:
-        launch.launch(p.kernel, (p.row_blocks, 1, 1), args, constexprs, p.config, logits.device)
+        launch.launch_first(p.kernel, (p.row_blocks, 1, 1), args, constexprs, p.config, logits.device)
 
 
 def _launch_split(p: Plan, needs: int, args: tuple, constexprs: dict, logits: Tensor) -> None:
@@ -177,7 +177,7 @@ def _launch_split(p: Plan, needs: int, args: tuple, constexprs: dict, logits: Te
     args += (sums, counters, p.row_blocks, parts, blocks, group)
     for phase, programs in launches:
         compiled_in = {**constexprs, "PARTS": launch.power_of_2(parts), "PHASE": phase}
-        launch.launch(split_kernel, (programs, 1, 1), args, compiled_in, p.config, logits.device)
+        launch.launch_first(split_kernel, (programs, 1, 1), args, compiled_in, p.config, logits.device)
 
 
 def _lanes(view, BLOCK_K: int) -> int:

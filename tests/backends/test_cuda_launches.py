@@ -134,6 +134,31 @@ def test_a_gradient_that_is_refused_in_backward(host, caplog, monkeypatch):
     assert "the reference backend runs it" in caplog.text
 
 
+@pytest.mark.parametrize("keywords", [{}, dict(recompute=True), dict(inplace=True)], ids=str)
+def test_a_triton_kernel_that_does_not_fit(monkeypatch, caplog, keywords):
+    """Triton finds out when it loads a kernel, before it is launched."""
+    pytest.importorskip("triton")
+    from triton.runtime.errors import OutOfResources
+
+    from anl_kernels.kernels import launch
+
+    def refuse(kernel, *arguments):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(layout, "_said", set())
+    monkeypatch.setitem(registry.FUSED_BY_DEVICE, "cpu", ("triton",))
+    logits, target = problem(rows=5, classes=40)
+    monkeypatch.setattr(launch, "launch", refuse)
+    with pytest.raises(LaunchRefused, match="refuses to launch tile_kernel: out of resource: shared memory"):
+        run(logits, target, backend="triton", **keywords)
+    if "inplace" in keywords:  # the reference keeps the logits
+        with pytest.raises(LaunchRefused, match="tile_kernel"):
+            run(logits, target, **keywords)
+    else:
+        is_right(run(logits, target, **keywords), logits, target)
+        assert "tile_kernel" in caplog.text and "the reference backend runs it" in caplog.text
+
+
 def test_a_named_backend_is_never_left(host):
     logits, target = problem(rows=5, classes=40)
     host.anl_host_refuse(ALL, INVALID_CONFIGURATION)
