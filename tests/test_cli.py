@@ -128,6 +128,14 @@ def emulated(tmp_path, monkeypatch):
         yield use
 
 
+def test_info_says_which_protocols_are_used(emulated, capsys):
+    trust.record("cuda.split", HERE, {})
+    assert main(["info"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    states = {line[0]: line[1].rstrip(",") for line in lines if line and line[0].startswith("cuda.")}
+    assert states == {"cuda.tickets": "no", "cuda.split": "yes", "cuda.cluster": "no"}
+
+
 def remembered():
     return {key.split(" on ")[0] for key in trust.FILE.read()}
 

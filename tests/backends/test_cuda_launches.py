@@ -134,6 +134,20 @@ def test_a_gradient_that_is_refused_in_backward(host, caplog, monkeypatch):
     assert "the reference backend runs it" in caplog.text
 
 
+def test_a_linear_head(host, caplog, monkeypatch):
+    monkeypatch.setattr(triton, "unavailable", lambda: "not here")
+    g = helpers.generator(3)
+    hidden, weight = torch.randn(5, 8, generator=g), torch.randn(40, 8, generator=g).requires_grad_()
+    target = torch.arange(5)
+    wanted = torch.autograd.grad(ak.anl_ce(hidden @ weight.t(), target, backend="reference"), weight)[0]
+    host.anl_host_refuse(ALL, INVALID_CONFIGURATION)
+    (got,) = torch.autograd.grad(ak.linear_anl_ce(hidden, weight, target), weight)
+    torch.testing.assert_close(got, wanted)
+    assert "made in full" in caplog.text
+    with pytest.raises(LaunchRefused, match="rows_small"):
+        ak.linear_anl_ce(hidden, weight, target, backend="cuda")
+
+
 @pytest.mark.parametrize("keywords", [{}, dict(recompute=True), dict(inplace=True)], ids=str)
 def test_a_triton_kernel_that_does_not_fit(monkeypatch, caplog, keywords):
     """Triton finds out when it loads a kernel, before it is launched."""
