@@ -204,11 +204,13 @@ struct SplitRows {
     }
   }
 
-  ANL_DEVICE void run_live(const Item& item, int64_t y) const {
-    if (item.phase == SECOND && wait(item.row, SECOND) >= GRADIENT) return;  // closed form
-    if (item.phase == GRADIENT) wait(item.row, GRADIENT);
-    run_part(item, y);
-    if (item.phase != GRADIENT && arrive(item.row, item.phase)) conclude(item.row, y, item.phase);
+  ANL_DEVICE void run_live(const Item& item, int64_t y, Step step) const {
+    const int64_t r = item.row;
+    const bool all = step == Step::ALL;
+    if (item.phase == SECOND && (all ? wait(r, SECOND) >= GRADIENT : !scratch.rows[r].sweeps_again)) return;  // closed form
+    if (item.phase == GRADIENT && all) wait(r, GRADIENT);
+    if (step != Step::MERGE) run_part(item, y);
+    if (all ? item.phase != GRADIENT && arrive(r, item.phase) : step == Step::MERGE) conclude(r, y, item.phase);
   }
 
   ANL_DEVICE void write_gradient(const Share<S>& share, const RowState<T>& row) const {
@@ -233,63 +235,41 @@ struct SplitRows {
   }
 };
 
-// f(item, label, kind) for items in the order of their tickets.
-template <class T, class F>
-ANL_DEVICE void each_ticket(const Params& p, unsigned* next, Shared<T>& shared, const F& f) {
-  unsigned ticket = 0;
-  if (threadIdx.x == 0) ticket = atomicAdd(next, 1u);
-  for (;;) {
-    if (threadIdx.x == 0) {
-      shared.item = item_of(p, ticket);
-      if (shared.item.phase != NO_PHASE) ticket = atomicAdd(next, 1u);  // comes while this item is worked on
-    }
-    __syncthreads();
-    const Item item = shared.item;
-    if (item.phase == NO_PHASE) return;
-    if (item.row < p.num_rows) {
-      const int64_t y = label_at(p.call, item.row);
-      f(item, y, label_kind(p.call, y));
-    }
-    __syncthreads();
-  }
+// The i-th item of a launch of one step: a part, or for a merge a row.
+ANL_DEVICE Item dealt_item(const Params& p, Step step, Phase phase, int64_t i) {
+  const int64_t parts = step == Step::MERGE ? 1 : p.plan.lanes;
+  if (i >= p.num_rows * parts) return {NO_PHASE, 0, 0};
+  return {phase, int(i % parts), i / parts};
 }
 
-// The same for `parts` parts of every row, dealt to the CTAs beforehand.
-template <class F>
-ANL_DEVICE void each_dealt(const Params& p, Phase phase, int parts, const F& f) {
-  for (int64_t i = blockIdx.x; i < p.num_rows * parts; i += gridDim.x) {
-    const Item item = {phase, int(i % parts), i / parts};
-    const int64_t y = label_at(p.call, item.row);
-    f(item, y, label_kind(p.call, y));
-    __syncthreads();
-  }
-}
-
+// Items come by tickets (Step::ALL), or are dealt to the CTAs beforehand.
 template <class S, bool FOCAL>
 __global__ void __launch_bounds__(MAX_THREADS, CTAS)
     rows_split_kernel(const __grid_constant__ Params p, const Step step, const Phase phase) {
   using T = acc_t<S>;
   ANL_STATIC_SHARED(Shared<T>, shared);
   const SplitRows<S, FOCAL> rows = {p, shared, Scratch<T>(p), loss_denominator<T>(p)};
-  const auto is_done = [&](int64_t r) { return phase == SECOND && !rows.scratch.rows[r].sweeps_again; };  // closed form
-  if (step == Step::ALL) {
-    each_ticket(p, rows.next_item(), shared, [&](const Item& item, int64_t y, Label kind) {
+  const bool by_tickets = step == Step::ALL;
+  unsigned ticket = 0;
+  if (threadIdx.x == 0 && by_tickets) ticket = atomicAdd(rows.next_item(), 1u);
+  for (int64_t i = blockIdx.x;; i += gridDim.x) {
+    if (threadIdx.x == 0) {
+      shared.item = by_tickets ? item_of(p, ticket) : dealt_item(p, step, phase, i);
+      if (by_tickets && shared.item.phase != NO_PHASE)
+        ticket = atomicAdd(rows.next_item(), 1u);  // comes while this item is worked on
+    }
+    __syncthreads();
+    const Item item = shared.item;
+    if (item.phase == NO_PHASE) return;
+    if (item.row < p.num_rows) {
+      const int64_t y = label_at(p.call, item.row);
+      const Label kind = label_kind(p.call, y);
       if (kind == Label::LIVE)
-        rows.run_live(item, y);
-      else
+        rows.run_live(item, y, step);
+      else if (step != Step::MERGE)
         rows.run_unread(item, y, kind);
-    });
-  } else if (step == Step::PHASE) {
-    each_dealt(p, phase, p.plan.lanes, [&](const Item& item, int64_t y, Label kind) {
-      if (kind != Label::LIVE)
-        rows.run_unread(item, y, kind);
-      else if (!is_done(item.row))
-        rows.run_part(item, y);
-    });
-  } else {
-    each_dealt(p, phase, 1, [&](const Item& item, int64_t y, Label kind) {
-      if (kind == Label::LIVE && !is_done(item.row)) rows.conclude(item.row, y, phase);
-    });
+    }
+    __syncthreads();
   }
 }
 
