@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 from contextlib import contextmanager
 from unittest import mock
 
@@ -9,7 +10,7 @@ import cuda_on_host.build
 from devices import GPU
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
-TRITON_PATHS = ("tile", "loop", "split")
+TRITON_PATHS = ("tile", "loop", "split", "launches")  # launches: split where no protocol is trusted
 CUDA_HOSTS = ("host", "host-sm80", "host-warp")  # the kernels compiled for the CPU, as on devices that do not exist
 # A backend joins the conformance suite by its name here: (id, variant), where a
 # variant is the CPU's instruction set, or the kernel that Triton is made to take.
@@ -94,7 +95,8 @@ class Backend:
         elif self.name == "triton" and self.variant:
             from anl_kernels.kernels import passes
 
-            with mock.patch.object(passes, "plan", triton_plan(self.variant)):
+            trust = {"ANL_KERNELS_TRUST": "none"} if self.variant == "launches" else {}
+            with mock.patch.object(passes, "plan", triton_plan(self.variant)), mock.patch.dict(os.environ, trust):
                 yield
         elif self.on_host:
             from cuda_on_host import adapter
@@ -109,7 +111,7 @@ def triton_plan(path):
     """A choice of kernels that always takes `path`, with blocks so small that few rows and classes are many blocks."""
     from anl_kernels.kernels import launch, passes, rows
 
-    def plan(view, itemsize, target):
+    def plan(view, itemsize, target, may_wait=True):
         if path == "tile":
             config = launch.LaunchConfig(16, launch.power_of_2(view.num_classes), 4)
             return passes.planned(rows.tile_kernel, view, config)
@@ -117,7 +119,8 @@ def triton_plan(path):
         lanes = 1 if view.lanes <= 6 else 16  # one row a program takes ways that several do not
         if path == "loop":
             return passes.planned(rows.loop_kernel, view, launch.LaunchConfig(lanes, classes, 4))
-        return passes.split(view, launch.LaunchConfig(lanes, classes, 4), group=1, programs=3)
+        p = passes.split(view, launch.LaunchConfig(lanes, classes, 4), group=1, programs=3)
+        return p if may_wait else passes.in_launches(p)
 
     return plan
 

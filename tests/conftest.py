@@ -43,8 +43,10 @@ NO_CASES = types.SimpleNamespace(params={})
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses
 def pytest_collection_modifyitems(config, items):
-    dropped = [item for item in items if not interpreter_takes(item)]
-    items[:] = [item for item in items if interpreter_takes(item)]
+    taken = without_repetition([item for item in items if interpreter_takes(item)])
+    kept = set(taken)
+    dropped = [item for item in items if item not in kept]
+    items[:] = taken
     config.hook.pytest_deselected(items=dropped)
     for item in items:
         used = [v for v in getattr(item, "callspec", NO_CASES).params.values() if isinstance(v, Backend)]
@@ -83,6 +85,18 @@ def interpreter_takes(item):
         if all(values[name] in allowed for name, allowed in wanted.items()):
             return True
     return False
+
+
+def without_repetition(items):
+    """Triton's "launches" does the arithmetic of "split": of the two grids of losses and layouts it takes both ends."""
+    repeats = {}
+    for item in items:
+        values = getattr(item, "callspec", NO_CASES).params.values()
+        if any(isinstance(value, Backend) and value.variant == "launches" for value in values):
+            repeats.setdefault(item.originalname, []).append(item)
+    grids = [repeats.pop(name, []) for name in ("test_every_loss", "test_every_layout")]
+    dropped = {item for repeated in (*repeats.values(), *(grid[1:-1] for grid in grids)) for item in repeated}
+    return [item for item in items if item not in dropped]
 
 
 def speed_up_interpreter():

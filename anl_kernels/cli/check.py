@@ -104,8 +104,8 @@ class Errors(NamedTuple):
         # max() would drop a NaN that comes second
         return Errors(*(b if math.isnan(b) else max(a, b) for a, b in zip(self, other)))
 
-    def within(self, dtype: str) -> bool:
-        return self.value <= TOLERANCE[dtype][0] and self.grad <= TOLERANCE[dtype][1]
+    def within(self, dtype: str, slack: float = 1.0) -> bool:
+        return self.value <= slack * TOLERANCE[dtype][0] and self.grad <= slack * TOLERANCE[dtype][1]
 
 
 class Truth(NamedTuple):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ ELEMENTS = 1 << 24  # of the logits of one case: the float64 formulas make ten t
 CASES = 5  # of each dtype
 DTYPES = ("fp32", "bf16")
 LOSSES = ("ANL-CE", "ANL-FL", "2 NCE + 3 RCE + AGCE")
+SLACK = 4  # times the tolerance of `check`, whose rows are a thousandth as long; a broken protocol is far beyond
 REPEATS = 4  # the same bits every time, or it is a race
 WAYS = ("mean", "inplace", "none")
 
@@ -45,9 +47,11 @@ class Outcome(NamedTuple):
 
 def in_a_process(arguments: list[str], seconds: float, **environment: str) -> Outcome:
     """`python -m anl_kernels ARGUMENTS`, stopped after so many seconds."""
+    package = str(Path(ak.__file__).parents[1])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [*COMMAND, *arguments],
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,7 +126,7 @@ USES = {
     "cuda.tickets": uses_cuda(("rows_small", "rows_block", "rows_split", "spatial"), "tickets"),
     "cuda.split": uses_cuda(("rows_split",), "split"),
     "cuda.cluster": uses_cuda(("rows_cluster",), "cluster"),
-    "triton.split": lambda *shape: triton.splits(*shape),
+    "triton.split": triton.splits,
 }
 
 
@@ -137,7 +141,7 @@ def failures(protocol: str, device: torch.device) -> tuple[int, list[str]]:
             about = f"{loss.name} {tuple(logits.shape)} {dtype}"
             for way in WAYS:
                 errors = check.compare(loss, backend, logits, target, expected, way)
-                if not errors.within(dtype):
+                if not errors.within(dtype, SLACK):
                     wrong.append(f"{about} {way}: error {errors.value:.1e} / {errors.grad:.1e}")
             if not same_bits(loss, backend, logits, target):
                 wrong.append(f"{about}: other bits when it is repeated")

@@ -10,8 +10,8 @@ from anl_kernels.backends import cuda
 
 # Devices of host_devices.cpp. The first three are small: a few hundred classes are long rows there.
 SMALL = ("host", "host-sm80", "host-warp")
-# And with NVIDIA's numbers: "h20" has too few multiprocessors per GPC for the widest clusters, "mig" is a slice of an
-# H200, "h100-of-80" runs what was compiled for an A100 (and as PTX for what is newer).
+# And with NVIDIA's numbers: "h20" has too few multiprocessors a GPC for the widest clusters, "mig" is part of an H200,
+# "h100-of-80" runs what was compiled for an A100 (and as PTX for what is newer).
 LARGE = ("host-h100", "host-a100", "host-h200", "host-h20", "host-b200", "host-rtx4090", "host-rtx5090", "host-mig")
 LARGE += ("host-h100-of-80",)
 DEVICES = {name: index for index, name in enumerate(SMALL + LARGE)}

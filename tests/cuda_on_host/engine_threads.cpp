@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <thread>
 
 #include "engine.h"
@@ -15,26 +16,40 @@ namespace {
 
 constexpr size_t UNDER_WAY = 2;  // clusters at a time
 
-void run_cluster(const Launch& launch, unsigned number) {
-  Cluster cluster(launch, uint64_t(number) * launch.cluster);
-  const unsigned x = launch.block.x, y = launch.block.y;
-  std::vector<std::thread> threads;
-  for (const std::unique_ptr<Cta>& cta : cluster.ctas) {
-    for (unsigned i = 0; i < launch.threads(); ++i) {
-      threads.emplace_back([&launch, &cta, i, x, y] {
-        Thread own{};
-        own.index = {i % x, i / x % y, i / x / y};
-        own.warp = i / 32;
-        own.lane = i % 32;
-        own.cta = cta.get();
-        current = &own;
-        launch.kernel(launch.context);
-        own.finish();
-      });
+// Clusters one after the other, all by the same threads: to make a thread takes longer than most of them live. Between
+// two clusters they meet, so nothing that is in order here was not when every cluster had threads of its own.
+struct Slot {
+  const Launch& launch;
+  const unsigned threads;
+  std::barrier<> meeting;
+  std::unique_ptr<Cluster> cluster;  // null: there are no more
+
+  explicit Slot(const Launch& launch)
+      : launch(launch), threads(launch.threads() * launch.cluster), meeting(threads) {}
+
+  template <class Next>
+  void work(unsigned number, const Next& next) {
+    for (;;) {
+      if (number == 0) cluster = next();
+      meeting.arrive_and_wait();
+      if (!cluster) return;
+      run_thread(*cluster->ctas[number / launch.threads()], number % launch.threads());
+      meeting.arrive_and_wait();
     }
   }
-  for (std::thread& thread : threads) thread.join();
-}
+
+  void run_thread(Cta& cta, unsigned i) {
+    const unsigned x = launch.block.x, y = launch.block.y;
+    Thread own{};
+    own.index = {i % x, i / x % y, i / x / y};
+    own.warp = i / 32;
+    own.lane = i % 32;
+    own.cta = &cta;
+    current = &own;
+    launch.kernel(launch.context);
+    own.finish();
+  }
+};
 
 }  // namespace
 
@@ -50,7 +65,8 @@ void Meeting::arrive_and_wait() {
     syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
 }
 
-void yield() { std::this_thread::yield(); }
+// Asleep: hundreds of threads that spin leave the one that they wait for no time.
+void yield() { std::this_thread::sleep_for(std::chrono::microseconds(300)); }
 
 void fail(const char* message) {
   fprintf(stderr, "CUDA on the host: %s\n", message);
@@ -64,14 +80,19 @@ void cluster_arrive() {
 void cluster_wait() { self().cta->cluster->barrier.wait(std::move(*self().cluster_token)); }
 
 Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, unsigned) {
-  std::atomic<size_t> next{0};
-  std::vector<std::thread> slots;
-  for (size_t slot = 0; slot < std::min(UNDER_WAY, order.size()); ++slot) {
-    slots.emplace_back([&] {
-      for (size_t i = next++; i < order.size(); i = next++) run_cluster(launch, order[i]);
-    });
+  std::atomic<size_t> taken{0};
+  const auto next = [&]() -> std::unique_ptr<Cluster> {
+    const size_t i = taken++;
+    return i < order.size() ? std::make_unique<Cluster>(launch, uint64_t(order[i]) * launch.cluster) : nullptr;
+  };
+  std::vector<std::unique_ptr<Slot>> slots;
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < std::min(UNDER_WAY, order.size()); ++i) {
+    slots.push_back(std::make_unique<Slot>(launch));
+    for (unsigned number = 0; number < slots.back()->threads; ++number)
+      threads.emplace_back([slot = slots.back().get(), number, &next] { slot->work(number, next); });
   }
-  for (std::thread& slot : slots) slot.join();
+  for (std::thread& thread : threads) thread.join();
   return Outcome::DONE;
 }
 

@@ -103,7 +103,7 @@ inline Phase unpack(uint64_t word) {
 
 // f(phase), and the next phase if that is complete. What the thread has done before is seen by whoever waits.
 template <class F>
-void change(Barrier* barrier, const F& f) {
+void change(Barrier* barrier, const F& f, std::memory_order order = std::memory_order_release) {
   std::atomic_ref<uint64_t> word(barrier->word);
   uint64_t before = word.load(std::memory_order_relaxed);
   Phase x;
@@ -113,7 +113,7 @@ void change(Barrier* barrier, const F& f) {
     if (x.bytes > MOST_BYTES || x.bytes < -MOST_BYTES) host::fail("more bytes than a barrier counts");
     if (!x.pending && x.bytes < 0) host::fail("a barrier was told to expect fewer bytes than were copied");
     if (!x.pending && !x.bytes) x = {0, x.arrivals, x.arrivals, x.number + 1};
-  } while (!word.compare_exchange_weak(before, pack(x), std::memory_order_release, std::memory_order_relaxed));
+  } while (!word.compare_exchange_weak(before, pack(x), order, std::memory_order_relaxed));
 }
 
 inline void barrier_init(Barrier* barrier, unsigned arrivals) {
@@ -121,13 +121,15 @@ inline void barrier_init(Barrier* barrier, unsigned arrivals) {
   if (!arrivals || arrivals > MOST_ARRIVALS) host::fail("a barrier for no such number of arrivals");
   barrier->word = pack({0, arrivals, arrivals, 0});
 }
-inline void barrier_expect(Barrier* barrier, unsigned bytes) {
+inline void arrive(Barrier* barrier, unsigned bytes, std::memory_order order) {
   needs_sm90();
-  change(barrier, [bytes](Phase& x) {
+  const auto expect = [bytes](Phase& x) {
+    if (!x.pending--) host::fail("more arrivals at a barrier than it was made for");
     x.bytes += bytes;
-    --x.pending;
-  });
+  };
+  change(barrier, expect, order);
 }
+inline void barrier_expect(Barrier* barrier, unsigned bytes) { arrive(barrier, bytes, std::memory_order_release); }
 
 // Late copies are made by whoever next looks whether the phase is complete, when nothing else is missing.
 inline void make_late_copies(Barrier* barrier, const Phase& phase) {
@@ -152,17 +154,21 @@ inline void bulk_copy(void* shared, const void* global, unsigned bytes, Barrier*
   copy.run();
   change(barrier, [bytes](Phase& x) { x.bytes -= bytes; });
 }
-inline bool barrier_passed(Barrier* barrier, unsigned parity) {
-  const auto look = [barrier] {
-    return unpack(std::atomic_ref<uint64_t>(barrier->word).load(std::memory_order_acquire));
-  };
-  if (const Phase phase = look(); host::COPIES_ARE_LATE && (phase.number & 1) == parity) make_late_copies(barrier, phase);
-  return (look().number & 1) != parity;
+inline Phase phase_of(Barrier* barrier, std::memory_order order) {
+  return unpack(std::atomic_ref<uint64_t>(barrier->word).load(order));
 }
-inline void barrier_wait(Barrier* barrier, unsigned parity) {
+inline bool passed(Barrier* barrier, unsigned parity, std::memory_order order) {
+  const Phase phase = phase_of(barrier, order);
+  if (!host::COPIES_ARE_LATE || (phase.number & 1) != parity) return (phase.number & 1) != parity;
+  make_late_copies(barrier, phase);
+  return (phase_of(barrier, order).number & 1) != parity;
+}
+inline void wait(Barrier* barrier, unsigned parity, std::memory_order order) {
   needs_sm90();
-  while (!barrier_passed(barrier, parity)) host::yield();
+  while (!passed(barrier, parity, order)) host::yield();
 }
+inline void barrier_wait(Barrier* barrier, unsigned parity) { wait(barrier, parity, std::memory_order_acquire); }
+
 inline void bulk_store_fence() { needs_sm90(); }
 inline void bulk_store(void* global, const void* shared, unsigned bytes) {
   needs_sm90();
@@ -177,6 +183,19 @@ template <int N>
 void bulk_store_wait() {
   needs_sm90();
   self().stores.wait(N);
+}
+
+// What mutate_barriers.py puts in place of a stronger one.
+inline void barrier_wait_relaxed(Barrier* barrier, unsigned parity) { wait(barrier, parity, std::memory_order_relaxed); }
+inline void barrier_expect_relaxed(Barrier* barrier, unsigned bytes) { arrive(barrier, bytes, std::memory_order_relaxed); }
+inline unsigned load_relaxed(const unsigned* p) {
+  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(p)).load(std::memory_order_relaxed);
+}
+inline unsigned add_release_alone(unsigned* p, unsigned v) {
+  return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_release);
+}
+inline unsigned add_acquire_alone(unsigned* p, unsigned v) {
+  return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_acquire);
 }
 
 inline unsigned cluster_rank() {
