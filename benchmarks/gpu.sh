@@ -147,6 +147,7 @@ run_stage() {
     # A shell of its own, so that `timeout` can end the whole stage.
     timeout --kill-after=10 "$seconds" bash -c 'set -uo pipefail; . "$work/functions"; "run_$1"' stage "$stage" 2>&1 | tee "$work/$stage.log"
     code=${PIPESTATUS[0]}
+    [ "$code" = 0 ] || echo  # it may have been stopped within a line
     grep -E "^(FAILED|ERROR) |^[=]+ .*(passed|failed|error).* in " "$work/$stage.log" | cut -c1-200 | tail -n 60 >> "$work/summary.txt"
     if [ "$code" = 0 ]; then
         touch "$work/done/$stage"

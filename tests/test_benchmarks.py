@@ -83,6 +83,23 @@ def test_gpu_stages_go_on_where_they_stopped(gpu_stages, tmp_path):
     assert "failed: none; skipped: none; left for another call: build tests_cuda " in again.stdout
 
 
+SANITIZERS = {  # a compute-sanitizer, and what becomes of the stage
+    "echo 'Error: Device not supported'; exit 1": "skipped: compute-sanitizer refuses the device: Error: Device not",
+    "exit 0": "skipped: compute-sanitizer does not see a write out of bounds",
+    'case "$*" in *more) exit 9 ;; esac': "ok",
+    'case "$*" in *more | *gpu_calls*) exit 9 ;; esac': "FAILED with exit code 9",
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers_are_tried_before_they_are_believed(gpu_stages, tmp_path, sanitizer):
+    for name, script in (("compute-sanitizer", sanitizer), ("nvcc", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = gpu_stages("sanitizers", PATH=f"{tmp_path}:{os.environ['PATH']}", CUDACXX="nvcc")
+    assert f"== sanitizers: {SANITIZERS[sanitizer]}" in done.stdout, done.stdout
+
+
 def test_gpu_stages_have_names(gpu_stages):
     assert gpu_stages("nonsense").returncode == 2
 
