@@ -132,12 +132,13 @@ def device_type() -> str:
     return _device_type()
 
 
-def splits(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether contiguous (rows, classes) logits would be split over programs that wait for one another."""
+def plan_for(rows: int, classes: int, dtype: torch.dtype, device: torch.device, may_wait: bool = True):
+    """The kernel that contiguous (rows, classes) logits take, and whether its programs wait for one another."""
     passes, launch, *_ = _kernels()
     strides = (classes, 1, 0)
     view = launch.view_of((rows, classes, 1), dtype.itemsize, strides, strides)
-    return passes.plan(view, dtype.itemsize, launch.target_of(device)).split is not None
+    p = passes.plan(view, dtype.itemsize, launch.target_of(device), may_wait)
+    return p.kernel.fn.__name__, p.split is not None and p.split.one_launch
 
 
 def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:

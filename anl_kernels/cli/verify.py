@@ -24,12 +24,12 @@ from ..backends import cuda, triton
 from . import check, workloads
 
 COMMAND = [sys.executable, "-m", "anl_kernels"]
-SECONDS = 120  # of the process of one protocol; building or compiling its kernels included
+SECONDS = 300  # of the process of one protocol, in which Triton may compile dozens of kernels
 NEVER_USED = 3  # its exit code where no call on this GPU takes the protocol
 ROWS = (1, 3, 300, 4096)
 CLASSES = (64, 403, 1000, 3001, 10_007, 32_000, 50_257, 128_256, 300_001, 1_000_003)
 ELEMENTS = 1 << 24  # of the logits of one case: the float64 formulas make ten times as many
-CASES = 5  # of each dtype
+CASES = 3  # of each kernel and dtype
 DTYPES = ("fp32", "bf16")
 LOSSES = ("ANL-CE", "ANL-FL", "2 NCE + 3 RCE + AGCE")
 SLACK = 4  # times the tolerance of `check`, whose rows are a thousandth as long; a broken protocol is far beyond
@@ -74,14 +74,18 @@ def in_a_process(arguments: list[str], seconds: float, **environment: str) -> Ou
 
 def verify(protocol: str, device: torch.device, seconds: float = SECONDS) -> tuple[str, str]:
     """("verified" | "never used" | "FAIL", why): what a process of its own found, which is remembered."""
-    alone = {trust.VARIABLE: protocol}  # no other protocol takes part
+    known = protocol.split(".")[1] in trust.PROTOCOLS[protocol.split(".")[0]]
+    alone = {trust.VARIABLE: protocol if known else "none"}  # no other protocol takes part
     arguments = ["check", "--here", "--protocol", protocol, "--device", str(device)]
     outcome = in_a_process(arguments, seconds, **alone)
+    if outcome.code == 0 and not known:
+        return "verified", "every kernel that a call takes without them"
     if outcome.code == 0:
         facts = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "cases": outcome.output.strip()}
         kept = trust.record(protocol, device, facts)
         return "verified", "remembered" if kept else f"not remembered: {trust.FILE.path} cannot be written"
-    trust.forget(protocol, device)
+    if known:
+        trust.forget(protocol, device)
     return ("never used", outcome.reason) if outcome.code == NEVER_USED else ("FAIL", outcome.reason)
 
 
@@ -89,17 +93,18 @@ def verify(protocol: str, device: torch.device, seconds: float = SECONDS) -> tup
 
 
 def cases(protocol: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and targets with which a call takes the protocol, in both dtypes: from the smallest to the largest."""
-    for dtype in DTYPES:
-        found = [
-            (rows, classes)
-            for classes in CLASSES
-            for rows in ROWS
-            if rows * classes <= ELEMENTS and USES[protocol](rows, classes, workloads.DTYPES[dtype], device)
-        ]
-        chosen = [found[i * (len(found) - 1) // (CASES - 1)] for i in range(CASES)] if found else []
-        for rows, classes in dict.fromkeys(chosen):
-            yield case(rows, classes, workloads.DTYPES[dtype], device)
+    """Logits and targets of both dtypes: a few sizes, from the least to the largest, for every kernel concerned."""
+    for dtype in map(workloads.DTYPES.get, DTYPES):
+        shapes: dict[str, list[tuple[int, int]]] = {}
+        for classes in CLASSES:
+            for rows in ROWS:
+                kernel = KERNEL_OF[protocol](rows, classes, dtype, device) if rows * classes <= ELEMENTS else None
+                if kernel:
+                    shapes.setdefault(kernel, []).append((rows, classes))
+        for found in shapes.values():
+            chosen = [found[i * (len(found) - 1) // (CASES - 1)] for i in range(CASES)]
+            for rows, classes in dict.fromkeys(chosen):
+                yield case(rows, classes, dtype, device)
 
 
 def case(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -112,21 +117,29 @@ def case(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> t
     return logits.to(dtype), target
 
 
-def uses_cuda(kernels: tuple[str, ...], protocol: str) -> Callable:
-    """Whether a CUDA call with this one protocol takes one of these kernels, and several CTAs."""
+def cuda_kernel(protocols: set[str], kernels: tuple[str, ...] = ()) -> Callable:
+    """The kernel that a CUDA call with these protocols takes, if it has several CTAs and is one of `kernels`."""
 
-    def uses(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> bool:
-        plan = cuda.plan_for(rows, classes, dtype, device, {protocol})
-        return plan["kernel"] in kernels and plan["blocks"] > 1
+    def kernel_of(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        plan = cuda.plan_for(rows, classes, dtype, device, protocols)
+        return plan["kernel"] if plan["blocks"] > 1 and (not kernels or plan["kernel"] in kernels) else None
 
-    return uses
+    return kernel_of
 
 
-USES = {
-    "cuda.tickets": uses_cuda(("rows_small", "rows_block", "rows_split", "spatial"), "tickets"),
-    "cuda.split": uses_cuda(("rows_split",), "split"),
-    "cuda.cluster": uses_cuda(("rows_cluster",), "cluster"),
-    "triton.split": triton.splits,
+def split_kernel(*shape) -> str | None:
+    kernel, waits = triton.plan_for(*shape)
+    return kernel if waits else None
+
+
+# protocol -> the kernel of (rows, classes, dtype, device) with it; None where that does not use it
+KERNEL_OF = {
+    "cuda.launches": cuda_kernel(set()),
+    "cuda.tickets": cuda_kernel({"tickets"}),
+    "cuda.split": cuda_kernel({"split"}, ("rows_split",)),
+    "cuda.cluster": cuda_kernel({"cluster"}, ("rows_cluster",)),
+    "triton.launches": lambda *shape: triton.plan_for(*shape, may_wait=False)[0],
+    "triton.split": split_kernel,
 }
 
 
@@ -178,9 +191,9 @@ def report(backend: str, again: bool) -> tuple[list[list[str]], bool]:
     """A line of the table for each protocol of the backend, and whether one failed."""
     device = ak.registry.device_of(backend)
     rows, failed = [], False
-    for name, purpose in trust.PROTOCOLS[backend].items():
+    for name, purpose in {"launches": "no protocol at all", **trust.PROTOCOLS[backend]}.items():
         protocol = f"{backend}.{name}"
-        if not again and trust.is_verified(protocol, device):
+        if not again and name != "launches" and trust.is_verified(protocol, device):
             state, why = "verified", "before"
         else:
             state, why = verify(protocol, device)
