@@ -242,7 +242,7 @@ def cuda_rules(target):
     print(f"anl_kernels: CUDA kernels for {', '.join(archs)}, by {nvcc}", flush=True)
     sources = sorted((HERE / CUDA).glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
     objects = [(f"{path.stem}.o", CUDA / path.name, code_flags(archs)) for path in sources]
-    objects.append(("select.o", CUDA / "select.cpp", []))
+    objects += [(f"{name}.o", CUDA / f"{name}.cpp", []) for name in ("select", "device")]
     objects.append(("module.o", CUDA / "module.cpp", [*module_includes(), f'-DANL_CUDA_ARCHS="{";".join(archs)}"']))
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
     folders = [Path(nvcc).resolve().parents[1] / name for name in ("lib64", "lib")]

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from . import class_parallel, functional, registry, slices
 from .autograd import _keeps_graph, loss_of_table, once
-from .backends import reference
+from .backends import LaunchRefused, reference
 from .class_parallel import Slice
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, log_once
 from .stats import coefficients, mean_as_sum, softmax_coefs
@@ -113,7 +113,14 @@ def linear_robust_loss(
     _check_labels(labels, call, share.classes)
     hidden, kept, labels = _kept_rows(input.reshape(-1, input.shape[-1]), labels, call)
     plan = _plan(len(labels), share.largest, dtype, hidden.device.type, max_chunk_bytes)
-    result = _head(_Matrices(hidden, weight, bias), labels, class_weight, _Job(call, kernels, plan, share, dtype))
+    job = _Job(call, kernels, plan, share, dtype)
+    try:
+        result = _head(_Matrices(hidden, weight, bias), labels, class_weight, job)
+    except LaunchRefused as refused:
+        if call.explicit or class_group is not None:
+            raise
+        log_once(f"{refused}; a linear head's logits are made in full")
+        return _unfused(input, weight, bias, target, loss, class_weight, call)
     if reduction != "none":
         return result
     if kept is not None:

@@ -24,11 +24,11 @@ class _Kernel:
     inplace = False
     program = None
 
-    def __init__(self, terms, min_prob, gamma, needs, ignore_index=-100, reduction="none"):
+    def __init__(self, terms, min_prob, gamma, needs, ignore_index=-100, reduction="none", explicit=False):
         flat = iter(terms)
         self.terms = [(int(kind), coef, p0, p1) for kind, coef, p0, p1 in zip(flat, flat, flat, flat)]
         self.min_prob, self.gamma, self.needs = min_prob, gamma, needs
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction, self.explicit = ignore_index, reduction, explicit
 
 
 @functools.lru_cache(maxsize=256)
@@ -48,16 +48,20 @@ def row_loss(
     ignore_index: int,
     reduction: str,
     backend: str,
+    explicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (10, *target.shape)."""
-    kernels = registry.fused(backend)
-    call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction)
+    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (10, *target.shape).
+
+    explicit: the caller named the backend.
+    """
+    kernels = registry.fused(backend, explicit)
+    call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, explicit)
     coefs = new_coefs(logits, target)
     return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
 
 
 @row_loss.register_fake
-def _(logits, target, weight, terms, min_prob, gamma, needs, ignore_index, reduction, backend):
+def _(logits, target, weight, terms, min_prob, gamma, needs, ignore_index, reduction, backend, explicit):
     dtype = acc_dtype(logits.dtype)
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     return loss, logits.new_empty((10, *target.shape), dtype=dtype)
@@ -73,10 +77,12 @@ def row_stats(
     ignore_index: int,
     with_sums: bool,
     backend: str,
+    explicit: bool,
 ) -> tuple[Tensor, Tensor]:
     """The statistics' table (13, *target.shape), float64, and the column sums of p (K,), or (0,) if not wanted."""
-    kernels = registry.fused(backend)
-    table = kernels.row_stats(_kernel((), min_prob, gamma, needs, ignore_index), logits, target)
+    kernels = registry.fused(backend, explicit)
+    call = _kernel((), min_prob, gamma, needs, ignore_index, "none", explicit)
+    table = kernels.row_stats(call, logits, target)
     if not with_sums:
         return table, table.new_empty(0)
     coefs = torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype))
@@ -84,7 +90,7 @@ def row_stats(
 
 
 @row_stats.register_fake
-def _(logits, target, min_prob, gamma, needs, ignore_index, with_sums, backend):
+def _(logits, target, min_prob, gamma, needs, ignore_index, with_sums, backend, explicit):
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     classes = logits.shape[1 if logits.dim() > 1 else 0]
     return table, table.new_empty(classes if with_sums else 0)
@@ -103,7 +109,7 @@ def row_grad(
     backend: str,
 ) -> Tensor:
     """The gradient by the logits, from row_loss's coefs; column_grad: the gradient by row_stats' column sums."""
-    kernels = registry.fused(backend)
+    kernels = registry.fused(backend, explicit=True)
     entropy = None if column_grad is None else (column_grad, column_grad.new_ones(()))
     call = _kernel((), min_prob, gamma, needs)
     return kernels.row_grad(call, logits, target, coefs.contiguous(), grad_output, entropy)
@@ -119,18 +125,18 @@ def _only_once(ctx, *grads):
 
 
 def _save_loss(ctx, inputs, output):
-    logits, target, _, _, *ctx.numbers, _, _, ctx.backend = inputs
+    logits, target, _, _, *ctx.numbers, _, _, ctx.backend, _ = inputs
     ctx.save_for_backward(logits, target, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _grad_of_loss(ctx, grad_loss, _):
     grad = row_grad(*ctx.saved_tensors, grad_loss, None, *ctx.numbers, ctx.backend)
-    return grad, *[None] * 9
+    return grad, *[None] * 10
 
 
 def _save_stats(ctx, inputs, output):
-    logits, target, *ctx.numbers, _, ctx.with_sums, ctx.backend = inputs
+    logits, target, *ctx.numbers, _, ctx.with_sums, ctx.backend, _ = inputs
     ctx.save_for_backward(logits, target, output[0])
 
 
@@ -139,7 +145,7 @@ def _grad_of_stats(ctx, partials, column_grad):
     call = _Kernel((), *ctx.numbers)
     coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
     column_grad = column_grad if ctx.with_sums else None
-    return row_grad(logits, target, coefs, None, column_grad, *ctx.numbers, ctx.backend), *[None] * 7
+    return row_grad(logits, target, coefs, None, column_grad, *ctx.numbers, ctx.backend), *[None] * 8
 
 
 row_loss.register_autograd(_grad_of_loss, setup_context=_save_loss)
@@ -153,9 +159,9 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
     shared_mean = call.batch_group is not None and call.reduction == "mean"
     if call.built_in and not call.entropy_weight and not shared_mean:
         terms = [float(number) for term in call.terms for number in term]
-        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, kernels.NAME)
+        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, kernels.NAME, call.explicit)
         return row_loss(logits, target, weight, terms, *numbers)[0]
     with_sums = call.entropy_weight != 0.0
-    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, kernels.NAME)
+    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, kernels.NAME, call.explicit)
     table, sums = row_stats(logits, target, *numbers)
     return autograd.loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))

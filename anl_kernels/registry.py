@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .backends import cpu, cuda, reference, triton
+from . import autograd
+from .backends import LaunchRefused, cpu, cuda, reference, triton
 from .layout import log_once
 
 _MODULES = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}  # fastest first
@@ -30,8 +33,63 @@ def backends() -> list[Backend]:
     return found
 
 
+def device_of(name: str) -> torch.device:
+    """A device whose tensors the backend takes; of several GPUs the current one."""
+    kind = getattr(_MODULES[name], "device_type", lambda: "cpu")()
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def is_interpreted(name: str) -> bool:
+    """Whether the backend's kernels run under Triton's interpreter."""
+    return name == "triton" and triton.interpreted()
+
+
+class Falling:
+    """A GPU backend as `auto` takes it: what it refuses to launch, the next one runs, and in the end the reference."""
+
+    def __init__(self, name: str):
+        names = ("cuda", "triton", "reference")
+        self.NAME, self.modules = name, [_MODULES[n] for n in names[names.index(name) :]]
+
+    def __getattr__(self, operation: str):
+        if operation.startswith("_") or not hasattr(self.modules[0], operation):
+            raise AttributeError(operation)
+        return functools.partial(self._run, operation)
+
+    def _run(self, operation: str, *arguments):
+        refused = None
+        for module in self.modules:
+            if not hasattr(module, operation) or (refused and _why_not(module, arguments)):
+                continue
+            if refused:
+                log_once(f"{refused}; the {module.NAME} backend runs it")
+            try:
+                return getattr(module, operation)(*arguments)
+            except LaunchRefused as error:
+                refused = error
+        raise refused
+
+    def robust_loss(self, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+        try:
+            return autograd.robust_loss(self, logits, target, weight, call)
+        except LaunchRefused as refused:
+            if reference.cannot_run(logits, call):
+                raise
+            log_once(f"{refused}; the reference backend runs it")
+            return reference.robust_loss(logits, target, weight, call)
+
+
+def _why_not(module, arguments) -> str | None:
+    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    call = None if isinstance(arguments[0], Tensor) else arguments[0]
+    return module.unavailable() or (call and module.cannot_run(tensor, call))
+
+
+_FALLING = {name: Falling(name) for name in ("cuda", "triton")}
+
+
 def choose(logits: Tensor, call):
-    """The backend module that runs `call`; an explicit one that cannot raises with the reason."""
+    """The backend that runs `call`; an explicit one that cannot raises with the reason."""
     name, asked_by = call.backend, "backend"
     if name == "auto":
         name, asked_by = os.environ.get("ANL_KERNELS_BACKEND") or "auto", "ANL_KERNELS_BACKEND"
@@ -55,7 +113,7 @@ def _first_that_can(logits: Tensor, call):
     for name in FUSED_BY_DEVICE.get(logits.device.type, ()):
         reason = _cannot_run(_MODULES[name], logits, call)
         if reason is None:
-            return _MODULES[name]
+            return fused(name, explicit=False)
         log_once(f"anl_kernels: the {name} backend is passed over: {reason}")
     reason = reference.cannot_run(logits, call)
     if reason is not None:
@@ -67,6 +125,6 @@ def _cannot_run(module, logits: Tensor, call) -> str | None:
     return module.unavailable() or module.cannot_run(logits, call)
 
 
-def fused(name: str):
-    """The fused backend `name`: for the operators, whose call has been checked."""
-    return _MODULES[name]
+def fused(name: str, explicit: bool):
+    """The fused backend `name`; for a call that named none, with those that may take its place."""
+    return _MODULES[name] if explicit else _FALLING.get(name, _MODULES[name])

@@ -1,92 +1,200 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in stages that each end within 8 minutes: benchmarks/gpu.sh OUT [STAGE...]
-# Results and logs go to OUT. A stage that ended well leaves OUT/STAGE.done and is not run again; without names, all stages
-# run in order. A stage that cannot run on this machine says why and is skipped, and the command then exits with 3; with 1
-# if a stage failed. PYTHON names the interpreter (python3).
+# Everything that needs a GPU, in stages that each end within 9 minutes: benchmarks/gpu.sh OUT [STAGE...]
+#
+# Without names, the stages that have not ended well before, in the order of what is worth knowing first, and as many as
+# CALL_SECONDS allow: the same command again goes on with the rest. After every stage OUT has two files, summary.txt and
+# results.tar.gz (logs and figures), both made of the folder WORK, where a further call goes on.
+# It exits with 1 if a stage failed; with 3 if one was skipped because it cannot run here, or left for another call.
+#
+#   PYTHON         the interpreter (python3)
+#   WORK           the folder of logs, figures and caches (build/gpu)
+#   WHEELS         a folder of wheels, of packages that are missing where nothing can be downloaded
+#   STAGE_SECONDS  the longest that a stage may take (530)
+#   CALL_SECONDS   the longest that this call may take (no limit)
+#   TEST_WORKERS   processes of pytest (one a processor, 8 at most)
+#   REHEARSE=1     no GPU: it is emulated (tests/emulated_device), without streams, graphs and speed, and sizes are small
 set -uo pipefail
-STAGES="info build tests_cuda tests_triton memcheck racecheck speed_small speed_10k speed_128k speed_1m speed_big speed_fl memory linear"
+STAGES="build tests_cuda tests_triton tests_untrusted sanitizers speed_small speed_128k speed_1m speed_10k speed_big
+speed_fl speed_compiled memory linear tests_paths"
+# Seconds that a stage should have before it is begun, where there is a CALL_SECONDS.
+declare -A least=([build]=150 [tests_cuda]=240 [tests_triton]=300 [tests_untrusted]=120 [sanitizers]=180 [tests_paths]=300)
+
 out=${1:?usage: benchmarks/gpu.sh OUT [STAGE...]; stages: $STAGES}
 shift
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-limit=${STAGE_SECONDS:-470}
-export out python PYTHONUNBUFFERED=1
+work=${WORK:-build/gpu}
+mkdir -p "$work/done"
+work=$(cd "$work" && pwd)
+python=${PYTHON:-python3} rehearse=${REHEARSE:-} limit=${STAGE_SECONDS:-530} wheels=${WHEELS:-}
+workers=${TEST_WORKERS:-$(($(nproc) > 8 ? 8 : $(nproc)))}
+export work python rehearse wheels workers PYTHONUNBUFFERED=1 PYTHONPATH="$work/site:${PYTHONPATH:-}"
+export ANL_KERNELS_CACHE="$work/cache" CUBLAS_WORKSPACE_CONFIG=:4096:8
+[ -z "$rehearse" ] || export ANL_TEST_DEVICE=emulated TRITON_INTERPRET=1
 
-has_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; }
-need_gpu() { has_gpu || { echo "no GPU that PyTorch can use"; return 1; }; }
-need_backend() {
-    need_gpu || return 1
-    "$python" -c 'import sys, anl_kernels as ak
-found = {b.name: b for b in ak.backends()}
-b = found.get(sys.argv[1])
-if b is None or not b.available: sys.exit(print(b.reason if b else "there is no such backend") or 1)' "$1"
+# Python with the GPU, or with the emulated one.
+py() { if [ -n "$rehearse" ]; then "$python" tests/emulated_device/rehearse.py "$@"; else "$python" "$@"; fi; }
+
+# What can run here: `why`, by name, is empty for what can; asked once, and again after `build`.
+declare -A why=()
+look() {
+    local line
+    why=()
+    while IFS= read -r line; do why[${line%%=*}]=${line#*=}; done < <(py benchmarks/gpu_facts.py 2> "$work/facts.err")
 }
-need_sanitizer() { need_backend cuda && { command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer was not found"; return 1; }; }; }
-
-# can_STAGE prints why a stage cannot run here; run_STAGE runs it.
-run_info() {
-    { nvidia-smi 2>&1 || true; nvcc --version 2>&1 || true; "$python" -m anl_kernels info 2>&1 || true; "$python" -m pip list 2> /dev/null; date -u; } > "$out/info.txt"
-    "$python" -c 'import torch; print("torch", torch.__version__, "GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else None)'
+need() {
+    [ ${#why[@]} -gt 0 ] || look
+    if [ -z "${why[$1]+known}" ]; then echo "$python cannot import anl_kernels: $(tail -n 1 "$work/facts.err")"; return 1; fi
+    [ -z "${why[$1]}" ] || { echo "${why[$1]}"; return 1; }
 }
-run_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps -e . && "$python" -m anl_kernels info; }
 
-pytest_gpu() { "$python" -m pytest -m gpu -n "${TEST_WORKERS:-6}" -q --junit-xml "$out/$1.xml" "${@:2}"; }
-can_tests_cuda() { need_backend cuda; }
-run_tests_cuda() { pytest_gpu tests_cuda -k "not triton" && "$python" -m anl_kernels check --backend cuda; }
-can_tests_triton() { need_backend triton; }
-run_tests_triton() { pytest_gpu tests_triton -k triton && "$python" -m anl_kernels check --backend triton; }
+# need_STAGE says what a stage needs ("gpu" unless it is here), run_STAGE runs it, in a shell of its own.
+need_build() { :; }
+run_build() {
+    { nvidia-smi 2>&1 || true; nvcc --version 2>&1 || true; "$python" -m pip list 2> /dev/null; date -u; } > "$work/info.txt"
+    if [ -n "$wheels" ]; then
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$work/site" "$wheels"/*.whl || return
+    fi
+    if [ -z "$rehearse" ]; then "$python" -m pip install --quiet --no-build-isolation --no-deps -e . || return; fi
+    py -m anl_kernels info | tee -a "$work/info.txt"
+    local few=()
+    [ -z "$rehearse" ] || few=(--loss ANL-CE --dtype fp32 --here)
+    py -m anl_kernels check --backend cuda --backend triton "${few[@]}"
+    local checked=$?
+    py benchmarks/gpu_calls.py --backend cuda --backend triton --seconds 60 ${rehearse:+--calls 6} && return $checked
+}
 
-sanitized() { PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" benchmarks/gpu_calls.py; }
-can_memcheck() { need_sanitizer; }
-run_memcheck() { sanitized memcheck; }
-can_racecheck() { need_sanitizer; }
-run_racecheck() { sanitized racecheck; }
+# -v: names of what passed and failed are in the log at once, for a stage that is stopped.
+pytest_gpu() {  # MARKS NAMES; in a rehearsal these names too
+    local names=$2
+    [ -z "$rehearse" ] || names="($2) and (${3:-$2})"
+    "$python" -m pytest tests/test_*.py tests/backends tests/kernels -m "$1" -k "$names" -n "$workers" -v -rfE --tb=short \
+        --durations=15 -p no:cacheprovider --continue-on-collection-errors
+}
+AWKWARD="test_every_layout or test_few_long_rows or test_one_row or test_thousands or test_stretches or test_entropy_alone"
+need_tests_cuda() { need cuda; }
+run_tests_cuda() { pytest_gpu gpu "not triton and not kernels" "not every_l or float32"; }
+need_tests_triton() { need triton; }
+run_tests_triton() { pytest_gpu "gpu and not forced" "(triton or kernels) and not properties" "test_gpu and small or test_reduce or test_terms or test_modules"; }
+# Without the protocols between CTAs: the same work in launches of its own.
+need_tests_untrusted() { need cuda; }
+run_tests_untrusted() { ANL_KERNELS_TRUST=none pytest_gpu "gpu and not forced" "$AWKWARD or test_gpu" "not triton and not every_layout"; }
+# The kernels that Triton is made to take, and all of its own choice: every loss, dtype and shape compiles another.
+need_tests_paths() { need triton; }
+run_tests_paths() { ANL_TEST_TRITON=full pytest_gpu gpu "triton" "test_one_row or test_certain"; }
 
-bench() { "$python" -m anl_kernels bench --device cuda --seconds "${SECONDS_A_SHAPE:-6}" --json "$out/$1.json" "${@:2}"; }
-for stage in small 10k 128k 1m big fl; do eval "can_speed_$stage() { need_gpu; }"; done
-run_speed_small() { bench speed_small --phase all --shapes 128x10,128x100,128x10:bf16,128x100:bf16,1x1000,1x1000000,1x1000000:bf16; }
-run_speed_10k() { bench speed_10k --shapes 26843545x10,2684354x100,268435x1000,26843x10000,26843545x10:bf16,2684354x100:bf16,268435x1000:bf16,26843x10000:bf16; }
-run_speed_128k() { bench speed_128k --shapes 8388x32000,5341x50257,2097x128000,8388x32000:bf16,5341x50257:bf16,2097x128000:bf16; }
-run_speed_1m() { bench speed_1m --shapes 1024x262144,268x1000000,1024x262144:bf16,268x1000000:bf16,1x21x512x512,1x21x512x512:bf16,1x150x512x512,1x150x512x512:bf16,16x21x512x512:bf16; }
-run_speed_big() { bench speed_big --shapes 16384x131072:bf16,2148x1000000; }
+sanitizer() { if [ -n "$rehearse" ]; then shift 4; "$@"; else compute-sanitizer "$@"; fi; }
+# A kernel that writes where it should, and one that does not: the sanitizer must take the device, and see the second.
+probe_sanitizer() {
+    [ -z "$rehearse" ] || return 0
+    command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer was not found"; return 1; }
+    echo '__global__ void one(int* x) { x[threadIdx.x] = 1; }
+    int main(int n, char**) { int* x; cudaMalloc(&x, 4); one<<<1, n>>>(x); return cudaDeviceSynchronize() != cudaSuccess; }' > "$work/probe.cu"
+    "${CUDACXX:-nvcc}" -o "$work/probe" "$work/probe.cu" > "$work/probe.log" 2>&1 || { echo "nvcc: $(tail -n 1 "$work/probe.log")"; return 1; }
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$work/probe" > "$work/probe.log" 2>&1 ||
+        { echo "compute-sanitizer refuses the device: $(grep -m 1 -i -E 'not supported|error' "$work/probe.log")"; return 1; }
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$work/probe" more > "$work/probe.log" 2>&1
+    [ $? = 9 ] || { echo "compute-sanitizer does not see a write out of bounds"; return 1; }
+}
+need_sanitizers() { need cuda && probe_sanitizer; }
+run_sanitizers() {
+    local tool code=0
+    for tool in memcheck racecheck; do
+        echo "-- $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitizer --tool $tool --error-exitcode 9 \
+            "$python" ${rehearse:+tests/emulated_device/rehearse.py} benchmarks/gpu_calls.py --seconds 150 ${rehearse:+--calls 3} || code=$?
+    done
+    return $code
+}
+
+bench() {
+    local device=(--device cuda --seconds "${SECONDS_A_SHAPE:-4}")
+    [ -z "$rehearse" ] || device=(--device cpu --seconds 0.01 --no-compile)
+    py -m anl_kernels bench --json "$work/$1.json" "${@:2}" "${device[@]}" ${rehearse:+--shapes 16x10,8x100:bf16}
+}
+run_speed_small() { bench speed_small --no-compile --phase all --shapes 128x10,128x100,128x10:bf16,128x100:bf16,1x1000,1x1000000,1x1000000:bf16; }
+run_speed_10k() { bench speed_10k --no-compile --shapes 26843545x10,2684354x100,268435x1000,26843x10000,26843545x10:bf16,2684354x100:bf16,268435x1000:bf16,26843x10000:bf16; }
+run_speed_128k() { bench speed_128k --no-compile --shapes 2097x128000:bf16,2097x128000,8388x32000:bf16,8388x32000,5341x50257:bf16,5341x50257; }
+run_speed_1m() { bench speed_1m --no-compile --shapes 268x1000000:bf16,268x1000000,1024x262144:bf16,1024x262144,1x21x512x512,1x21x512x512:bf16,1x150x512x512,1x150x512x512:bf16,16x21x512x512:bf16; }
+run_speed_big() { bench speed_big --no-compile --shapes 16384x131072:bf16,2148x1000000; }
 run_speed_fl() { bench speed_fl --loss anl_fl --no-compile --shapes 268435x1000:bf16,8388x32000:bf16,1024x262144:bf16,268x1000000:bf16,268x1000000; }
+run_speed_compiled() { bench speed_compiled --shapes 128x100,268435x1000:bf16,8388x32000:bf16,2097x128000:bf16,268x1000000:bf16,1x21x512x512:bf16; }
 
-can_memory() { need_gpu; }
-run_memory() { "$python" benchmarks/memory.py --device cuda --rows 2048 --gib 24 --json "$out/memory.json"; }
-can_linear() { need_gpu; }
-run_linear() { "$python" benchmarks/linear.py --device cuda --json "$out/linear.json"; }
+run_memory() {
+    local size=(--device cuda --rows 2048 --gib 24 --seconds 480)
+    [ -z "$rehearse" ] || size=(--device cpu --rows 16 --classes 1000 --dtypes fp32 --gib 2 --seconds 10)
+    "$python" benchmarks/memory.py --json "$work/memory.json" "${size[@]}"
+}
+run_linear() {
+    local size=(--device cuda)
+    [ -z "$rehearse" ] || size=(--device cpu --classes 1000 --width 16 --logits 64000 --rounds 1)
+    py benchmarks/linear.py --json "$work/linear.json" "${size[@]}"
+}
 
-failed=() skipped=()
-for stage in ${@:-$STAGES}; do
-    if ! declare -F "run_$stage" > /dev/null; then
-        echo "there is no stage '$stage'; stages: $STAGES" >&2
-        exit 2
-    fi
-    if [ -e "$out/$stage.done" ]; then
-        echo "== $stage: done before"
-        continue
-    fi
-    if declare -F "can_$stage" > /dev/null && ! why=$("can_$stage"); then
-        echo "== $stage: skipped: $why"
-        skipped+=("$stage")
-        continue
-    fi
+# ---- the stages
+
+say() { echo "$*" | tee -a "$work/summary.txt"; }
+hand_out() {  # at most two files, whatever a stage left
+    cp "$work/summary.txt" "$out/summary.txt"
+    tar -czf "$out/results.tar.gz" -C "$work" --exclude=./site --exclude=./probe .
+}
+
+run_stage() {
+    local stage=$1 seconds=$2 begin=$SECONDS code
     echo "== $stage"
-    begin=$SECONDS
+    { declare -f; declare -p AWKWARD; } > "$work/functions"
     # A shell of its own, so that `timeout` can end the whole stage.
-    declare -f > "$out/.functions"
-    timeout --kill-after=10 "$limit" bash -c 'set -uo pipefail; . "$out/.functions"; "run_$1"' stage "$stage" 2>&1 | tee "$out/$stage.log"
+    timeout --kill-after=10 "$seconds" bash -c 'set -uo pipefail; . "$work/functions"; "run_$1"' stage "$stage" 2>&1 | tee "$work/$stage.log"
     code=${PIPESTATUS[0]}
+    [ "$code" = 0 ] || echo  # it may have been stopped within a line
+    grep -E "^(FAILED|ERROR) |^[=]+ .*(passed|failed|error).* in " "$work/$stage.log" | cut -c1-200 | tail -n 60 >> "$work/summary.txt"
     if [ "$code" = 0 ]; then
-        touch "$out/$stage.done"
-        echo "== $stage: ok, $((SECONDS - begin)) s"
+        touch "$work/done/$stage"
+        say "== $stage: ok, $((SECONDS - begin)) s"
     else
         failed+=("$stage")
-        echo "== $stage: FAILED with exit code $code ($([ "$code" = 124 ] && echo "stopped after $limit s")), $((SECONDS - begin)) s"
+        say "== $stage: FAILED with exit code $code$([ "$code" != 124 ] || echo " (stopped after $seconds s)"), $((SECONDS - begin)) s"
     fi
-done
-echo "failed: ${failed[*]:-none}; skipped: ${skipped[*]:-none}"
-[ ${#failed[@]} = 0 ] || exit 1
-[ ${#skipped[@]} = 0 ] || exit 3
+    [ "$stage" != build ] || why=()
+}
+
+failed=() skipped=() left=()
+main() {
+    local stage needs remaining chosen=${*:-$STAGES}
+    for stage in $chosen; do
+        if ! declare -F "run_$stage" > /dev/null; then
+            echo "there is no stage '$stage'; stages:" $STAGES >&2
+            exit 2
+        fi
+    done
+    : > "$work/summary.txt"
+    for stage in $chosen; do
+        if [ $# = 0 ] && [ -e "$work/done/$stage" ]; then
+            say "== $stage: done before"
+            continue
+        fi
+        remaining=$((${CALL_SECONDS:-1000000} - SECONDS - 10))
+        if [ "$remaining" -lt "${least[$stage]:-90}" ]; then
+            left+=("$stage")
+            continue
+        fi
+        needs=need_$stage
+        declare -F "$needs" > /dev/null || needs="need gpu"
+        $needs > "$work/why"
+        if [ $? != 0 ]; then
+            say "== $stage: skipped: $(head -n 1 "$work/why")"
+            skipped+=("$stage")
+            continue
+        fi
+        run_stage "$stage" $((limit < remaining ? limit : remaining))
+        hand_out
+    done
+    say "failed: ${failed[*]:-none}; skipped: ${skipped[*]:-none}; left for another call: ${left[*]:-none}"
+    [ -z "$rehearse" ] || say "a rehearsal: no GPU took part; what it has of its own (streams, graphs, speed) is not tested"
+    hand_out
+    [ ${#failed[@]} = 0 ] || exit 1
+    [ $((${#skipped[@]} + ${#left[@]})) = 0 ] || exit 3
+    exit 0
+}
+main "$@"  # read as a whole before it runs: who edits this file meanwhile harms nothing

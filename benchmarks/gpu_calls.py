@@ -5,7 +5,9 @@ too, against the reference backend in float64, roughly: the conformance suite is
 """
 
 import argparse
+import math
 import random
+import time
 
 import torch
 
@@ -64,15 +66,20 @@ def one_call(backend: str, device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="cuda")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--calls", type=int, default=60)
+    parser.add_argument("--backend", action="append", help="cuda (may be given again)")
+    parser.add_argument("--calls", type=int, default=60, help="of each backend")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no further call after so many, of each backend"
+    )
     args = parser.parse_args()
-    random.seed(0)
-    torch.manual_seed(0)
-    for _ in range(args.calls):
-        print(one_call(args.backend, args.device), flush=True)
-    print("clean")
+    for backend in args.backend or ["cuda"]:
+        random.seed(0)
+        torch.manual_seed(0)
+        device, start, calls = str(ak.registry.device_of(backend)), time.monotonic(), 0
+        while calls < args.calls and (calls == 0 or time.monotonic() - start < args.seconds):
+            print(backend, one_call(backend, device), flush=True)
+            calls += 1
+        print(f"{backend}: {calls} calls, clean")
 
 
 if __name__ == "__main__":

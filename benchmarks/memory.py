@@ -8,9 +8,11 @@ Every contender runs in a process of its own that may hold `--gib` above what it
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -70,9 +72,9 @@ def report(results: list[dict]) -> str:
     found = {(r["contender"], r["shape"], r["dtype"]): r for r in results}
     rows = []
     for name in names:
-        cells = [found[(name, *shape)] for shape in shapes]
+        cells = [found.get((name, *shape), {"state": "not run"}) for shape in shapes]
         rows.append(
-            [name, *(f"{c['peak_bytes'] / c['logits_bytes']:.2f}" if c["state"] == "ok" else c["state"] for c in cells)]
+            [name, *(f"{c['peak_bytes'] / c['logits_bytes']:.2f}" if "peak_bytes" in c else c["state"] for c in cells)]
         )
     return table(rows, ["peak / logits", *(f"{shape} {dtype}" for shape, dtype in shapes)])
 
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--gib", type=float, default=6.0, help="logits included")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no further process after so many")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
@@ -94,13 +97,17 @@ def main() -> None:
     chosen = [workloads.Workload((args.rows, k), dtype) for k in args.classes for dtype in args.dtypes.split(",")]
     names = [c.name for c in contenders("anl_ce", device=args.device)]
     results = []
+    document = {"environment": environment(), "limit_gib": args.gib, "memory": results}
+    start = time.monotonic()
     for workload, name in tqdm([(w, n) for w in chosen for n in names], leave=False, disable=None):
+        if time.monotonic() - start > args.seconds:
+            print(f"stopped after {args.seconds:g} s, before {name}, {workload}")
+            break
         about = {"contender": name, "shape": workload.name, "dtype": workload.dtype, "logits_bytes": workload.bytes}
         results.append({**about, **in_child(name, workload, args.gib, args.device)})
+        if args.json:  # after every one: a run that is stopped leaves what it measured
+            args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
     print(report(results))
-    if args.json:
-        document = {"environment": environment(), "limit_gib": args.gib, "memory": results}
-        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,4 @@ inline void fold_rows(Call& call) {
   call.outer = 1;
 }
 
-inline bool classes_are_adjacent(const Call& call) {
-  return call.logits_strides.sk == 1 && (!call.grad || call.grad_strides.sk == 1);
-}
-
 }  // namespace anl

@@ -51,6 +51,10 @@ struct Call {
   Program program;      // STATS, SLICE_STATS, GRAD: only min_prob, gamma and needs
 };
 
+inline bool classes_are_adjacent(const Call& call) {
+  return call.logits_strides.sk == 1 && (!call.grad || call.grad_strides.sk == 1);
+}
+
 template <class S>
 struct Stored {
   using type = S;

@@ -2,16 +2,18 @@
 
 import importlib
 import importlib.util
+import os
 from contextlib import contextmanager
 from unittest import mock
 
 import cuda_on_host.build
-import torch
+from devices import GPU
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
-TRITON_PATHS = ("tile", "loop", "split")
-CUDA_HOSTS = ("host", "host-sm80", "host-warp")  # the kernels compiled for the CPU, as on devices that do not exist
-# A backend joins the conformance suite by its name here (and in helpers.DEVICES its device): (id, variant), where a
+TRITON_PATHS = ("tile", "loop", "split", "launches")  # launches: split where no protocol is trusted
+# The kernels compiled for the CPU, as on devices that do not exist; launches: where no protocol is trusted.
+CUDA_HOSTS = ("host", "host-sm80", "host-warp", "host-launches")
+# A backend joins the conformance suite by its name here: (id, variant), where a
 # variant is the CPU's instruction set, or the kernel that Triton is made to take.
 CANDIDATES = [
     ("reference", None),
@@ -50,7 +52,7 @@ def variants(name):
     if name == "cpu":
         return runnable_isas()
     if name == "cuda":
-        return [None] if torch.cuda.is_available() else CUDA_HOSTS if cuda_on_host.build.compiler() else []
+        return [None] if GPU else CUDA_HOSTS if cuda_on_host.build.compiler() else []
     return [None, *TRITON_PATHS] if name == "triton" else [None]
 
 
@@ -64,16 +66,19 @@ class Backend:
         self.checks_labels = self.name in ("cpu", "reference")  # a GPU's would wait for the device
         self.isa = variant if self.name == "cpu" else None
         self.on_host = self.name == "cuda" and variant is not None
-        self.on_gpu = self.name in ("cuda", "triton") and torch.cuda.is_available() and not self.on_host
-        self.interpreted = self.name == "triton" and not torch.cuda.is_available()  # a thousand times slower
+        self.on_gpu = self.name in ("cuda", "triton") and GPU is not None
+        self.device = GPU if self.on_gpu else "cpu"  # where its tensors live
+        self.interpreted = self.name == "triton" and GPU != "cuda"  # a thousand times slower
+        self.forced = self.name == "triton" and variant is not None  # each path compiles every kernel anew
+        self.limited = self.interpreted or self.forced
 
     def __repr__(self):
         return self.identity
 
     def few(self, cases, count=2):
-        """All `cases`; where kernels are interpreted, the first and the last, `count` in all."""
+        """All `cases`; where that would take too long, the first and the last, `count` in all."""
         cases = list(cases)
-        if not self.interpreted or len(cases) <= count:
+        if not self.limited or len(cases) <= count:
             return cases
         return cases[: count - 1] + cases[-1:]
 
@@ -91,12 +96,15 @@ class Backend:
         elif self.name == "triton" and self.variant:
             from anl_kernels.kernels import passes
 
-            with mock.patch.object(passes, "plan", triton_plan(self.variant)):
+            trust = {"ANL_KERNELS_TRUST": "none"} if self.variant == "launches" else {}
+            with mock.patch.object(passes, "plan", triton_plan(self.variant)), mock.patch.dict(os.environ, trust):
                 yield
         elif self.on_host:
             from cuda_on_host import adapter
 
-            with adapter.on_host(self.variant):
+            device = self.variant.removesuffix("-launches")
+            trust = {} if device == self.variant else {"ANL_KERNELS_TRUST": "none"}
+            with adapter.on_host(device), mock.patch.dict(os.environ, trust):
                 yield
         else:
             yield
@@ -106,7 +114,7 @@ def triton_plan(path):
     """A choice of kernels that always takes `path`, with blocks so small that few rows and classes are many blocks."""
     from anl_kernels.kernels import launch, passes, rows
 
-    def plan(view, itemsize, target):
+    def plan(view, itemsize, target, may_wait=True):
         if path == "tile":
             config = launch.LaunchConfig(16, launch.power_of_2(view.num_classes), 4)
             return passes.planned(rows.tile_kernel, view, config)
@@ -114,7 +122,8 @@ def triton_plan(path):
         lanes = 1 if view.lanes <= 6 else 16  # one row a program takes ways that several do not
         if path == "loop":
             return passes.planned(rows.loop_kernel, view, launch.LaunchConfig(lanes, classes, 4))
-        return passes.split(view, launch.LaunchConfig(lanes, classes, 4), group=1, programs=3)
+        p = passes.split(view, launch.LaunchConfig(lanes, classes, 4), group=1, programs=3)
+        return p if may_wait else passes.in_launches(p)
 
     return plan
 

@@ -1,36 +1,41 @@
 """Backends as a fixture: every one that can run here, the CPU's once for each instruction set.
 
-Fresh memory is full of NaN while a test runs (poison).
+`-m gpu` selects what a machine with a GPU should run: the tests of the backends that run there, with tensors that live
+there, and the tests marked so. Fresh memory is full of NaN while a test runs (poison).
 """
 
 import importlib.util
 import os
 import types
 
+import devices
 import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: `poison` asks for determinism
+if devices.GPU != "cuda":  # before Triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if devices.EMULATED:
+    devices.emulate()
 
 from candidates import BACKENDS, ONCE, Backend, cpu_module
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreted(**values): the parameters that interpreted kernels are tested with")
-    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    config.addinivalue_line("markers", "interpreted(**values): the parameters that slow kernels are tested with")
+    config.addinivalue_line("markers", "forced: Triton takes a path that it would not choose itself")
+    config.addinivalue_line("markers", "not_emulated(why): what only a real GPU has")
+    if devices.GPU != "cuda" and importlib.util.find_spec("triton"):
         speed_up_interpreter()
     torch.set_num_threads(1)  # small tensors; what needs threads asks for them
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA or AMD GPU")
-    config.addinivalue_line("markers", "slow: several seconds, or gigabytes of memory")
     config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
 
 
 def pytest_report_header():
     import anl_kernels
 
-    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, backends: {', '.join(map(repr, BACKENDS))}"
+    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, GPU: {devices.GPU}, backends: {BACKENDS}"
 
 
 NO_CASES = types.SimpleNamespace(params={})
@@ -38,25 +43,35 @@ NO_CASES = types.SimpleNamespace(params={})
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses
 def pytest_collection_modifyitems(config, items):
-    dropped = [item for item in items if not interpreter_takes(item)]
-    items[:] = [item for item in items if interpreter_takes(item)]
+    taken = without_repetition([item for item in items if interpreter_takes(item)])
+    kept = set(taken)
+    dropped = [item for item in items if item not in kept]
+    items[:] = taken
     config.hook.pytest_deselected(items=dropped)
     for item in items:
-        if any(
-            isinstance(value, Backend) and value.on_gpu for value in getattr(item, "callspec", NO_CASES).params.values()
-        ):
+        used = [v for v in getattr(item, "callspec", NO_CASES).params.values() if isinstance(v, Backend)]
+        if any(value.on_gpu for value in used):
             item.add_marker("gpu")
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not devices.GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+        if any(value.forced for value in used):
+            item.add_marker("forced")
+        mark = item.get_closest_marker("not_emulated")
+        if mark and devices.EMULATED:
+            item.add_marker(pytest.mark.skip(reason=f"no emulation of {mark.args[0]}"))
 
 
 def interpreter_takes(item):
-    """Whether an interpreted backend takes part in a test: with the values that its markers `interpreted` list.
+    """Whether a slow backend takes part in a test: with the values that its markers `interpreted` list.
 
-    A path that Triton is made to take does where the marker has forced=dict(...), further values.
+    Slow are interpreted kernels, and compiled ones too: Triton compiles one for every loss, dtype and kind of shape.
+    ANL_TEST_TRITON=full runs all that is compiled. A path that Triton is made to take, interpreted or not, takes part
+    where the marker has forced=dict(...), further values.
     """
     values = getattr(item, "callspec", None) and item.callspec.params
-    found = [v for v in (values or {}).values() if isinstance(v, Backend) and v.interpreted]
+    found = [v for v in (values or {}).values() if isinstance(v, Backend) and (v.limited or v.name == "triton")]
+    if found and not found[0].limited and os.environ.get("ANL_TEST_TRITON") == "full":
+        return True
     marks = list(item.iter_markers("interpreted"))
     if not found or not (marks or found[0].variant):
         return True
@@ -70,6 +85,18 @@ def interpreter_takes(item):
         if all(values[name] in allowed for name, allowed in wanted.items()):
             return True
     return False
+
+
+def without_repetition(items):
+    """Triton's "launches" does the arithmetic of "split": of the two grids of losses and layouts it takes both ends."""
+    repeats = {}
+    for item in items:
+        values = getattr(item, "callspec", NO_CASES).params.values()
+        if any(isinstance(value, Backend) and value.variant == "launches" for value in values):
+            repeats.setdefault(item.originalname, []).append(item)
+    grids = [repeats.pop(name, []) for name in ("test_every_loss", "test_every_layout")]
+    dropped = {item for repeated in (*repeats.values(), *(grid[1:-1] for grid in grids)) for item in repeated}
+    return [item for item in items if item not in dropped]
 
 
 def speed_up_interpreter():
@@ -120,6 +147,23 @@ def one_fused(request):
 
 
 @pytest.fixture
+def device(request):
+    """Where the tensors of the test's backend live."""
+    names = [name for name in ("backend", "fused", "one_backend", "one_fused") if name in request.fixturenames]
+    return torch.device(request.getfixturevalue(names[0]).device)
+
+
+@pytest.fixture
+def on_device(device):
+    """Tensors are made there by default: for a test that calls the package itself, not by helpers.calculate."""
+    if device.type == "cpu":
+        yield device
+        return
+    with device:
+        yield device
+
+
+@pytest.fixture
 def cpu():
     """The compiled module; the test is skipped where it was not built."""
     module = cpu_module()
@@ -134,10 +178,10 @@ def poison(request):
     if request.node.get_closest_marker("unpoisoned"):
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA has operators that no test should fail for
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture(autouse=True)

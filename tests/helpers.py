@@ -5,7 +5,9 @@ from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import oracle
+import pytest
 import torch
+from devices import GPU
 
 
 def single(name, **parameters):
@@ -92,6 +94,44 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
+# ---- devices: problems are made on the CPU, so that their numbers are the same everywhere, and handed out on the
+# default device; the oracle's side of a comparison is on the CPU
+
+
+THERE = pytest.mark.usefixtures("on_device")  # for tests that call the package themselves, not by `calculate`
+
+
+def handed_out(tensor):
+    """A copy on the default device: where a GPU backend's tensors live, in a test that uses the fixture on_device."""
+    return tensor.to(torch.get_default_device(), copy=True)
+
+
+def handed_out_of(keywords):
+    return {name: handed_out(x) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
+
+
+def _handed_out(factory):
+    return lambda *size, **keywords: handed_out(factory(*size, device="cpu", **keywords))
+
+
+# torch's own ask for a generator of the device that they make tensors on.
+randn, rand, randint = _handed_out(torch.randn), _handed_out(torch.rand), _handed_out(torch.randint)
+
+
+def on_cpu(function):
+    """`function`, which takes tensors from anywhere and works on the CPU."""
+
+    def here(value):
+        return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+
+    @wraps(function)
+    def run(*args, **keywords):
+        with torch.device("cpu"):
+            return function(*map(here, args), **{name: here(value) for name, value in keywords.items()})
+
+    return run
+
+
 # ---- values
 
 ROW_KINDS = ("normal", "peaked", "wrong", "uniform", "high", "low", "narrow", "mixed", "wide", "masked")
@@ -99,8 +139,8 @@ ROW_KINDS = ("normal", "peaked", "wrong", "uniform", "high", "low", "narrow", "m
 
 def copied(function):
     """Makes it once and hands out copies, so that what is done to one harms no other test."""
-    cached = lru_cache(maxsize=256)(function)
-    return wraps(function)(lambda *args, **keywords: tuple(x.clone() for x in cached(*args, **keywords)))
+    cached = lru_cache(maxsize=256)(on_cpu(function))
+    return wraps(function)(lambda *args, **keywords: tuple(map(handed_out, cached(*args, **keywords))))
 
 
 @copied
@@ -156,7 +196,7 @@ def away_from_clamp(values, min_prob=1e-7):
         near = (log_p + -math.log(min_prob)).abs() < 2e-3
         if not near.any():
             break
-        values[near] -= torch.maximum(values[near].abs() * 0.01, torch.tensor(0.5, dtype=values.dtype))
+        values[near] -= (values[near].abs() * 0.01).clamp(min=0.5)
     return values
 
 
@@ -164,7 +204,7 @@ def away_from_clamp(values, min_prob=1e-7):
 
 
 def _nan(shape, like):
-    return torch.full(shape, math.nan, dtype=like.dtype)
+    return torch.full(shape, math.nan, dtype=like.dtype, device=like.device)
 
 
 def _padded(v, before, after):
@@ -229,11 +269,11 @@ def acc(dtype):
 def calculate(logits, target, criterion, grad_output=None, leaf=True, **keywords):
     """(loss, gradient) of the package; leaf=False puts an alias between, for what may not be done to a leaf.
 
-    Tensors go to the backend's device, in the layout they have, and the results come back.
+    Tensors go to the backend's device, in the layout they have, and the results come back to where the logits were.
     """
     import anl_kernels as ak
 
-    device = DEVICES.get(keywords.get("backend"), "cpu")
+    where, device = logits.device, DEVICES.get(keywords.get("backend"), "cpu")
     logits = moved(logits.detach(), device).requires_grad_()
     keywords = {k: moved(v, device) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     given = logits if leaf else Alias.apply(logits)
@@ -241,16 +281,16 @@ def calculate(logits, target, criterion, grad_output=None, leaf=True, **keywords
     seed = torch.ones_like(loss) if grad_output is None else moved(grad_output, device)
     (grad,) = torch.autograd.grad(loss, logits, seed)
     assert grad.dtype == logits.dtype and grad.shape == logits.shape
-    return loss.detach().cpu(), grad.cpu()
+    return loss.detach().to(where), grad.to(where)
 
 
 # Where a backend's tensors live; without a GPU Triton's kernels are interpreted, and CUDA's compiled for the CPU.
-DEVICES = dict.fromkeys(("cuda", "triton"), "cuda" if torch.cuda.is_available() else "cpu")
+DEVICES = dict.fromkeys(("cuda", "triton"), GPU or "cpu")
 
 
 def moved(tensor, device):
     """The same view of a copy of the storage: strides, overlaps and what lies around it included."""
-    if device == "cpu":
+    if tensor.device.type == device:
         return tensor
     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
     storage = tensor.as_strided((elements,), (1,), 0).to(device)
@@ -269,6 +309,7 @@ class Alias(torch.autograd.Function):
         return grad
 
 
+@on_cpu
 def scales(grad, target):
     """What an element's error is measured by: the largest of its row, the target's and the others' apart."""
     rows = oracle.as_rows(grad.detach().double()).abs()
@@ -308,6 +349,7 @@ class Truth(NamedTuple):
         )
 
 
+@on_cpu
 def truth(logits, target, terms, **keywords):
     """The error of float64 itself is that of float32, 2^29 times smaller; 64 times that, for chance."""
     exact_loss, exact_grad = oracle.loss_and_grad(logits, target, terms, **keywords)
@@ -355,6 +397,7 @@ def row_factors(target, *, grad_output=None, weight=None, ignore_index=-100, red
     return (factors * (1.0 if grad_output is None else torch.as_tensor(grad_output).double())).abs()
 
 
+@on_cpu
 def assert_as_accurate(loss, grad, target, true, scaled=0.0):
     """loss and grad against float64; the margin is plain PyTorch's own error, and a few roundings.
 
@@ -366,6 +409,7 @@ def assert_as_accurate(loss, grad, target, true, scaled=0.0):
     check_grad(grad, target, true, scaled)
 
 
+@on_cpu
 def check_loss(loss, true):
     exact = true.loss
     assert loss.shape == exact.shape
@@ -377,6 +421,7 @@ def check_loss(loss, true):
     assert not bad.any(), f"loss {loss[bad].tolist()}, exact {exact[bad].tolist()}, allowed {allowed[bad].tolist()}"
 
 
+@on_cpu
 def check_grad(grad, target, true, scaled=0.0):
     exact, rows, dtype = oracle.as_rows(true.grad), oracle.as_rows(grad.double()), true.dtype
     assert torch.equal(rows.isnan().any(1), exact.isnan().any(1)), "NaN rows"

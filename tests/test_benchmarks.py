@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -24,32 +25,91 @@ def script(name):
     return module
 
 
-def gpu_stages(out, *stages, python=sys.executable):
-    command = ["bash", str(BENCHMARKS / "gpu.sh"), str(out), *stages]
-    return subprocess.run(command, env={**os.environ, "PYTHON": python}, capture_output=True, text=True)
+# ---- gpu.sh: one run with Python; the others have something quicker in its place
+
+GPU_STAGES = ("tests_cuda", "tests_triton", "sanitizers", "speed_small", "memory", "linear")
+# A Python with a GPU: "-m pytest" fails, `bench` hangs, all else ends well.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *gpu_facts.py) printf 'gpu=\\ncuda=\\ntriton=no Triton\\n' ;;
+    *"-m pytest "*) echo "FAILED tests/test_x.py::test_y - AssertionError"; exit 1 ;;
+    *"-m anl_kernels bench"*) sleep 60 ;;
+    *) echo "it ran: $*" ;;
+esac
+"""
+
+
+@pytest.fixture
+def gpu_stages(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+
+    def run(*stages, **environment):
+        command = ["bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path / "out"), *stages]
+        own = {"PYTHON": str(fake), "WORK": str(tmp_path / "work"), **environment}
+        return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+
+    return run
 
 
 @no_gpu
-def test_gpu_stages_say_what_they_skip(tmp_path):
-    stages = ("tests_cuda", "tests_triton", "memcheck", "racecheck", "speed_small", "speed_big", "memory", "linear")
-    done = gpu_stages(tmp_path, *stages)
+def test_gpu_stages_say_what_they_skip(gpu_stages):
+    done = gpu_stages(*GPU_STAGES, PYTHON=sys.executable)
     assert done.returncode == 3, done.stdout + done.stderr
-    for stage in stages:
+    for stage in GPU_STAGES:
         assert f"== {stage}: skipped: no GPU" in done.stdout
-    assert not list(tmp_path.glob("*.done"))
 
 
-def test_gpu_stages_go_on_where_they_stopped(tmp_path):
-    assert gpu_stages(tmp_path, "info").returncode == 0
-    again = gpu_stages(tmp_path, "info")
-    assert again.returncode == 0 and "== info: done before" in again.stdout
+def test_a_python_that_does_not_run_is_told(gpu_stages):
+    done = gpu_stages("tests_cuda", PYTHON="false")
+    assert done.returncode == 3 and "== tests_cuda: skipped: false cannot import anl_kernels" in done.stdout
 
 
-def test_gpu_stage_that_fails_is_told_and_not_done(tmp_path):
-    done = gpu_stages(tmp_path, "build", python="false")
-    assert done.returncode == 1 and "== build: FAILED" in done.stdout
-    assert not (tmp_path / "build.done").exists()
-    assert gpu_stages(tmp_path, "nonsense").returncode == 2
+def test_gpu_stages_go_on_where_they_stopped(gpu_stages, tmp_path):
+    """What failed is told and not done; a call without names takes the rest, and hands out two files."""
+    first = gpu_stages("memory", "tests_cuda", "tests_triton", "speed_small", STAGE_SECONDS="2")
+    assert first.returncode == 1, first.stderr
+    assert "== tests_cuda: FAILED with exit code 1," in first.stdout
+    assert "== speed_small: FAILED with exit code 124 (stopped after 2 s)" in first.stdout
+    assert "failed: tests_cuda speed_small; skipped: tests_triton; left for another call: none" in first.stdout
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"summary.txt", "results.tar.gz"}
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "FAILED tests/test_x.py::test_y" in summary
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as results:
+        assert {"./memory.log", "./tests_cuda.log", "./summary.txt"} <= set(results.getnames())
+    again = gpu_stages(CALL_SECONDS="1")
+    assert again.returncode == 3 and "== memory: done before" in again.stdout
+    assert "failed: none; skipped: none; left for another call: build tests_cuda " in again.stdout
+
+
+SANITIZERS = {  # a compute-sanitizer, and what becomes of the stage
+    "echo 'Error: Device not supported'; exit 1": "skipped: compute-sanitizer refuses the device: Error: Device not",
+    "exit 0": "skipped: compute-sanitizer does not see a write out of bounds",
+    'case "$*" in *more) exit 9 ;; esac': "ok",
+    'case "$*" in *more | *gpu_calls*) exit 9 ;; esac': "FAILED with exit code 9",
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers_are_tried_before_they_are_believed(gpu_stages, tmp_path, sanitizer):
+    for name, script in (("compute-sanitizer", sanitizer), ("nvcc", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = gpu_stages("sanitizers", PATH=f"{tmp_path}:{os.environ['PATH']}", CUDACXX="nvcc")
+    assert f"== sanitizers: {SANITIZERS[sanitizer]}" in done.stdout, done.stdout
+
+
+def test_gpu_stages_have_names(gpu_stages):
+    assert gpu_stages("nonsense").returncode == 2
+
+
+def test_packages_can_be_brought_along(gpu_stages, tmp_path):
+    wheel = tmp_path / "wheels" / "expecttest-0.3.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    done = gpu_stages("build", WHEELS=str(wheel.parent))
+    assert done.returncode == 0 and f"--target {tmp_path}/work/site {wheel}" in done.stdout, done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, calculate, dtype_id, expression
+from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, THERE, calculate, dtype_id, expression
 
 import anl_kernels as ak
 
@@ -18,12 +18,13 @@ ANL_CE = EXPRESSIONS["anl_ce"]
 
 
 def logits_of(rows, classes, seed=0, dtype=torch.float32):
-    return (torch.randn(rows, classes, generator=helpers.generator(seed)) * 2).to(dtype)
+    return (helpers.randn(rows, classes, generator=helpers.generator(seed)) * 2).to(dtype)
 
 
 # ---- dtypes
 
 
+@THERE
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(
     "keywords", [dict(), dict(reduction="none"), dict(recompute=True), dict(entropy_weight=1.0)], ids=str
@@ -36,6 +37,7 @@ def test_dtypes_of_loss_and_gradient(one_backend, dtype, keywords):
     assert logits.grad.dtype == dtype
 
 
+@THERE
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=dtype_id)
 def test_logits_that_are_no_floats_are_refused(one_backend, dtype):
     with pytest.raises(TypeError, match="logits"):
@@ -58,6 +60,7 @@ def test_label_dtypes(backend, name, dtype, classes):
         assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
 
 
+@THERE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_probabilities_as_targets_are_refused(one_backend, dtype):
     with pytest.raises(TypeError, match="class indices"):
@@ -66,6 +69,7 @@ def test_probabilities_as_targets_are_refused(one_backend, dtype):
         ak.anl_ce(torch.randn(4, 6), torch.rand(4).to(dtype), backend=one_backend.name)
 
 
+@THERE
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64], ids=str)
 def test_other_label_dtypes_are_refused(one_backend, dtype):
     with pytest.raises(TypeError, match="target"):
@@ -97,7 +101,7 @@ def test_labels_out_of_bounds(backend, dtype, label, layout):
     """An IndexError that names the label, in every mode, and nothing written: in-place logits are untouched. Where it
     would have to wait for a device: that row's loss and gradient are NaN, the others' are as ever."""
     shape, labels = ((7, 6), 7) if layout == "rows" else ((2, 6, 5), 10)
-    logits = torch.randn(shape, generator=helpers.generator(0))
+    logits = helpers.randn(shape, generator=helpers.generator(0))
     target = torch.zeros(labels, dtype=dtype)
     target[labels // 2] = label
     target = target.view(shape[0], *shape[2:])
@@ -145,6 +149,7 @@ def check_that_one_row_is_nan(backend, logits, target, row, keywords):
             torch.testing.assert_close(rows[others], expected[others], rtol=1e-6, atol=1e-9)
 
 
+@THERE
 def test_the_last_label_is_within_bounds(backend):
     for classes in (2, 17, 256):
         target = torch.tensor([classes - 1, 0], dtype=torch.uint8)
@@ -211,6 +216,7 @@ def test_ignore_index(backend, name, dtype, ignored, reduction):
             assert (loss[[1, 5, 6]] == 0).all()
 
 
+@THERE
 def test_ignore_index_out_of_the_labels_range(backend):
     """-100 is no uint8, nor is 256: then no row is ignored, and 156 (-100 mod 256) is a label like another."""
     target = torch.tensor([0, 156], dtype=torch.uint8)
@@ -232,7 +238,7 @@ def test_ignore_index_out_of_the_labels_range(backend):
 @SOME
 def test_class_weights(backend, name, dtype, reduction):
     values, labels = helpers.rows_of_every_kind(9, dtype)
-    weight = (torch.rand(9, generator=helpers.generator(0)) * 3).to(dtype)
+    weight = (helpers.rand(9, generator=helpers.generator(0)) * 3).to(dtype)
     weight[int(labels[1])] = 0
     for recompute in (False, True):
         for ignored in (-100, int(labels[0])):
@@ -247,7 +253,7 @@ def test_class_weights(backend, name, dtype, reduction):
 def test_class_weights_of_another_dtype_or_stride(backend):
     """float64 or strided weights with float32 logits, as class counts come."""
     values, labels = helpers.rows_of_every_kind(9, torch.float32)
-    weight = torch.rand(9, 3, generator=helpers.generator(0), dtype=torch.float64)[:, 1]
+    weight = helpers.rand(9, 3, generator=helpers.generator(0), dtype=torch.float64)[:, 1]
     helpers.check(values, labels, ANL_CE, weight=weight, backend=backend.name)
 
 
@@ -270,6 +276,7 @@ def test_every_row_ignored(backend, reduction, recompute):
     assert (grad == 0).all()
 
 
+@THERE
 def test_all_weight_zero_is_a_mean_of_nothing(backend):
     """As F.cross_entropy: 0 / 0."""
     logits, target, weight = logits_of(3, 4), torch.tensor([0, 0, 1]), torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -280,6 +287,7 @@ def test_all_weight_zero_is_a_mean_of_nothing(backend):
 # ---- sizes
 
 
+@THERE
 @pytest.mark.parametrize("shape", [(4, 1), (4, 0), (1,), (0,), (2, 1, 3)], ids=str)
 def test_fewer_than_two_classes(one_backend, shape):
     target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
@@ -287,6 +295,7 @@ def test_fewer_than_two_classes(one_backend, shape):
         ak.anl_ce(torch.zeros(shape), target, backend=one_backend.name)
 
 
+@THERE
 @pytest.mark.parametrize(("classes", "min_prob"), [(10, 0.1), (10, 0.2), (2, 0.5), (1000, 1e-3)])
 def test_a_clamp_above_the_uniform_row(one_backend, classes, min_prob):
     with pytest.raises(ValueError, match="min_prob"):
@@ -298,6 +307,7 @@ def test_a_clamp_above_the_uniform_row(one_backend, classes, min_prob):
     ).isfinite()
 
 
+@THERE
 @pytest.mark.parametrize("min_prob", [0.0, -1e-7, math.nan, 1.0])
 def test_a_clamp_that_is_no_probability(one_backend, min_prob):
     with pytest.raises(ValueError, match="min_prob"):
@@ -319,6 +329,7 @@ def test_empty_batch(backend, shape, reduction, keywords):
         assert grad.shape == logits.shape
 
 
+@THERE
 @pytest.mark.parametrize(
     ("logits", "target"),
     [
@@ -339,6 +350,7 @@ def test_shapes_that_do_not_fit(one_backend, logits, target):
         ak.anl_ce(torch.zeros(logits), torch.zeros(target, dtype=torch.int64), backend=one_backend.name)
 
 
+@THERE
 @pytest.mark.parametrize(
     ("weight", "error"),
     [(torch.ones(5), ValueError), (torch.ones(6, 1), ValueError), (torch.ones(()), ValueError), ([1.0] * 6, TypeError)],
@@ -349,6 +361,7 @@ def test_weights_that_do_not_fit(one_backend, weight, error):
         ak.anl_ce(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64), weight=weight, backend=one_backend.name)
 
 
+@THERE
 def test_tensors_on_two_devices(one_backend):
     with pytest.raises((ValueError, RuntimeError), match="meta"):
         ak.anl_ce(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64, device="meta"), backend=one_backend.name)
@@ -434,14 +447,15 @@ def test_masks_of_the_lowest_number(backend, name, dtype):
 # ---- expanded logits
 
 
+@THERE
 def test_expanded_rows(backend):
     """Rows that share memory are read as they lie; writing over them in place is refused, as torch refuses it."""
-    row = torch.randn(1, 11, generator=helpers.generator(0))
+    row = helpers.randn(1, 11, generator=helpers.generator(0))
     logits, target = row.expand(5, 11), torch.tensor([0, 3, 10, 5, 5])
     expected = calculate(logits.clone(), target, expression(ANL_CE), backend=backend.name)
     result = calculate(logits, target, expression(ANL_CE), backend=backend.name)
     assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
-    column = torch.randn(5, 1, generator=helpers.generator(0))  # one number for all classes of a row
+    column = helpers.randn(5, 1, generator=helpers.generator(0))  # one number for all classes of a row
     for name in EXPRESSIONS:
         helpers.check(column.expand(5, 40), target, EXPRESSIONS[name], backend=backend.name)
     before = row.clone()
@@ -454,6 +468,7 @@ def test_expanded_rows(backend):
     assert torch.equal(row, before)
 
 
+@THERE
 def test_inplace_where_no_view_exists(fused):
     """Trailing dimensions that are no single run of memory are copied, so the gradient has nowhere to go in place."""
     logits = torch.randn(2, 5, 4, 3).transpose(2, 3).requires_grad_()

@@ -57,7 +57,7 @@ def slice_of_rows(classes, dtype):
 
 @pytest.fixture
 def kernels(fused):
-    module = registry.fused(fused.name)
+    module = registry.fused(fused.name, explicit=True)
     if not hasattr(module, "slice_stats"):
         pytest.skip(f"{fused.name} leaves slices to PyTorch's operators")
     return module

@@ -1,11 +1,15 @@
 """`python -m anl_kernels`: what its commands print, write and return."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from anl_kernels import trust
 from anl_kernels.__main__ import main
-from anl_kernels.cli import bench, check, contenders, timing, workloads
+from anl_kernels.cli import bench, check, contenders, timing, verify, workloads
 
 
 def test_info(capsys):
@@ -101,3 +105,74 @@ def test_demo(tmp_path, capsys):
     assert main(["demo", *small, "--output", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
     assert "ANL-CE+entropy" in capsys.readouterr().out
+
+
+# ---- check on a GPU that is emulated
+
+HERE = torch.device("cpu")
+
+
+@pytest.fixture
+def emulated(tmp_path, monkeypatch):
+    """use(device): what `check` starts has that device of the emulation; nothing is remembered yet."""
+    from cuda_on_host import adapter, build
+
+    if build.compiler() is None or torch.cuda.is_available():
+        pytest.skip("needs g++ on Linux, the source tree and no GPU")
+    monkeypatch.setenv("ANL_KERNELS_CACHE", str(tmp_path))
+    trust._trusted.cache_clear()
+    script = Path(adapter.__file__).with_name("cli.py")
+    use = lambda device: monkeypatch.setattr(verify, "COMMAND", [sys.executable, str(script), device])
+    use("host")
+    with adapter.on_host("host"):
+        yield use
+
+
+def test_info_says_which_protocols_are_used(emulated, capsys):
+    trust.record("cuda.split", HERE, {})
+    assert main(["info"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    states = {line[0]: line[1].rstrip(",") for line in lines if line and line[0].startswith("cuda.")}
+    assert states == {"cuda.tickets": "no", "cuda.split": "yes", "cuda.cluster": "no"}
+
+
+def remembered():
+    return {key.split(" on ")[0] for key in trust.FILE.read()}
+
+
+def test_check_verifies_a_gpus_protocols_and_remembers(emulated, capsys):
+    arguments = ["check", "--backend", "cuda", "--loss", "CE", "--dtype", "fp32"]
+    assert main(arguments) == 0
+    assert "cuda.cluster  verified  remembered" in capsys.readouterr().out
+    assert remembered() == {"cuda.tickets", "cuda.split", "cuda.cluster"}
+    assert trust.trusted("cuda", HERE, explicit=False) == {"tickets", "split", "cluster"}
+    emulated("hangs")  # nothing is left to be verified
+    lines, failed = verify.report("cuda", again=False)
+    assert not failed and [line[1:3] for line in lines] == [["verified", "before"]] * 3
+
+
+def test_a_protocol_that_a_gpu_never_uses(emulated):
+    emulated("host-sm80")
+    assert verify.verify("cuda.cluster", HERE) == ("never used", "no call on this GPU takes it")
+    assert remembered() == set()
+
+
+@pytest.mark.parametrize(("device", "reason"), [("dies", "ended by SIGABRT"), ("hangs", "no answer in 5 s")])
+def test_a_protocol_that_hangs_or_kills_costs_its_process_only(emulated, device, reason):
+    trust.record("cuda.split", HERE, {})
+    emulated(device)
+    assert verify.verify("cuda.split", HERE, seconds=5) == ("FAIL", reason)
+    assert remembered() == set() and trust.trusted("cuda", HERE, explicit=False) == set()
+
+
+def test_a_protocol_that_is_wrong_is_not_trusted(emulated, monkeypatch, capsys):
+    for name, few in (("CLASSES", (3001,)), ("ROWS", (24,)), ("LOSSES", ("ANL-CE",)), ("DTYPES", ("fp32",))):
+        monkeypatch.setattr(verify, name, few)
+    assert verify.run_here("cuda.cluster", HERE) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "TOLERANCE", dict.fromkeys(check.TOLERANCE, (1e-12, 1e-12)))
+        assert verify.run_here("cuda.cluster", HERE) == 1
+    assert "error" in capsys.readouterr().out
+    monkeypatch.setattr(verify, "same_bits", lambda *call: False)
+    assert verify.run_here("cuda.cluster", HERE) == 1
+    assert "other bits when it is repeated" in capsys.readouterr().out

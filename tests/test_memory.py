@@ -2,11 +2,14 @@
 
 import os
 import re
+import tempfile
+from pathlib import Path
 
+import devices
 import helpers
 import pytest
 import torch
-from helpers import DEVICES, EXPRESSIONS, expression
+from helpers import EXPRESSIONS, expression
 
 import anl_kernels as ak
 from anl_kernels.cli import timing
@@ -23,9 +26,9 @@ class Case:
     """
 
     def __init__(self, backend, rows, classes, resident=True):
-        self.backend, self.device = backend, DEVICES.get(backend.name, "cpu")
+        self.backend, self.device = backend, backend.device
         self.resident = resident and backend.name == "cpu"
-        if backend.interpreted or backend.on_host:
+        if backend.interpreted or backend.on_host or devices.EMULATED:
             rows = 48
         self.values = torch.randn(rows, classes, generator=helpers.generator(0))
         self.labels = torch.randint(classes, (rows,), generator=helpers.generator(1))
@@ -46,6 +49,8 @@ class Case:
 
     def peak_of(self, function):
         run = Run(function)
+        if self.device == "emulated":
+            return devices.peak_bytes(function)
         peak = timing.peak_resident(run) if self.resident else timing.profile(run, self.device).peak_bytes
         if peak is None:
             pytest.skip("needs Linux's /proc")
@@ -171,12 +176,27 @@ def test_tensors_made_by_a_call(fused, build, kind):
 # ---- offsets beyond 32 bits, in memory that is mostly never touched
 
 
-def room(elements, dtype=torch.bfloat16):
-    """So many elements of address space; pages come with the first write."""
+@pytest.fixture
+def alone(device):
+    """One such test at a time on a GPU, however many workers there are: there each holds its gigabytes."""
+    if device.type == "cpu":
+        yield
+        return
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / "anl_kernels_gigabytes.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def room(elements, device, dtype=torch.bfloat16):
+    """So many elements of address space; on the CPU pages come with the first write."""
     try:
-        return torch.empty(elements, dtype=dtype)
+        return torch.empty(elements, dtype=dtype, device=device)
     except RuntimeError:
-        pytest.skip(f"no {elements * dtype.itemsize >> 30} GiB of address space")
+        pytest.skip(f"no {elements * dtype.itemsize >> 30} GiB on {device}")
 
 
 FAR = 2**31 + 2**20
@@ -192,10 +212,12 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("mode", ["forward", "recompute", "inplace", "row_loss", "entropy"])
-def test_offsets_beyond_32_bits(fused, view, mode):
+def test_offsets_beyond_32_bits(fused, device, alone, view, mode):
     """Strides of more than 2^31 elements: for the logits, and in place for the gradient too."""
+    if fused.interpreted and devices.EMULATED:
+        pytest.skip("no emulation of gigabytes: Triton's interpreter would copy them to the CPU")
     shape, strides = VIEWS[view]
-    memory = room(sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1)
+    memory = room(sum((size - 1) * stride for size, stride in zip(shape, strides)) + 1, device)
     logits = memory.as_strided(shape, strides)
     values = (torch.randn(shape, generator=helpers.generator(0)) * 3).bfloat16()
     logits.copy_(values)

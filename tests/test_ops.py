@@ -3,7 +3,7 @@
 import helpers
 import pytest
 import torch
-from helpers import EXPRESSIONS, expression
+from helpers import EXPRESSIONS, THERE, expression
 
 import anl_kernels as ak
 from anl_kernels import ops
@@ -28,8 +28,8 @@ def fresh():
 
 def problem(dtype=torch.float32, shape=(7, 33)):
     g = helpers.generator(0)
-    logits = (torch.randn(shape, generator=g) * 4).to(dtype)
-    return logits, torch.randint(shape[1], (shape[0], *shape[2:]), generator=g)
+    logits = (helpers.randn(shape, generator=g) * 4).to(dtype)
+    return logits, helpers.randint(shape[1], (shape[0], *shape[2:]), generator=g)
 
 
 def loss_and_grad(function, logits, target):
@@ -51,16 +51,19 @@ def compare(function, logits, target, compiler, **tolerance):
 CLOSE = dict(rtol=2e-6, atol=1e-8)
 
 
+@THERE
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_in_one_graph(one_fused, case):
     """fullgraph=True, traced and differentiated ahead of time."""
-    compare(lambda z, y: ak.anl_fl(z, y, backend=one_fused.name, **CASES[case]), *problem(), "aot_eager", **CLOSE)
+    keywords = helpers.handed_out_of(CASES[case])
+    compare(lambda z, y: ak.anl_fl(z, y, backend=one_fused.name, **keywords), *problem(), "aot_eager", **CLOSE)
 
 
 def test_the_reference_compiles():
     compare(lambda z, y: ak.anl_ce(z, y, backend="reference", entropy_weight=0.5), *problem(), "aot_eager", **CLOSE)
 
 
+@THERE
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [(torch.float64, (33, 7, 5)), (torch.bfloat16, (9, 33, 2, 3)), (torch.float16, (7, 33))],
@@ -71,16 +74,19 @@ def test_compiled_dtypes_and_shapes(one_fused, dtype, shape):
     compare(lambda z, y: ak.anl_ce(z, y, backend=one_fused.name), *problem(dtype, shape), "aot_eager", **tolerance)
 
 
+@THERE
 def test_compiled_row_loss(one_fused):
     criterion = 2 * ak.RowLoss(lambda s: -s.target_log_prob / s.neg_log_sum) + 0.5 * ak.RCE()
     compare(lambda z, y: criterion(z, y, backend=one_fused.name), *problem(), "aot_eager", **CLOSE)
 
 
+@THERE
 @pytest.mark.slow
+@pytest.mark.not_emulated("a GPU's compiler")
 def test_compiled_by_inductor(one_fused):
     """The compiler people use, around a layer; gradients of its weights. Nothing comes from an earlier run's cache."""
     g = helpers.generator(1)
-    x, weight, target = torch.randn(7, 5, generator=g), torch.randn(33, 5, generator=g), problem()[1]
+    x, weight, target = helpers.randn(7, 5, generator=g), helpers.randn(33, 5, generator=g), problem()[1]
 
     def function(w, y):
         logits = torch.nn.functional.linear(x, w).relu() * 2
@@ -139,12 +145,12 @@ def operator_calls(dtype, shape):
     logits, target = problem(dtype, shape)
     needs, gamma, weight = 15, 0.5, torch.linspace(0.5, 2, shape[1])
     for reduction in ("mean", "none"):
-        numbers = (terms_of("anl_fl"), 1e-7, gamma, needs, -100, reduction, "cpu")
+        numbers = (terms_of("anl_fl"), 1e-7, gamma, needs, -100, reduction, "cpu", True)
         yield ops.row_loss, (logits.clone().requires_grad_(), target, weight, *numbers)
         yield ops.row_loss, (logits.clone().requires_grad_(), target, None, *numbers)
     for with_sums in (False, True):
-        yield ops.row_stats, (logits.clone().requires_grad_(), target, 1e-7, gamma, needs, -100, with_sums, "cpu")
-    _, coefs = ops.row_loss(logits, target, None, terms_of("anl_fl"), 1e-7, gamma, needs, -100, "none", "cpu")
+        yield ops.row_stats, (logits.clone().requires_grad_(), target, 1e-7, gamma, needs, -100, with_sums, "cpu", True)
+    _, coefs = ops.row_loss(logits, target, None, terms_of("anl_fl"), 1e-7, gamma, needs, -100, "none", "cpu", True)
     output = torch.ones(target.shape, dtype=helpers.acc(dtype))
     yield ops.row_grad, (logits, target, coefs, output, None, 1e-7, gamma, needs, "cpu")
     yield (

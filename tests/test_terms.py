@@ -7,7 +7,7 @@ import helpers
 import oracle
 import pytest
 import torch
-from helpers import EXPRESSIONS, dtype_id
+from helpers import EXPRESSIONS, THERE, dtype_id
 
 import anl_kernels as ak
 
@@ -44,8 +44,8 @@ def test_fused_gradient_is_autograds_of_the_formula(backend, name, dtype):
 
 def test_a_loss_of_ones_own(backend):
     """A formula the package does not have, over statistics of every kind, against the same by plain autograd."""
-    z = torch.randn(9, 13, dtype=torch.float64, generator=helpers.generator(0)) * 8
-    y = torch.randint(13, (9,), generator=helpers.generator(1))
+    z = helpers.randn(9, 13, dtype=torch.float64, generator=helpers.generator(0)) * 8
+    y = helpers.randint(13, (9,), generator=helpers.generator(1))
     min_prob, floor = 1e-5, -torch.tensor(1e-5, dtype=torch.float64).log()
 
     def mine(s):
@@ -70,10 +70,11 @@ def test_a_loss_of_ones_own(backend):
     torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-15)
 
 
+@THERE
 def test_what_a_loss_sees(one_backend):
     """Every statistic, against its definition."""
-    z = torch.randn(6, 11, dtype=torch.float64, generator=helpers.generator(0)) * 9
-    y = torch.randint(11, (6,), generator=helpers.generator(1))
+    z = helpers.randn(6, 11, dtype=torch.float64, generator=helpers.generator(0)) * 9
+    y = helpers.randint(11, (6,), generator=helpers.generator(1))
     z[2, (y[2] + 1) % 11] = -torch.inf
     gamma, min_prob, seen = 0.8, 1e-4, {}
     names = "lse target_logit neg_log_sum above_sum above_mass focal_sum focal_above_sum target_log_prob target_prob"
@@ -136,6 +137,7 @@ def test_row_loss_with_focal_statistics_needs_a_gamma():
         ak.RowLoss(lambda s: s.focal_sum)(torch.randn(2, 3), torch.tensor([0, 1]))
 
 
+@THERE
 def test_a_row_loss_with_learned_parameters(one_backend):
     """f may hold tensors that learn: their gradients come too."""
     z, y = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 6])
@@ -164,6 +166,7 @@ def test_a_module_as_f_belongs_to_the_loss():
     assert next(module.parameters()).grad.isfinite()
 
 
+@THERE
 def test_statistics_read_under_a_condition(one_fused):
     """What f did not read when it was made is not computed: an error that says how to ask for it."""
     logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
@@ -185,6 +188,7 @@ def test_unknown_statistics_are_named():
         ak.RowLoss(lambda s: s.lse, needs=["nothing"])
 
 
+@THERE
 @pytest.mark.parametrize(
     "f",
     [lambda s: s.lse.sum(), lambda s: 1.0, lambda s: None, lambda s: s.lse.unsqueeze(0)],
@@ -199,8 +203,8 @@ def test_a_row_loss_gives_one_number_a_row(one_backend, f):
 
 
 def value(criterion, **keywords):
-    logits = torch.randn(6, 9, dtype=torch.float64, generator=helpers.generator(0))
-    target = torch.randint(9, (6,), generator=helpers.generator(1))
+    logits = helpers.randn(6, 9, dtype=torch.float64, generator=helpers.generator(0))
+    target = helpers.randint(9, (6,), generator=helpers.generator(1))
     return torch.cat([x.reshape(-1) for x in helpers.calculate(logits, target, criterion, **keywords)])
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .. import autograd
-from ..layout import acc_dtype, as_rows, shape_and_strides
-from . import compiled
+from .. import autograd, trust
+from ..layout import acc_dtype, as_rows, log_once, shape_and_strides
+from . import LaunchRefused, compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS
 
 NAME = "cuda"
@@ -42,6 +42,16 @@ def cannot_run(logits: Tensor, call) -> str | None:
     return compiled.cannot_run(logits, call, _DEVICE) or _refusal(_index(logits.device))
 
 
+def device_type() -> str:
+    return _DEVICE
+
+
+def plan_for(rows: int, classes: int, dtype: torch.dtype, device: torch.device, protocols) -> dict:
+    """How a loss of contiguous (rows, classes) logits would run with these protocols: its kernel, CTAs and so on."""
+    bits = sum(_cuda.PROTOCOLS[name] for name in protocols)
+    return _cuda.plan_for(DTYPES[dtype], (rows, classes, 1), (classes, 1, 0), _index(device), bits)
+
+
 def info() -> dict:
     """What the kernels were compiled for, CUDA's versions, the compute capability of each device."""
     return _cuda.info()
@@ -51,8 +61,9 @@ def _index(device: torch.device) -> int:
     return -1 if device.index is None else device.index
 
 
-def _where(logits: Tensor):
-    """The device, its current stream, and memory to work in: a tensor that lives until the kernels are launched."""
+def _where(logits: Tensor, protocols: int = 0):
+    """The device, its current stream, memory to work in (a tensor that lives until the kernels are launched), and the
+    bits of the protocols that they may use."""
     device, memory = logits.device, []
 
     def empty(size: int) -> int:
@@ -60,10 +71,24 @@ def _where(logits: Tensor):
         return memory[-1].data_ptr()
 
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    return _cuda.Where(_index(device), stream, empty)
+    return _cuda.Where(_index(device), stream, empty, protocols)
 
 
-@lru_cache(maxsize=256)
+def _protocols(call, logits: Tensor) -> int:
+    return sum(_cuda.PROTOCOLS[name] for name in trust.trusted(NAME, logits.device, call.explicit))
+
+
+def _launch(kernel, *arguments) -> None:
+    """Runs one of the module's functions, which says what the device refused to launch before something else ran."""
+    try:
+        refused = kernel(*arguments)
+    except _cuda.LaunchRefused as error:
+        raise LaunchRefused(str(error)) from None
+    if refused:
+        log_once(f"anl_kernels: {refused} runs instead")
+
+
+@functools.lru_cache(maxsize=256)
 def _program(terms: tuple, min_prob: float, gamma: float):
     return _cuda.Program(terms, min_prob, gamma)
 
@@ -80,11 +105,11 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     target = target.contiguous()
     if weight is not None:
         weight = weight.to(acc).contiguous()
-    _cuda.row_loss(
-        _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape, rows.data_ptr(), strides,
-        grad_ptr, grad_strides, target.data_ptr(), TARGETS[target.dtype], call.ignore_index,
+    _launch(
+        _cuda.row_loss, _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape,
+        rows.data_ptr(), strides, grad_ptr, grad_strides, target.data_ptr(), TARGETS[target.dtype], call.ignore_index,
         0 if weight is None else weight.data_ptr(), REDUCTIONS[call.reduction], loss.data_ptr(),
-        0 if coefs is None else coefs.data_ptr(), _where(logits),
+        0 if coefs is None else coefs.data_ptr(), _where(logits, _protocols(call, logits)),
     )  # fmt: skip
     return loss
 
@@ -94,9 +119,10 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
-    _cuda.row_stats(
-        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), TARGETS[target.dtype],
-        call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(), _where(logits),
+    _launch(
+        _cuda.row_stats, DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(),
+        TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
+        _where(logits, _protocols(call, logits)),
     )  # fmt: skip
     return table
 
@@ -107,9 +133,10 @@ def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
     if shape[0] * shape[2] == 0:
         return logits.new_zeros(shape[1], dtype=torch.float64)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
-    _cuda.column_sums(
-        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr(), _where(logits)
-    )
+    _launch(
+        _cuda.column_sums, DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr(),
+        _where(logits),
+    )  # fmt: skip
     return sums
 
 
@@ -118,7 +145,8 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
 
     entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
     """
-    return compiled.row_grad(_cuda.row_grad, call, logits, target, coefs, grad_output, entropy, _where(logits))
+    kernel = functools.partial(_launch, _cuda.row_grad)
+    return compiled.row_grad(kernel, call, logits, target, coefs, grad_output, entropy, _where(logits))
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
@@ -127,7 +155,7 @@ def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
         return grad * factor
     shape, strides = shape_and_strides(grad)
     factor = factor.to(acc_dtype(grad.dtype))
-    _cuda.scale(DTYPES[grad.dtype], shape, grad.data_ptr(), strides, factor.data_ptr(), _where(grad))
+    _launch(_cuda.scale, DTYPES[grad.dtype], shape, grad.data_ptr(), strides, factor.data_ptr(), _where(grad))
     return grad
 
 

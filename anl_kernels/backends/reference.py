@@ -214,6 +214,11 @@ def _gradient(call, z, target, coefs):
     return torch.where(inv_sum == 0.0, 0.0, torch.where(inv_sum.isnan(), math.nan, grad))
 
 
+def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """grad * factor."""
+    return grad * factor
+
+
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
     """Sum over the rows of p, (K_r,), float64."""
     sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)

@@ -75,9 +75,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
         tuple(call.terms), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64
     )
     weight = None if weight is None else weight.contiguous()
-    return passes.row_loss(
-        program, rows, view, target.contiguous(), call.ignore_index, weight, call.reduction, grad, coefs
-    )
+    return passes.row_loss(program, call, rows, view, target.contiguous(), weight, grad, coefs)
 
 
 def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     rows, shape, strides = as_rows(logits)
     view = launch.view_of(shape, logits.element_size(), strides, strides)
     program = passes.program((), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64)
-    return passes.row_stats(program, rows, view, target.contiguous(), call.ignore_index)
+    return passes.row_stats(program, call, rows, view, target.contiguous())
 
 
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
@@ -123,6 +121,23 @@ def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
     """grad * factor; in place unless `keep`, and without touching it if factor is 1."""
     reduce = _kernels()[4]
     return reduce.scale(grad, factor) if keep else reduce.scale_(grad, factor)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return _interpreted()
+
+
+def device_type() -> str:
+    return _device_type()
+
+
+def splits(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether contiguous (rows, classes) logits would be split over programs that wait for one another."""
+    passes, launch, *_ = _kernels()
+    strides = (classes, 1, 0)
+    view = launch.view_of((rows, classes, 1), dtype.itemsize, strides, strides)
+    return passes.plan(view, dtype.itemsize, launch.target_of(device)).split is not None
 
 
 def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:

@@ -1,4 +1,8 @@
-"""`python -m anl_kernels check`: every backend that is present against float64 on this machine."""
+"""`python -m anl_kernels check`: every backend that is present against float64 on this machine.
+
+A GPU's backends run in processes of their own, which is all that a hang or a dead context would cost: first without
+protocols between CTAs, then each of those is verified and remembered (verify.py).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 
 import anl_kernels as ak
 
+from .. import registry, trust
 from . import formulas, workloads
 from .common import progress, table
 
@@ -21,6 +26,7 @@ DTYPES = workloads.DTYPES
 TOLERANCE = {"fp64": (1e-11, 1e-11), "fp32": (4e-6, 5e-5), "bf16": (4e-6, 4.1e-3), "fp16": (4e-6, 5.1e-4)}
 ENTROPY = 0.7
 SHOWN_FAILURES = 20
+SECONDS = 900  # of a GPU backend's process; Triton compiles hundreds of kernels
 
 
 class Loss(NamedTuple):
@@ -98,8 +104,8 @@ class Errors(NamedTuple):
         # max() would drop a NaN that comes second
         return Errors(*(b if math.isnan(b) else max(a, b) for a, b in zip(self, other)))
 
-    def within(self, dtype: str) -> bool:
-        return self.value <= TOLERANCE[dtype][0] and self.grad <= TOLERANCE[dtype][1]
+    def within(self, dtype: str, slack: float = 1.0) -> bool:
+        return self.value <= slack * TOLERANCE[dtype][0] and self.grad <= slack * TOLERANCE[dtype][1]
 
 
 class Truth(NamedTuple):
@@ -125,18 +131,24 @@ def near_the_clamp(logits: Tensor) -> Tensor:
 
 
 def compare(loss: Loss, backend: str, logits: Tensor, target: Tensor, expected: Truth, way: str) -> Errors:
-    keywords = dict(WAYS[way], backend=backend)
-    leaf = logits.detach().requires_grad_()
+    keywords, device = dict(WAYS[way], backend=backend), registry.device_of(backend)
+    leaf = placed(logits.detach(), device).requires_grad_()
     if way == "inplace":  # what is overwritten must not be a leaf; the layout stays
         leaf = Source.apply(leaf)
     if loss.entropy_weight:
         keywords["entropy_weight"] = loss.entropy_weight
-    value = loss.ours(leaf, target, **keywords)
+    value = loss.ours(leaf, target.to(device), **keywords)
     (grad,) = torch.autograd.grad(value.sum(), leaf)
+    value, grad = value.to(logits.device), grad.to(logits.device)
     scale = 1.0 if way == "none" else 1.0 / target.numel()
     want_value = expected.rows if way == "none" else expected.rows.mean() + loss.entropy_weight * expected.entropy
     want_grad = scale * expected.grad + loss.entropy_weight * expected.entropy_grad
     return Errors(relative(value, want_value), gradient_error(grad, want_grad, near_the_clamp(logits)))
+
+
+def placed(logits: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, with the same strides."""
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=device).copy_(logits)
 
 
 class Source(torch.autograd.Function):
@@ -144,7 +156,7 @@ class Source(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, leaf):
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).copy_(leaf)
+        return placed(leaf, leaf.device)
 
     @staticmethod
     def backward(ctx, grad):
@@ -209,9 +221,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", action="append", choices=[loss.name for loss in LOSSES], metavar="NAME")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES))
     parser.add_argument("--full", action="store_true", help="a line for every loss, dtype and layout")
+    parser.add_argument("--again", action="store_true", help="verify also the protocols that were verified before")
+    parser.add_argument("--here", action="store_true", help="GPU backends too in this process, and no protocols")
+    parser.add_argument("--protocol", help=argparse.SUPPRESS)  # with --here, what verify.py runs in its processes
+    parser.add_argument("--device", type=torch.device, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
+    from . import verify
+
+    if args.protocol:
+        return verify.run_here(args.protocol, args.device)
     present = {b.name: b for b in ak.backends()}
     chosen = args.backend or [name for name, b in present.items() if b.available]
     losses = [loss for loss in LOSSES if not args.loss or loss.name in args.loss]
@@ -222,6 +242,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: FAIL, it cannot run here: {present[name].reason if name in present else 'no such backend'}")
             failed = True
             continue
+        if name in trust.PROTOCOLS and not args.here:
+            failed |= not run_apart(name, args)
+            continue
         found = []
         with progress(len(losses) * len(dtypes) * len(LAYOUTS), "check") as bar:
             for row in rows_of(name, losses, dtypes):
@@ -231,6 +254,27 @@ def run(args: argparse.Namespace) -> int:
         failed |= any(not row.ok for row in found)
     print("FAIL" if failed else "all within tolerance of float64")
     return 1 if failed else 0
+
+
+def run_apart(name: str, args: argparse.Namespace) -> bool:
+    """Checks a GPU's backend in processes of its own: without protocols, then each of these; whether all is well."""
+    from . import verify
+
+    chosen = [f"--loss={loss}" for loss in args.loss or []] + [f"--dtype={dtype}" for dtype in args.dtype or []]
+    chosen += ["--full"] if args.full else []
+    outcome = verify.in_a_process(
+        ["check", "--here", f"--backend={name}", *chosen], SECONDS, **{trust.VARIABLE: "none"}
+    )
+    print(outcome.output.rstrip())
+    if outcome.code != 0:
+        print(f"FAIL {name}: {outcome.reason}")
+        return False
+    if registry.is_interpreted(name):
+        return True  # which proves nothing of a GPU
+    lines, failed = verify.report(name, args.again)
+    print(f"\nprotocols between the CTAs of a launch, on {trust.device_name(registry.device_of(name))}")
+    print(table(lines, ["protocol", "", "", "what it is"]))
+    return not failed
 
 
 def report(backend: str, found: list[Row], dtypes: list[str], full: bool) -> str:

@@ -12,7 +12,7 @@ import torch
 
 import anl_kernels
 
-from .. import registry
+from .. import registry, trust
 from .common import compiled_module, environment
 
 
@@ -54,6 +54,7 @@ def text() -> str:
         for key, value in facts["cpu_module"].items():
             value = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             lines.append(f"  {key:<12} {value}")
+    lines += protocol_lines()
     devices = ["cpu"] + [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
     lines += ["", *(f'backend="auto" takes, for a tensor on {device}: {chosen(device)}' for device in devices)]
     hint = shadowed_module()
@@ -69,6 +70,20 @@ def triton_line() -> str:
     from ..backends import triton
 
     return version if triton.unavailable() else f"{version}, for {triton.target()}"
+
+
+def protocol_lines() -> list[str]:
+    """Which protocols between CTAs `auto` uses on the current GPU."""
+    found = []
+    available = {b.name for b in anl_kernels.backends() if b.available}
+    for backend, protocols in trust.PROTOCOLS.items():
+        if backend in available and not registry.is_interpreted(backend):
+            device = registry.device_of(backend)
+            allowed = trust.trusted(backend, device, explicit=False)
+            for name, purpose in protocols.items():
+                state = "yes" if name in allowed else "no, not verified here: python -m anl_kernels check"
+                found.append(f"  {backend}.{name:<10} {state} ({purpose})")
+    return ["", 'protocols between CTAs that backend="auto" uses on this GPU', *found] if found else []
 
 
 def chosen(device: str) -> str:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, cdiv, choose_columns, launch, target_of, view_of
+from .launch import LaunchConfig, cdiv, choose_columns, launch_first, target_of, view_of
 from .math import exp, multiple
 
 _INF = tl.constexpr(float("inf"))
@@ -87,8 +87,8 @@ def column_sums(logits: Tensor, shape, strides, coefs: Tensor) -> Tensor:
     num_rows = view.batches * view.lanes
     args = (logits, coefs, parts, view.batches, view.lanes, num_classes, num_rows, tiles, *view.strides)
     constexprs = {"CONTIGUOUS": view.CONTIGUOUS, "VEC": view.VEC}
-    launch(columns_kernel, (blocks * chunks, 1, 1), args, constexprs, config, logits.device)
+    launch_first(columns_kernel, (blocks * chunks, 1, 1), args, constexprs, config, logits.device)
     if chunks > 1:
         grid = (cdiv(num_classes, _ADD.BLOCK_K), 1, 1)
-        launch(add_kernel, grid, (parts, sums, chunks, num_classes), {}, _ADD, logits.device)
+        launch_first(add_kernel, grid, (parts, sums, chunks, num_classes), {}, _ADD, logits.device)
     return sums

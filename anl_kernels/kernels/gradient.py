@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, choose_gradient, launch, same_misalignment, target_of, view_of
+from .launch import cdiv, choose_gradient, launch_first, same_misalignment, target_of, view_of
 from .math import Coefficients, constants, exp, gradient, gradient_row, multiple, runtime_numbers, stored
 
 _INF = tl.constexpr(float("inf"))
@@ -225,5 +225,5 @@ def row_grad(
     )  # fmt: skip
     constexprs = {"NEEDS": needs, "CONTIGUOUS": view.CONTIGUOUS, "VEC": view.VEC, "WIDTH": width, "ONE": one}
     grid = (view.batches * cdiv(view.lanes, config.BLOCK_N) * shares, 1, 1)
-    launch(gradient_kernel, grid, args, constexprs, config, logits.device)
+    launch_first(gradient_kernel, grid, args, constexprs, config, logits.device)
     return grad

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..backends import LaunchRefused
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -200,21 +202,34 @@ def launch(kernel, grid, args: tuple, constexprs: dict, config: LaunchConfig, de
             _launch_here(kernel, grid, args, constexprs, config, driver, device.index)
 
 
+def launch_first(kernel, grid, args: tuple, constexprs: dict, config: LaunchConfig, device: torch.device) -> None:
+    """`launch` of a kernel before which no result was written: LaunchRefused where the device cannot hold it."""
+    try:
+        launch(kernel, grid, args, constexprs, config, device)
+    except triton.runtime.errors.OutOfResources as error:
+        name = kernel.fn.__name__
+        raise LaunchRefused(f"anl_kernels: the device refuses to launch {name}: {error}") from None
+
+
 class _Compiled(NamedTuple):
     """A kernel in the form that one key asks for."""
 
     kernel: triton.compiler.CompiledKernel
     compiled_in: tuple  # the arguments behind `args`
+    known: bool  # whether _launch_here may pass them on itself
 
 
 _compiled: dict[tuple, _Compiled] = {}
+# Where CompiledKernel.run, which is Triton's own affair, is known to take what _launch_here passes.
+_KNOWN_RELEASES = ("3.6", "3.7", "3.8", "3.9")
+_KNOWN_BACKENDS = ("cuda", "hip")
 
 
 def _launch_here(kernel, grid, args, constexprs, config, driver, index):
     """What JITFunction.run does, but for its most costly part: asking anew what each argument is compiled as.
 
     What decides that is in the key: types, whether a pointer is a multiple of 16, whether an int fits 32 bits (every
-    int of these kernels is do_not_specialize).
+    int of these kernels is do_not_specialize). A Triton that is not known runs its own JITFunction.run every time.
     """
     key = [kernel.fn, index, config.BLOCK_N, config.BLOCK_K, config.num_warps, config.num_stages, *constexprs.items()]
     values = []
@@ -233,23 +248,28 @@ def _launch_here(kernel, grid, args, constexprs, config, driver, index):
         values.append(arg)
     key = tuple(key)
     found = _compiled.get(key)
-    if found is None or _profiled():
-        found = _compiled[key] = _first_launch(kernel, grid, args, constexprs, config)
+    if found is None or not found.known or _profiled():
+        _compiled[key] = _launch_by_triton(kernel, grid, args, constexprs, config, _known(driver))
         return
-    compiled, compiled_in = found
+    compiled, compiled_in, _ = found
     compiled.run(
         *grid, driver.get_current_stream(index), compiled.function, compiled.packed_metadata, None, None, None,
         *values, *compiled_in,
     )  # fmt: skip
 
 
-def _first_launch(kernel, grid, args, constexprs, config) -> _Compiled:
+def _known(driver) -> bool:
+    release = ".".join(triton.__version__.split(".")[:2])
+    return release in _KNOWN_RELEASES and driver.get_current_target().backend in _KNOWN_BACKENDS
+
+
+def _launch_by_triton(kernel, grid, args, constexprs, config, known) -> _Compiled:
     named = {**constexprs, **_blocks(kernel, config)}
     behind = kernel.arg_names[len(args) :]
     if sorted(behind) != sorted(named):
         raise TypeError(f"{kernel.fn.__name__} takes {behind} behind its {len(args)} arguments, not {list(named)}")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return _Compiled(_run(kernel, grid, args, named | options), tuple(named[name] for name in behind))
+    return _Compiled(_run(kernel, grid, args, named | options), tuple(named[name] for name in behind), known)
 
 
 def _run(kernel, grid, args, keywords) -> triton.compiler.CompiledKernel:

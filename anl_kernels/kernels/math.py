@@ -231,6 +231,16 @@ def closed_form(s, gap, c):
 
 
 @triton.jit
+def by_row(x):
+    """[BLOCK_N], what a reduction found -> [BLOCK_N, 1]. One row's is the splat of a scalar, which has no layout:
+    before Triton 3.9 that of [1, 1] drags loads and tiles along, or goes through shared memory once an operation."""
+    if x.shape[0] == 1:
+        return tl.full([1, 1], tl.sum(x), x.dtype)
+    else:
+        return x[:, None]
+
+
+@triton.jit
 def lane_sum(t, LANES: tl.constexpr):
     """[BLOCK_N, BLOCK_K] -> [BLOCK_N, LANES]: neighbouring classes are added up."""
     if LANES == 1:
@@ -299,13 +309,13 @@ def merged_second(a, NEEDS: tl.constexpr):
     above_sum, above_count, below_mass = zero, zero, zero
     focal_sum, weight, focal_above, weight_above = zero, zero, zero, zero
     if ANY_ABOVE & NEEDS:
-        above_sum, above_count = lane_sum(a.above_sum, 1), lane_sum(a.above_count, 1)
+        above_sum, above_count = by_row(tl.sum(a.above_sum, 1)), by_row(tl.sum(a.above_count, 1))
     if ABOVE_MASS & NEEDS:
-        below_mass = lane_sum(a.below_mass, 1)
+        below_mass = by_row(tl.sum(a.below_mass, 1))
     if FOCAL & NEEDS:
-        focal_sum, weight = lane_sum(a.focal_sum, 1), lane_sum(a.focal_weight, 1)
+        focal_sum, weight = by_row(tl.sum(a.focal_sum, 1)), by_row(tl.sum(a.focal_weight, 1))
     if FOCAL_ABOVE & NEEDS:
-        focal_above, weight_above = lane_sum(a.focal_above_sum, 1), lane_sum(a.focal_above_weight, 1)
+        focal_above, weight_above = by_row(tl.sum(a.focal_above_sum, 1)), by_row(tl.sum(a.focal_above_weight, 1))
     return SecondSums(above_sum, above_count, below_mass, focal_sum, weight, focal_above, weight_above)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..trust import trusted
 from . import autotune, launch, reduce
 from .math import runtime_numbers
 from .rows import loop_kernel, tile_kernel
@@ -28,11 +29,15 @@ def program(terms: tuple, min_prob: float, gamma: float, needs: int, exact: bool
 
 
 class Split(NamedTuple):
-    """How rows are split: parts of each, blocks of classes of each part, row blocks in a group."""
+    """How rows are split: parts of each, blocks of classes of each part, row blocks in a group.
+
+    one_launch: programs wait for one another; else each phase is a launch of its own, of all row blocks.
+    """
 
     parts: int
     blocks: int
     group: int
+    one_launch: bool = True
 
 
 class Plan(NamedTuple):
@@ -48,10 +53,20 @@ class Plan(NamedTuple):
 ON_CHIP = 16384  # classes of a row that a program's registers hold
 ON_CHIP_PIXELS = 32  # of a pixel, that a thread's hold
 MAX_PARTS = 256
+_FULL = 4  # programs that keep a multiprocessor busy
+
+
+def plan_of(call, logits: Tensor, view: launch.View) -> Plan:
+    """The plan for a call: programs wait for one another only where that is trusted."""
+    shape = (view, logits.element_size(), launch.target_of(logits.device))
+    p = plan(*shape)
+    if p.split is None or "split" in trusted("triton", logits.device, call.explicit):
+        return p
+    return plan(*shape, may_wait=False)
 
 
 @lru_cache(maxsize=4096)
-def plan(view: launch.View, itemsize: int, target: launch.Target) -> Plan:
+def plan(view: launch.View, itemsize: int, target: launch.Target, may_wait: bool = True) -> Plan:
     spatial = view.CONTIGUOUS == 2
     shape = (view.lanes, view.num_classes, spatial, itemsize, target)
     if view.num_classes <= (ON_CHIP_PIXELS if spatial else ON_CHIP):
@@ -60,7 +75,10 @@ def plan(view: launch.View, itemsize: int, target: launch.Target) -> Plan:
     size = p.config.BLOCK_N * view.num_classes * itemsize
     if p.row_blocks >= target.num_sms and min(p.row_blocks, 2 * target.num_sms) * size <= target.l2_bytes // 2:
         return p
-    return split(view, p.config, max(1, target.l2_bytes // 4 // size), 4 * target.num_sms)
+    if not may_wait and p.row_blocks >= _FULL * target.num_sms:
+        return p  # the rows alone fill the device, and launches of their own would find no more of them in its cache
+    p = split(view, p.config, max(1, target.l2_bytes // 4 // size), _FULL * target.num_sms)
+    return p if may_wait else in_launches(p)
 
 
 def planned(kernel, view: launch.View, config: launch.LaunchConfig) -> Plan:
@@ -77,13 +95,19 @@ def split(view: launch.View, config: launch.LaunchConfig, group: int, programs: 
     return p._replace(split=Split(launch.cdiv(all_blocks, blocks), blocks, group))
 
 
-def row_loss(this: Pass, logits: Tensor, view, target, ignore_index, weight, reduction, grad, coefs) -> Tensor:
+def in_launches(p: Plan) -> Plan:
+    """`p` with a launch for each phase: the same parts, so the same bits."""
+    return p._replace(split=p.split._replace(one_launch=False))
+
+
+def row_loss(this: Pass, call, logits: Tensor, view, target, weight, grad, coefs) -> Tensor:
     """The loss, reduced; fills `grad` and `coefs` where given. logits, grad: as `view` (launch.View) has them."""
+    ignore_index, reduction = call.ignore_index, call.reduction
     acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
     if not target.numel():
         shape, value = (target.shape, 0.0) if reduction == "none" else ((), float("nan" if reduction == "mean" else 0))
         return logits.new_full(shape, value, dtype=acc)
-    p = plan(view, logits.element_size(), launch.target_of(logits.device))
+    p = plan_of(call, logits, view)
     denominator = None
     if reduction == "mean" and not p.whole:
         denominator = reduce.denominator(target, ignore_index, weight, view.num_classes, acc)
@@ -114,12 +138,12 @@ def _tuned(p, this, logits, view, target, ignore_index, weight, denominator, red
     return planned(p.kernel, view, autotune.best(kind, autotune.candidates(p.config, view.num_classes), run))
 
 
-def row_stats(this: Pass, logits: Tensor, view, target, ignore_index) -> Tensor:
+def row_stats(this: Pass, call, logits: Tensor, view, target) -> Tensor:
     """The table of statistics, (13, *target.shape), float64."""
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     if target.numel():
-        p = plan(view, logits.element_size(), launch.target_of(logits.device))
-        _launch(p, this, logits, view, target, ignore_index, None, None, "none", None, None, table)
+        p = plan_of(call, logits, view)
+        _launch(p, this, logits, view, target, call.ignore_index, None, None, "none", None, None, table)
     return table
 
 
@@ -132,21 +156,30 @@ def _launch(p, this, logits, view, target, ignore_index, weight, denominator, re
         "KINDS": this.kinds, "NEEDS": this.needs, "REDUCTION": reduction, "STATS": loss is None, "WHOLE": p.whole,
         "CONTIGUOUS": view.CONTIGUOUS, "VEC": 1 if view.CONTIGUOUS == 2 else view.VEC,
     }  # fmt: skip
-    programs = p.row_blocks
     if p.kernel is not tile_kernel:
-        constexprs["LANES"] = _lanes(view, p.config.BLOCK_K, logits.element_size())
+        constexprs["LANES"] = _lanes(view, p.config.BLOCK_K)
     if p.split is not None:
-        parts, blocks, group = p.split
-        acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
-        sums = logits.new_empty(p.row_blocks * FIELDS.value * parts * p.config.BLOCK_N, dtype=acc)
+        _launch_split(p, this.needs, args, constexprs, logits)
+    else:
+        launch.launch_first(p.kernel, (p.row_blocks, 1, 1), args, constexprs, p.config, logits.device)
+
+
+def _launch_split(p: Plan, needs: int, args: tuple, constexprs: dict, logits: Tensor) -> None:
+    parts, blocks, group, one_launch = p.split
+    acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    sums = logits.new_empty(p.row_blocks * FIELDS.value * parts * p.config.BLOCK_N, dtype=acc)
+    counters, phases = None, 3 if needs else 2
+    if one_launch:
         counters = logits.new_zeros(1 + 2 * p.row_blocks, dtype=torch.int32)
-        args += (sums, counters, p.row_blocks, parts, blocks, group)
-        constexprs["PARTS"] = launch.power_of_2(parts)
-        phases = 3 if this.needs else 2
-        programs = phases * (launch.cdiv(p.row_blocks, group) + phases - 1) * group * parts
-    launch.launch(p.kernel, (programs, 1, 1), args, constexprs, p.config, logits.device)
+        launches = [(None, phases * (launch.cdiv(p.row_blocks, group) + phases - 1) * group * parts)]
+    else:
+        launches = [(phase, p.row_blocks * parts) for phase in range(phases)]
+    args += (sums, counters, p.row_blocks, parts, blocks, group)
+    for phase, programs in launches:
+        compiled_in = {**constexprs, "PARTS": launch.power_of_2(parts), "PHASE": phase}
+        launch.launch_first(split_kernel, (programs, 1, 1), args, compiled_in, p.config, logits.device)
 
 
-def _lanes(view, BLOCK_K: int, itemsize: int) -> int:
+def _lanes(view, BLOCK_K: int) -> int:
     """How many sums of its own a row has: neighbours that one thread loads at once share one."""
-    return 1 if view.CONTIGUOUS == 2 else max(1, BLOCK_K * itemsize // 16)
+    return 1 if view.CONTIGUOUS == 2 else BLOCK_K // view.VEC

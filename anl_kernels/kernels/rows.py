@@ -17,6 +17,7 @@ from .math import (
     ANY_FOCAL,
     add_second,
     all_statistics,
+    by_row,
     closed_form,
     constants,
     evaluate,
@@ -346,10 +347,10 @@ def first_sweep(
 @triton.jit
 def merged_first(f, z_y):
     """[BLOCK_N, LANES] -> [BLOCK_N, 1], about the row's maximum, which may be the target."""
-    m = tl.maximum(tl.max(f.max, 1)[:, None], z_y)
+    m = tl.maximum(by_row(tl.max(f.max, 1)), z_y)
     below = tl.where(f.count > 0.0, m - f.max, 0.0)
-    tail = lane_sum(f.tail * exp(-below), 1)
-    return FirstSums(m, tl.min(f.low, 1)[:, None], tail, lane_sum(f.gap + f.count * below, 1), lane_sum(f.count, 1))
+    tail, gap = tl.sum(f.tail * exp(-below), 1), tl.sum(f.gap + f.count * below, 1)
+    return FirstSums(m, by_row(tl.min(f.low, 1)), by_row(tail), by_row(gap), by_row(tl.sum(f.count, 1)))
 
 
 @triton.jit

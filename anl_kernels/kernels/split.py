@@ -1,12 +1,15 @@
-"""The one pass over few rows of many classes: each row is split over programs, in one launch.
+"""The one pass over few rows of many classes: each row is split over programs.
 
 The work is a list of items (phase, row block, part): the first sweep, the second where it is needed, and the end, which
-writes losses and gradients. An item waits for the items of its rows' phase before. Programs take items in the order of
-a counter, the ticket, and the order is such that what an item waits for has a smaller ticket, so was begun: nobody can
-wait for a program that is not running. Sums of parts are merged in the order of the parts: the same bits in every run.
+writes losses and gradients. An item needs what the items of its rows' phase before have found. Sums of parts are merged
+in the order of the parts: the same bits in every run, and both ways.
 
-Row blocks go in groups, so few that their logits are still in the second-level cache when the next phase reads them.
-Step t has the first phase of group t, the second of group t - 1, the end of group t - 2.
+In one launch an item waits for those it needs. Programs take items in the order of a counter, the ticket, and the order
+is such that what an item waits for has a smaller ticket, so was begun: nobody can wait for a program that is not
+running. Row blocks go in groups, so few that their logits are still in the second-level cache when the next phase reads
+them. Step t has the first phase of group t, the second of group t - 1, the end of group t - 2.
+
+Where programs are not trusted to wait for one another, every phase is a launch of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import _INF, SecondSums, closed_form, constants, exp, gradient_row, merged_second, with_second
+from .math import _INF, SecondSums, by_row, closed_form, constants, exp, gradient_row, merged_second, with_second
 from .rows import (
     _NUMBERS,
     FirstSums,
@@ -36,14 +39,15 @@ from .rows import (
     write_target_gradient,
 )
 
-FIELDS = tl.constexpr(13)  # of a part: 5 sums of the first sweep and z_y, 7 sums of the second
+FIELDS = tl.constexpr(14)  # of a part: 5 sums of the first sweep and z_y, 7 sums of the second, whether it was made
+_SWEPT = tl.constexpr(13)
 
 
 class Parts(NamedTuple):
     """Memory in which the programs of a row block meet."""
 
     sums: tl.tensor  # pointer to (FIELDS, parts, BLOCK_N)
-    first_done: tl.tensor  # pointers to counters
+    first_done: tl.tensor  # pointers to counters; None where every phase is a launch of its own
     second_done: tl.tensor
     parts: tl.tensor
 
@@ -51,17 +55,19 @@ class Parts(NamedTuple):
 @triton.jit
 def publish(pointer):
     """What this program has written is there for all who see the counter rise."""
-    tl.debug_barrier()
-    tl.atomic_add(pointer, 1, sem="release")
+    if pointer is not None:
+        tl.debug_barrier()
+        tl.atomic_add(pointer, 1, sem="release")
 
 
 @triton.jit
 def wait(pointer, count):
     """Until `count` programs have published."""
-    done = tl.atomic_add(pointer, 0, sem="acquire")
-    while done < count:
+    if pointer is not None:
         done = tl.atomic_add(pointer, 0, sem="acquire")
-    tl.debug_barrier()
+        while done < count:
+            done = tl.atomic_add(pointer, 0, sem="acquire")
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -81,7 +87,7 @@ def load_parts(p, i: tl.constexpr, other, BLOCK_N: tl.constexpr, PARTS: tl.const
 def load_first(p, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     """The rows' FirstSums, and z_y, once every part has them."""
     wait(p.first_done, p.parts)
-    z_y = tl.load(p.sums + 5 * p.parts * BLOCK_N + tl.arange(0, BLOCK_N)[:, None])
+    z_y = by_row(tl.load(p.sums + 5 * p.parts * BLOCK_N + tl.arange(0, BLOCK_N)))
     parts = FirstSums(
         load_parts(p, 0, -_INF, BLOCK_N, PARTS), load_parts(p, 1, _INF, BLOCK_N, PARTS),
         load_parts(p, 2, 0.0, BLOCK_N, PARTS), load_parts(p, 3, 0.0, BLOCK_N, PARTS),
@@ -92,8 +98,7 @@ def load_first(p, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def load_second(p, NEEDS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    """The rows' SecondSums, once every part has them."""
-    wait(p.second_done, p.parts)
+    """The rows' SecondSums, which every part has."""
     parts = SecondSums(
         load_parts(p, 6, 0.0, BLOCK_N, PARTS), load_parts(p, 7, 0.0, BLOCK_N, PARTS),
         load_parts(p, 8, 0.0, BLOCK_N, PARTS), load_parts(p, 9, 0.0, BLOCK_N, PARTS),
@@ -103,36 +108,52 @@ def load_second(p, NEEDS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constex
     return merged_second(parts, NEEDS)
 
 
+@triton.jit
+def was_swept(p, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Whether the second phase made the second sweep, once every part is through with that phase."""
+    wait(p.second_done, p.parts)
+    return tl.min(by_row(tl.min(load_parts(p, _SWEPT, 1.0, BLOCK_N, PARTS), 1))) > 0.0
+
+
 @triton.jit(do_not_specialize=[*_NUMBERS, "row_blocks", "parts", "blocks", "group"])
 def split_kernel(
     Logits_ptr, Grad_ptr, Target_ptr, Weight_ptr, Denominator_ptr, Loss_ptr, Table_ptr, numbers,
     lanes, K, num_rows, so, sk, si, gso, gsk, gsi, ignore_index,
     Sums_ptr, Counters_ptr, row_blocks, parts, blocks, group,
     KINDS: tl.constexpr, NEEDS: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr, WHOLE: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """loop_kernel with each block of BLOCK_N rows split into `parts` of `blocks` blocks of classes.
 
-    Sums (row_blocks, FIELDS, parts, BLOCK_N): memory of the arithmetic's type. Counters (1 + 2 row_blocks,): int32
-    zeros. PARTS: a power of two, at least `parts`. Grid: phases * (groups + phases - 1) * group * parts.
+    Sums (row_blocks, FIELDS, parts, BLOCK_N): memory of the arithmetic's type. PARTS: a power of two, at least `parts`.
+    One launch, PHASE None: Counters (1 + 2 row_blocks,): int32 zeros; grid: phases * (groups + phases - 1) * group *
+    parts. Launches of one PHASE each, in their order: Counters None; grid: row_blocks * parts.
     """
     acc: tl.constexpr = tl.float64 if Logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     PHASES: tl.constexpr = 2 if NEEDS == 0 else 3
-    item = tl.atomic_add(Counters_ptr, 1, sem="relaxed")
-    part = item % parts
-    place = item // parts
-    phase = place // group % PHASES
-    turn = place // group // PHASES - phase  # which group
-    block = turn * group + place % group
+    if PHASE is None:
+        item = tl.atomic_add(Counters_ptr, 1, sem="relaxed")
+        part = item % parts
+        place = item // parts
+        phase = place // group % PHASES
+        turn = place // group // PHASES - phase  # which group
+        block = turn * group + place % group
+        first_done = Counters_ptr + 1 + block
+        second_done = first_done + row_blocks
+    else:
+        part = tl.program_id(0) % parts
+        block = tl.program_id(0) // parts
+        phase, turn = PHASE, 0
+        first_done, second_done = None, None
     if (turn >= 0) & (block < row_blocks):
         v = layout_of(lanes, K, so, sk, si, gso, gsk, gsi, CONTIGUOUS, VEC)
         rows = rows_of(block, v, Logits_ptr, Grad_ptr, Target_ptr, ignore_index, BLOCK_N)
         begin = part * blocks * BLOCK_K
         end = tl.minimum(v.K, begin + blocks * BLOCK_K)
         c = constants(numbers, acc)
-        done = Counters_ptr + 1 + block
-        p = Parts(Sums_ptr + block.to(tl.int64) * (FIELDS * parts * BLOCK_N), done, done + row_blocks, parts)
+        sums = Sums_ptr + block.to(tl.int64) * (FIELDS * parts * BLOCK_N)
+        p = Parts(sums, first_done, second_done, parts)
         if phase == 0:
             z_y = target_logit(rows, v, acc)
             f = merged_first(first_sweep(rows, v, begin, end, acc, CONTIGUOUS, LANES, BLOCK_N, BLOCK_K), z_y)
@@ -143,17 +164,19 @@ def split_kernel(
         elif (phase == 1) & (NEEDS > 0):
             f, z_y = load_first(p, BLOCK_N, PARTS)
             s = first_statistics(rows, f.max, f.tail, f.gap, f.count, z_y, v.K, STATS)
-            if needs_second_sweep(rows, f, s, c, NEEDS):
+            swept = needs_second_sweep(rows, f, s, c, NEEDS)
+            if swept:
                 second = second_sweep(rows, v, begin, end, f.max, s, c, acc, NEEDS, CONTIGUOUS, LANES, BLOCK_N, BLOCK_K)
                 for i in tl.static_range(7):
                     store_part(p, part, 6 + i, second[i], BLOCK_N)
-                publish(p.second_done)
+            store_part(p, part, _SWEPT, swept.to(acc), BLOCK_N)
+            publish(p.second_done)
         elif (part == 0) | (Grad_ptr is not None):
             f, z_y = load_first(p, BLOCK_N, PARTS)
             s = first_statistics(rows, f.max, f.tail, f.gap, f.count, z_y, v.K, STATS)
             second = closed_form(s, f.gap, c)
             if NEEDS > 0:
-                if needs_second_sweep(rows, f, s, c, NEEDS):
+                if was_swept(p, BLOCK_N, PARTS):
                     second = load_second(p, NEEDS, BLOCK_N, PARTS)
             s = with_second(s, second)
             out = Outputs(Weight_ptr, Denominator_ptr, Loss_ptr, Table_ptr, num_rows.to(tl.int64))

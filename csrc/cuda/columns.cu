@@ -20,7 +20,7 @@ ANL_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 __global__ void prepare_kernel(const __grid_constant__ Params p) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.plan.num_tickets;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.num_tickets;
        i += int64_t(gridDim.x) * blockDim.x)
     p.tickets[i] = 0;
   if (!p.weight_parts) return;
@@ -33,6 +33,13 @@ __global__ void prepare_kernel(const __grid_constant__ Params p) {
   }
   sum = block_reduce(sum, Add<double>(), shared);
   if (threadIdx.x == 0) p.weight_parts[blockIdx.x] = sum;
+}
+
+// ---- after a kernel that takes no tickets -----------------------------------------------------------------------------
+
+template <class T>
+__global__ void finish_kernel(const __grid_constant__ Params p) {
+  add_loss_parts<T>(p, loss_denominator<T>(p));
 }
 
 // ---- column sums ------------------------------------------------------------------------------------------------------
@@ -140,11 +147,11 @@ template <class S>
 cudaError_t launch_column_sums(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
   const cudaError_t error = p.plan.lanes == 1
-                                ? ANL_LAUNCH((pixel_sums_kernel<S>), grid, block, 1, 0, stream, p)
-                                : ANL_LAUNCH((column_sums_kernel<S>), grid, block, 1, 0, stream, p);
+                                ? ANL_LAUNCH((pixel_sums_kernel<S>), grid, block, NO_CLUSTER, 0, stream, p)
+                                : ANL_LAUNCH((column_sums_kernel<S>), grid, block, NO_CLUSTER, 0, stream, p);
   if (error != cudaSuccess || !p.plan.scratch_bytes) return error;
   const unsigned blocks = static_cast<unsigned>(ceil_div(p.call.num_classes, p.plan.threads));
-  return ANL_LAUNCH(chunk_sums_kernel, dim3(blocks), block, 1, 0, stream, p);
+  return ANL_LAUNCH(chunk_sums_kernel, dim3(blocks), block, NO_CLUSTER, 0, stream, p);
 }
 
 bool rows_aligned(const Call& call) {
@@ -223,17 +230,23 @@ cudaError_t launch_scaling(const Scaling& s, const Limits& limits, cudaStream_t 
   const int64_t wanted = ceil_div(total, share), most = 8 * int64_t(limits.num_sms);
   const dim3 grid(unsigned(wanted < most ? wanted : most)), block(threads);
   if (s.strides[2] == 1 && 2 * s.size[2] > share)
-    return ANL_LAUNCH((scale_runs_kernel<S>), grid, block, 1, 0, stream, s);
-  return ANL_LAUNCH((scale_elements_kernel<S>), grid, block, 1, 0, stream, s);
+    return ANL_LAUNCH((scale_runs_kernel<S>), grid, block, NO_CLUSTER, 0, stream, s);
+  return ANL_LAUNCH((scale_elements_kernel<S>), grid, block, NO_CLUSTER, 0, stream, s);
 }
 
 }  // namespace
 
 cudaError_t launch_prepare(const Params& p, cudaStream_t stream) {
-  if (!p.plan.num_tickets && !p.weight_parts) return cudaSuccess;
+  if (!p.num_tickets && !p.weight_parts) return cudaSuccess;
   const dim3 grid(p.weight_parts ? WEIGHT_PARTS : 1), block(p.plan.threads < THREADS ? p.plan.threads : THREADS);
-  if (p.call.dtype == FLOAT64) return ANL_LAUNCH((prepare_kernel<double>), grid, block, 1, 0, stream, p);
-  return ANL_LAUNCH((prepare_kernel<float>), grid, block, 1, 0, stream, p);
+  if (p.call.dtype == FLOAT64) return ANL_LAUNCH((prepare_kernel<double>), grid, block, NO_CLUSTER, 0, stream, p);
+  return ANL_LAUNCH((prepare_kernel<float>), grid, block, NO_CLUSTER, 0, stream, p);
+}
+
+// With as many threads as the kernel itself has: the sum's order is that of its last CTA.
+cudaError_t launch_finish(const Params& p, cudaStream_t stream) {
+  if (p.call.dtype == FLOAT64) return ANL_LAUNCH((finish_kernel<double>), 1, p.plan.threads, NO_CLUSTER, 0, stream, p);
+  return ANL_LAUNCH((finish_kernel<float>), 1, p.plan.threads, NO_CLUSTER, 0, stream, p);
 }
 
 Plan plan_columns(const Call& call, const Limits& limits) {

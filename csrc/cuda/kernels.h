@@ -1,4 +1,4 @@
-// What module.cpp asks of the CUDA kernels: how a call is to run (Plan), its arguments (Params), one entry a family.
+// What module.cpp asks of the CUDA kernels: how a call is to run (Plan), its arguments (Params), one entry per family.
 #pragma once
 
 #include "call.h"
@@ -10,7 +10,17 @@
 namespace anl {
 namespace gpu {
 
-// What a device allows. Read once a device; the plan of a call depends on nothing else but its shapes and strides.
+// What the CTAs of one launch may do to one another: anl_kernels/trust.py says where each is verified. Without it the same
+// phases are launches of their own.
+enum Protocol : unsigned {
+  TICKETS = 1,    // the last CTA to finish adds up the loss
+  SPLIT_ROWS = 2, // CTAs that share a row wait for one another
+  CLUSTERS = 4,   // clusters, distributed shared memory and bulk copies
+  ALL_PROTOCOLS = 7,
+};
+
+// What a device allows, read once per device, and the protocols that a call may use. The plan of a call depends on nothing
+// else but its shapes and strides.
 struct Limits {
   int arch;            // 90: compute capability 9.0
   int num_sms;
@@ -19,6 +29,7 @@ struct Limits {
   int registers;       // of a CTA
   int64_t l2_bytes;
   int max_cluster;     // 1: no clusters
+  unsigned protocols;  // bits of Protocol
 };
 
 enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUMNS };
@@ -33,9 +44,23 @@ struct Plan {
   int64_t tile;           // classes that a CTA takes at a time, where a row has more than one taker
   bool packs;             // every row's gradient is aligned as its logits are: 16 bytes go in and the same 16 out
   int64_t shared_bytes;   // dynamic
-  int64_t loss_parts;     // how many partial sums of losses finish_loss gets; 1: the grid is one CTA and needs no ticket
-  int64_t num_tickets;    // counters that are zero when the kernel starts; the first is finish_loss's
+  int64_t loss_parts;     // how many partial sums of losses finish_loss gets; 1: it is the loss
+  int64_t num_tickets;    // counters of the kernel's own that are zero when it starts
+  bool separate;          // SPLIT: its phases are launches of their own
   int64_t scratch_bytes;  // more memory, uninitialised
+};
+
+// The plans of a call: the first is to be taken, and each that follows where the device refuses the one before.
+struct Plans {
+  static constexpr int MOST = 4;
+  Plan plan[MOST];
+  int count = 0;
+  void add(const Plan& next) { plan[count++] = next; }
+  bool has(Kernel kernel) const {
+    for (int i = 0; i < count; ++i)
+      if (plan[i].kernel == kernel) return true;
+    return false;
+  }
 };
 
 constexpr int WEIGHT_PARTS = 64;
@@ -49,13 +74,15 @@ struct Params {
   void* loss;            // MEAN, SUM: one number of the arithmetic type; else null
   double* loss_parts;    // (plan.loss_parts,)
   double* weight_parts;  // MEAN: (WEIGHT_PARTS,), whose sum is the denominator; null: the only CTA adds it up
-  unsigned* tickets;     // (plan.num_tickets,)
+  unsigned* tickets;     // (num_tickets,), the kernel's own first
+  unsigned* loss_ticket; // one of them; null: launch_finish adds up the loss, where it has several parts
+  int64_t num_tickets;
   char* scratch;         // (plan.scratch_bytes,), 256-byte aligned
   double ignored[NUM_STATS];  // STATS: what is written of an ignored row
 };
 
-// How the kernels of a family would run a call, and the smallest thing that one cannot: see select.cpp.
-Plan select(const Call& call, const Limits& limits);
+// Plans, one function per kernel; `select` chooses among them.
+Plans select(const Call& call, const Limits& limits);
 Plan plan_small(const Call& call, const Limits& limits);
 Plan plan_block(const Call& call, const Limits& limits);
 Plan plan_cluster(const Call& call, const Limits& limits);  // kernel == SPLIT where a row does not fit a cluster
@@ -68,11 +95,16 @@ bool fits_small(const Call& call, const Limits& limits);
 bool fits_block(const Call& call, const Limits& limits);
 bool fits_cluster(const Call& call, const Limits& limits);
 
+// The widest cluster of rows_cluster's that the current device, which has these limits, can hold; 1: none.
+cudaError_t widest_rows_cluster(const Limits& limits, int& cluster);
+
 // Zeroes the tickets and fills weight_parts, as far as there are any.
 cudaError_t launch_prepare(const Params& p, cudaStream_t stream);
+// Adds up the parts of the loss.
+cudaError_t launch_finish(const Params& p, cudaStream_t stream);
 cudaError_t launch_small(const Params& p, cudaStream_t stream);
 cudaError_t launch_block(const Params& p, cudaStream_t stream);
-cudaError_t launch_cluster(const Params& p, cudaStream_t stream);
+cudaError_t launch_cluster(Params& p, cudaStream_t stream);  // lowers plan.loss_parts to the clusters that run at a time
 cudaError_t launch_split(const Params& p, cudaStream_t stream);
 cudaError_t launch_gradient(const Params& p, cudaStream_t stream);
 cudaError_t launch_spatial(const Params& p, cudaStream_t stream);

@@ -2,13 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "arguments.h"
-#include "kernels.h"
+#include "device.h"
 
 namespace py = pybind11;
 
@@ -16,93 +15,46 @@ namespace anl {
 namespace gpu {
 namespace {
 
-// ---- devices -------------------------------------------------------------------------------------------------------
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, and by nobody else
-  throw std::runtime_error(std::string("anl_kernels: ") + what + " failed: " + cudaGetErrorString(error) + " (" +
-                           cudaGetErrorName(error) + ")");
-}
-
-// The device a call runs on is the current one while it is launched. -1: whichever is.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "finding the current device");
-    device_ = device < 0 ? before_ : device;
-    if (device_ != before_) check(cudaSetDevice(device_), "choosing the logits' device");
-  }
-  ~OnDevice() {
-    if (device_ != before_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  int index() const { return device_; }
-
- private:
-  int before_ = 0, device_ = 0;
-};
-
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, device), "reading a device's attributes");
-  return value;
-}
-
-Limits read_limits(int device) {
-  Limits limits = {};
-  limits.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                attribute(cudaDevAttrComputeCapabilityMinor, device);
-  limits.num_sms = attribute(cudaDevAttrMultiProcessorCount, device);
-  limits.max_threads = attribute(cudaDevAttrMaxThreadsPerBlock, device);
-  limits.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  limits.registers = attribute(cudaDevAttrMaxRegistersPerBlock, device);
-  limits.l2_bytes = attribute(cudaDevAttrL2CacheSize, device);
-  // Sixteen CTAs on the data centre's chips, eight on others.
-  const bool wide = limits.arch / 10 == 9 || limits.arch / 10 == 10;
-  limits.max_cluster = !attribute(cudaDevAttrClusterLaunch, device) ? 1 : wide ? 16 : 8;
-  return limits;
-}
-
-const Limits& limits_of(int device) {
-  constexpr int MAX_DEVICES = 64;
-  static Limits known[MAX_DEVICES];
-  static std::once_flag once[MAX_DEVICES];
-  if (device >= MAX_DEVICES) throw std::runtime_error("anl_kernels: more than 64 CUDA devices");
-  std::call_once(once[device], [&] { known[device] = read_limits(device); });
-  return known[device];
-}
-
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-using Entry = cudaError_t (*)(const Params&, cudaStream_t);
-
-struct Family {
-  const char* name;
-  Entry entry;
+// The device refused every way to run a call; nothing has run.
+struct LaunchRefused : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
-Family family_of(Kernel kernel) {
+std::string name_of(Kernel kernel) {
   switch (kernel) {
-    case Kernel::SMALL: return {"the kernel rows_small", launch_small};
-    case Kernel::BLOCK: return {"the kernel rows_block", launch_block};
-    case Kernel::CLUSTER: return {"the kernel rows_cluster", launch_cluster};
-    case Kernel::SPLIT: return {"the kernel rows_split", launch_split};
-    case Kernel::GRADIENT: return {"the kernel rows_gradient", launch_gradient};
-    case Kernel::SPATIAL: return {"the kernel spatial", launch_spatial};
-    default: return {"the kernel columns", launch_columns};
+    case Kernel::SMALL: return "rows_small";
+    case Kernel::BLOCK: return "rows_block";
+    case Kernel::CLUSTER: return "rows_cluster";
+    case Kernel::SPLIT: return "rows_split";
+    case Kernel::GRADIENT: return "rows_gradient";
+    case Kernel::SPATIAL: return "spatial";
+    default: return "columns";
+  }
+}
+
+cudaError_t launch_kernel(Params& p, cudaStream_t stream) {
+  switch (p.plan.kernel) {
+    case Kernel::SMALL: return launch_small(p, stream);
+    case Kernel::BLOCK: return launch_block(p, stream);
+    case Kernel::CLUSTER: return launch_cluster(p, stream);
+    case Kernel::SPLIT: return launch_split(p, stream);
+    case Kernel::GRADIENT: return launch_gradient(p, stream);
+    case Kernel::SPATIAL: return launch_spatial(p, stream);
+    default: return launch_columns(p, stream);
   }
 }
 
 struct Where {
   int device;
   cudaStream_t stream;
-  py::object empty;  // bytes -> the address of so much uninitialised memory, which lives until the call returns
+  py::object empty;    // bytes -> the address of so much uninitialised memory, which lives until the call returns
+  unsigned protocols;  // bits of Protocol that the call may use
 };
 
-Where make_where(int device, Address stream, py::object empty) {
-  return {device, reinterpret_cast<cudaStream_t>(stream), std::move(empty)};
+Where make_where(int device, Address stream, py::object empty, unsigned protocols) {
+  return {device, reinterpret_cast<cudaStream_t>(stream), std::move(empty), protocols};
 }
 
 // The parts of one allocation.
@@ -125,34 +77,61 @@ class Memory {
   int64_t bytes_ = 0;
 };
 
-void run(const Call& call, Reduction reduction, Address loss, const Where& where) {
+// Everything that a plan launches, in stream order. A launch that is refused has written nothing of the results.
+cudaError_t run_plan(const Plan& plan, Params p, const Where& where) {
+  p.plan = plan;
+  const bool adds_up = p.loss && plan.loss_parts > 1, by_ticket = adds_up && where.protocols & TICKETS;
+  p.num_tickets = plan.num_tickets + by_ticket;
+  Memory memory;
+  if (adds_up) memory.reserve(p.loss_parts, plan.loss_parts);
+  if (p.reduction == MEAN && plan.blocks > 1) memory.reserve(p.weight_parts, WEIGHT_PARTS);
+  memory.reserve(p.tickets, p.num_tickets);
+  memory.reserve(p.scratch, plan.scratch_bytes);
+  memory.allocate(where.empty);
+  if (by_ticket) p.loss_ticket = p.tickets + plan.num_tickets;
+  if (const cudaError_t error = launch_prepare(p, where.stream)) return error;
+  if (const cudaError_t error = launch_kernel(p, where.stream)) return error;
+  // The gradient may have overwritten the logits by now: there is no other plan left to fall to.
+  if (adds_up && !by_ticket && p.plan.loss_parts > 1) check(launch_finish(p, where.stream), "the kernel finish");
+  return cudaSuccess;
+}
+
+// "rows_cluster (invalid cluster size)". The error is reported here, and by nobody else.
+std::string refusal(const std::string& name, cudaError_t error) {
+  cudaGetLastError();
+  return name + " (" + cudaGetErrorString(error) + ")";
+}
+
+// Runs the first of the call's plans that the device does not refuse. Returns which it refused and why, or "".
+std::string run(const Call& call, Reduction reduction, Address loss, const Where& where) {
   Params p = {};
   p.call = call;
   fold_rows(p.call);
   p.num_rows = p.call.outer * p.call.inner;
-  if (p.num_rows == 0) return;
+  if (p.num_rows == 0) return "";
   const OnDevice on(where.device);
-  p.plan = select(p.call, limits_of(on.index()));
+  Limits limits = limits_of(on.index());
+  limits.protocols = where.protocols;
   p.reduction = reduction;
   if (reduction != NONE) p.loss = reinterpret_cast<void*>(loss);
   if (call.op == Op::STATS) ignored_statistics(double(call.num_classes), call.program, p.ignored);
-  if (!p.loss && p.plan.num_tickets == 1) p.plan.num_tickets = 0;  // it is finish_loss's
-  Memory memory;
-  if (p.loss && p.plan.loss_parts > 1) memory.reserve(p.loss_parts, p.plan.loss_parts);
-  if (reduction == MEAN && p.plan.blocks > 1) memory.reserve(p.weight_parts, WEIGHT_PARTS);
-  memory.reserve(p.tickets, p.plan.num_tickets);
-  memory.reserve(p.scratch, p.plan.scratch_bytes);
-  memory.allocate(where.empty);
-  if (p.weight_parts || p.plan.num_tickets) check(launch_prepare(p, where.stream), "the kernel prepare");
-  const Family family = family_of(p.plan.kernel);
-  check(family.entry(p, where.stream), family.name);
+  const Plans plans = select(p.call, limits);
+  std::string refused;
+  for (int i = 0; i < plans.count; ++i) {
+    const std::string name = name_of(plans.plan[i].kernel);
+    const cudaError_t error = run_plan(plans.plan[i], p, where);
+    if (error == cudaSuccess) return refused.empty() ? "" : "the device refuses to launch " + refused + ": " + name;
+    if (!is_refusal(error)) check(error, ("the kernel " + name).c_str());
+    refused += (refused.empty() ? "" : ", ") + refusal(name, error);
+  }
+  throw LaunchRefused("anl_kernels: the device refuses to launch " + refused);
 }
 
 // ---- what Python calls ---------------------------------------------------------------------------------------------
 
-void row_loss(const Program& program, int dtype, const Triple& shape, Address logits, const Triple& logits_strides,
-              Address grad, const Triple& grad_strides, Address target, int target_type, int64_t ignore_index,
-              Address weight, int reduction, Address loss, Address coefs, const Where& where) {
+std::string row_loss(const Program& program, int dtype, const Triple& shape, Address logits, const Triple& logits_strides,
+                     Address grad, const Triple& grad_strides, Address target, int target_type, int64_t ignore_index,
+                     Address weight, int reduction, Address loss, Address coefs, const Where& where) {
   Call call = make_call(Op::LOSS, dtype, shape, logits, logits_strides);
   set_grad(call, grad, grad_strides);
   set_target(call, target, target_type, ignore_index);
@@ -160,34 +139,34 @@ void row_loss(const Program& program, int dtype, const Triple& shape, Address lo
   call.weight = reinterpret_cast<const void*>(weight);
   call.coefs = reinterpret_cast<void*>(coefs);
   if (reduction == NONE) call.row_loss = reinterpret_cast<void*>(loss);
-  run(call, Reduction(reduction), loss, where);
+  return run(call, Reduction(reduction), loss, where);
 }
 
-void row_stats(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address target,
-               int target_type, int64_t ignore_index, double min_prob, double gamma, unsigned needs, Address stats,
-               const Where& where) {
+std::string row_stats(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address target,
+                      int target_type, int64_t ignore_index, double min_prob, double gamma, unsigned needs, Address stats,
+                      const Where& where) {
   Call call = make_call(Op::STATS, dtype, shape, logits, logits_strides);
   set_target(call, target, target_type, ignore_index);
   call.program = make_program(min_prob, gamma, needs);
   call.stats = reinterpret_cast<double*>(stats);
-  run(call, NONE, 0, where);
+  return run(call, NONE, 0, where);
 }
 
-void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
-              const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
-              unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
-              Address entropy_scale, const Where& where) {
+std::string row_grad(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
+                     const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
+                     unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
+                     Address entropy_scale, const Where& where) {
   Call call = make_grad_call(dtype, shape, logits, logits_strides, grad, grad_strides, target, target_type, min_prob,
                              gamma, needs, coefs, grad_output, grad_output_stride, log_q, entropy_scale);
-  run(call, NONE, 0, where);
+  return run(call, NONE, 0, where);
 }
 
-void column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
-                 Address sums, const Where& where) {
+std::string column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
+                        Address sums, const Where& where) {
   Call call = make_call(Op::COLUMN_SUMS, dtype, shape, logits, logits_strides);
   call.coefs = reinterpret_cast<void*>(coefs);
   call.sums = reinterpret_cast<double*>(sums);
-  run(call, NONE, 0, where);
+  return run(call, NONE, 0, where);
 }
 
 void scale(int dtype, const Triple& shape, Address grad, const Triple& strides, Address factor, const Where& where) {
@@ -198,7 +177,9 @@ void scale(int dtype, const Triple& shape, Address grad, const Triple& strides, 
   }
   if (shape[0] * shape[1] * shape[2] == 0) return;
   const OnDevice on(where.device);
-  check(launch_scale(s, limits_of(on.index()), where.stream), "the kernel scale");
+  const cudaError_t error = launch_scale(s, limits_of(on.index()), where.stream);
+  if (is_refusal(error)) throw LaunchRefused("anl_kernels: the device refuses to launch " + refusal("scale", error));
+  check(error, "the kernel scale");
 }
 
 // ---- what runs here ------------------------------------------------------------------------------------------------
@@ -227,7 +208,7 @@ std::string why_not(int device) {
   if (device < 0) check(cudaGetDevice(&device), "finding the current device");
   const std::string archs = ANL_CUDA_ARCHS;
   if (archs.empty()) return "";
-  const int arch = limits_of(device).arch;
+  const int arch = arch_of(device);
   std::istringstream list(archs);
   for (std::string one; std::getline(list, one, ';');)
     if (runs_on(one, arch)) return "";
@@ -246,20 +227,25 @@ py::dict info() {
   py::list devices;
   if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
   cudaGetLastError();
-  for (int i = 0; i < count; ++i) devices.append(limits_of(i).arch);
+  for (int i = 0; i < count; ++i) devices.append(arch_of(i));
   d["devices"] = devices;
   return d;
 }
 
 // How a loss of this shape would run on a device: for tests and the table of kernels.
-py::dict plan_for(int dtype, const Triple& shape, const Triple& strides, int device) {
+py::dict plan_for(int dtype, const Triple& shape, const Triple& strides, int device, unsigned protocols) {
   Call call = make_call(Op::LOSS, dtype, shape, 0, strides);
   fold_rows(call);
   const OnDevice on(device);
-  const Plan plan = select(call, limits_of(on.index()));
-  const std::string name = family_of(plan.kernel).name;
+  Limits limits = limits_of(on.index());
+  limits.protocols = protocols;
+  const Plans plans = select(call, limits);
+  const Plan& plan = plans.plan[0];
+  py::list next;
+  for (int i = 1; i < plans.count; ++i) next.append(name_of(plans.plan[i].kernel));
   py::dict d;
-  d["kernel"] = name.substr(name.rfind(' ') + 1);
+  d["kernel"] = name_of(plan.kernel);
+  d["next"] = next;  // where the device refuses it
   d["blocks"] = plan.blocks;
   d["threads"] = plan.threads;
   d["cluster"] = plan.cluster;
@@ -277,7 +263,11 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Program>(m, "Program", py::module_local())
       .def(py::init([](const Terms& terms, double min_prob, double gamma) { return make_program(terms, min_prob, gamma); }))
       .def_readonly("needs", &Program::needs);
-  py::class_<gpu::Where>(m, "Where", py::module_local()).def(py::init(&gpu::make_where));
+  py::class_<gpu::Where>(m, "Where", py::module_local()).def(py::init(&gpu::make_where), py::arg("device"), py::arg("stream"), py::arg("empty"),
+           py::arg("protocols") = unsigned(gpu::ALL_PROTOCOLS));
+  py::register_exception<gpu::LaunchRefused>(m, "LaunchRefused", PyExc_RuntimeError);
+  m.attr("PROTOCOLS") = py::dict(py::arg("tickets") = unsigned(gpu::TICKETS), py::arg("split") = unsigned(gpu::SPLIT_ROWS),
+                                 py::arg("cluster") = unsigned(gpu::CLUSTERS));
   m.def("row_loss", &gpu::row_loss);
   m.def("row_stats", &gpu::row_stats);
   m.def("row_grad", &gpu::row_grad);
@@ -285,5 +275,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("scale", &gpu::scale);
   m.def("why_not", &gpu::why_not);
   m.def("info", &gpu::info);
-  m.def("plan_for", &gpu::plan_for);
+  m.def("plan_for", &gpu::plan_for, py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("device"),
+        py::arg("protocols") = unsigned(gpu::ALL_PROTOCOLS));
 }

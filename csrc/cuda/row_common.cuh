@@ -61,27 +61,36 @@ ANL_DEVICE double loss_denominator(const Params& p) {
   return block_reduce(sum, Add<double>(), shared);
 }
 
-// The CTA's sum of losses (thread 0 has it) into the call's: whoever comes last adds the parts up, in order.
+// The loss from its parts, added up in order by one CTA.
+template <class T>
+ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
+  ANL_STATIC_SHARED(double[WARP], shared);
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < p.plan.loss_parts; i += blockDim.x) sum += p.loss_parts[i];
+  sum = block_reduce(sum, Add<double>(), shared);
+  if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
+}
+
+// The CTA's sum of losses (thread 0 has it) into the call's: the CTA that comes last adds the parts up, or launch_finish.
 // All threads of the CTA call this.
 template <class T>
 ANL_DEVICE void finish_loss(const Params& p, int64_t part, double sum, double denominator) {
   if (!p.loss) return;
   const int64_t parts = p.plan.loss_parts;
-  if (parts > 1) {
+  if (parts == 1) {
+    if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
+  } else if (!p.loss_ticket) {
+    if (threadIdx.x == 0) p.loss_parts[part] = sum;
+  } else {
     ANL_STATIC_SHARED(unsigned, last);
-    ANL_STATIC_SHARED(double[WARP], shared);
     __syncthreads();  // of a part before this one
     if (threadIdx.x == 0) {
       p.loss_parts[part] = sum;
-      last = add_acq_rel(p.tickets, 1) == unsigned(parts - 1);
+      last = add_acq_rel(p.loss_ticket, 1) == unsigned(parts - 1);
     }
     __syncthreads();
-    if (!last) return;
-    sum = 0.0;
-    for (int64_t i = threadIdx.x; i < parts; i += blockDim.x) sum += p.loss_parts[i];
-    sum = block_reduce(sum, Add<double>(), shared);
+    if (last) add_loss_parts<T>(p, denominator);
   }
-  if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
 }
 
 // ---- the first sweep -----------------------------------------------------------------------------------------------

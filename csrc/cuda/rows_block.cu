@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3) rows_bloc
 template <class S, bool FOCAL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  return ANL_LAUNCH((rows_block_kernel<S, FOCAL>), grid, block, 1, p.plan.shared_bytes, stream, p);
+  return ANL_LAUNCH((rows_block_kernel<S, FOCAL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p);
 }
 
 }  // namespace

@@ -253,15 +253,15 @@ __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_
 }
 
 template <class S, bool FOCAL>
-cudaError_t launch_variant(Params p, cudaStream_t stream) {
+cudaError_t launch_variant(Params& p, cudaStream_t stream) {
   const unsigned cluster = unsigned(p.plan.cluster);
   // Rows are dealt to the clusters beforehand, so no more of them than run at a time.
-  const int64_t most =
-      ANL_MAX_CLUSTERS((rows_cluster_kernel<S, FOCAL>), p.plan.threads, cluster, p.plan.shared_bytes);
-  if (most == 0) return cudaErrorInvalidConfiguration;
-  const int64_t clusters = most < p.plan.loss_parts ? most : p.plan.loss_parts;
-  p.plan.loss_parts = clusters;
-  return ANL_LAUNCH((rows_cluster_kernel<S, FOCAL>), unsigned(clusters) * cluster, p.plan.threads, cluster,
+  int most = 0;
+  if (const cudaError_t error = ANL_COUNT_CLUSTERS((rows_cluster_kernel<S, FOCAL>), p.plan.threads, cluster,
+                                                   p.plan.shared_bytes, most))
+    return error;
+  if (most < p.plan.loss_parts) p.plan.loss_parts = most;
+  return ANL_LAUNCH((rows_cluster_kernel<S, FOCAL>), unsigned(p.plan.loss_parts) * cluster, p.plan.threads, cluster,
                     p.plan.shared_bytes, stream, p);
 }
 
@@ -315,18 +315,23 @@ Plan plan_cluster(const Call& call, const Limits& limits) {
     plan.lanes = ring.slots;
     plan.packs = equally_aligned(call);
     plan.shared_bytes = ring_packs(ring) * 16;
-    plan.num_tickets = 1;
   }
   return plan;
 }
 
 bool fits_cluster(const Call& call, const Limits& limits) {
-  const bool adjacent = call.logits_strides.sk == 1 && (!call.grad || call.grad_strides.sk == 1);
-  return adjacent && limits.max_cluster > 1 && call.dtype != FLOAT64 && (call.op == Op::LOSS || call.op == Op::STATS) &&
+  return limits.protocols & CLUSTERS && limits.max_cluster > 1 && call.dtype != FLOAT64 &&
          plan_cluster(call, limits).kernel == Kernel::CLUSTER;
 }
 
-cudaError_t launch_cluster(const Params& p, cudaStream_t stream) {
+cudaError_t widest_rows_cluster(const Limits& limits, int& cluster) {
+  const int threads = MAX_THREADS < limits.max_threads ? MAX_THREADS : limits.max_threads / WARP * WARP;
+  const Ring ring = ring_of(limits, 1);
+  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false>), threads,
+                        size_t(ring_packs(ring) * 16), cluster);
+}
+
+cudaError_t launch_cluster(Params& p, cudaStream_t stream) {
   return by_variant(p.call, [&](auto s, auto focal) {
     using S = typename decltype(s)::type;
     if constexpr (sizeof(S) == 8)

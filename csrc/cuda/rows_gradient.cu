@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(c
 template <class S, bool FOCAL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  if (p.call.log_q) return ANL_LAUNCH((rows_gradient_entropy_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
-  return ANL_LAUNCH((rows_gradient_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
+  if (p.call.log_q) return ANL_LAUNCH((rows_gradient_entropy_kernel<S, FOCAL>), grid, block, NO_CLUSTER, 0, stream, p);
+  return ANL_LAUNCH((rows_gradient_kernel<S, FOCAL>), grid, block, NO_CLUSTER, 0, stream, p);
 }
 
 }  // namespace

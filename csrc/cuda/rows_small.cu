@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
 template <class S, bool FOCAL, int E>
 cudaError_t launch_elements(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  return ANL_LAUNCH((rows_small_kernel<S, E, FOCAL>), grid, block, 1, 0, stream, p);
+  return ANL_LAUNCH((rows_small_kernel<S, E, FOCAL>), grid, block, NO_CLUSTER, 0, stream, p);
 }
 
 template <class S, bool FOCAL>

@@ -1,9 +1,10 @@
-// Rows of any length, on any architecture: every row is cut into parts, and CTAs take parts by tickets, in one launch.
+// Rows of any length, on any architecture: every row is cut into parts, each of which a CTA takes.
 //
-// A row passes through up to three phases: first sweep, second sweep, gradient. Tickets go through groups of rows whose
-// logits the L2 cache holds, phase after phase, a group ahead of the other, in an order in which nothing waits for a
-// larger ticket than its own. Whoever brings the last part of a phase merges all of them, in order, and does the row's
-// mathematics.
+// A row passes through up to three phases: first sweep, second sweep, gradient. In one launch, CTAs take parts by tickets.
+// These go through groups of rows whose logits the L2 cache holds, phase after phase, a group ahead of the other, in an
+// order in which nothing waits for a larger ticket than its own. Whoever brings the last part of a phase merges all of
+// them, in order, and does the row's mathematics. Where CTAs may not wait for one another (plan.separate), every phase and
+// every merge is a launch of its own: the same functions, the same bits.
 #include "long_rows.cuh"
 
 namespace anl {
@@ -18,6 +19,9 @@ enum Phase : int { FIRST, SECOND, GRADIENT, NO_PHASE };
 
 bool ANL_HD has_second(const Call& call) { return call.program.needs != 0; }
 int ANL_HD num_phases(const Call& call) { return 1 + has_second(call) + (call.grad != nullptr); }
+
+// What a launch does: everything, by tickets; or one phase of all rows; or the merge after that phase.
+enum class Step : int { ALL, PHASE, MERGE };
 
 struct Item {
   Phase phase;
@@ -53,7 +57,7 @@ template <class T>
 struct RowState {
   SecondSweep<T> sweep;
   GradientRow<T> gradient;
-  bool all_exist;
+  bool all_exist, sweeps_again;
 };
 
 // In p.scratch.
@@ -94,8 +98,9 @@ struct SplitRows {
   const Scratch<T> scratch;
   const double denominator;
 
-  ANL_DEVICE unsigned* arrived(int64_t r) const { return p.tickets + 2 + r; }                // parts of both sweeps
-  ANL_DEVICE unsigned* state(int64_t r) const { return p.tickets + 2 + p.num_rows + r; }     // the last phase that may begin
+  ANL_DEVICE unsigned* next_item() const { return p.tickets; }
+  ANL_DEVICE unsigned* arrived(int64_t r) const { return p.tickets + 1 + r; }             // parts of both sweeps
+  ANL_DEVICE unsigned* state(int64_t r) const { return p.tickets + 1 + p.num_rows + r; }  // the last phase that may begin
 
   ANL_DEVICE const S* logits(int64_t r) const {
     return static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, r);
@@ -148,12 +153,14 @@ struct SplitRows {
       if (writes) {
         shared.finished = !again;
         shared.loss = double(loss);
-        scratch.rows[r].all_exist = first.count == double(p.call.num_classes - 1);
+        RowState<T>& state_of_row = scratch.rows[r];
+        state_of_row.all_exist = first.count == double(p.call.num_classes - 1);
+        state_of_row.sweeps_again = again;
         if (again)
-          scratch.rows[r].sweep = row.sweep(program);
+          state_of_row.sweep = row.sweep(program);
         else
-          scratch.rows[r].gradient = gradient;
-        add_release(state(r), unsigned(again ? SECOND : GRADIENT) - (phase == SECOND ? SECOND : 0));
+          state_of_row.gradient = gradient;
+        if (!p.plan.separate) add_release(state(r), unsigned(again ? SECOND : GRADIENT) - (phase == SECOND ? SECOND : 0));
       }
     }
     __syncthreads();
@@ -174,10 +181,9 @@ struct SplitRows {
     return shared.state;
   }
 
-  ANL_DEVICE void run_live(const Item& item, int64_t y) const {
+  // A part's sums, or its gradient.
+  ANL_DEVICE void run_part(const Item& item, int64_t y) const {
     const int64_t r = item.row, at = r * p.plan.lanes + item.part;
-    if (item.phase == SECOND && wait(r, SECOND) >= GRADIENT) return;  // closed form
-    if (item.phase == GRADIENT) wait(r, GRADIENT);
     const Share<S> share = share_of(item, y);
     const auto keep = [&](int i) { return load16<Cache::KEEP>(share.logits + int64_t(i) * P); };
     if (item.phase == FIRST) {
@@ -195,9 +201,16 @@ struct SplitRows {
       if (threadIdx.x == 0) scratch.second[at] = all;
     } else {
       write_gradient(share, scratch.rows[r]);
-      return;
     }
-    if (arrive(r, item.phase)) conclude(r, y, item.phase);
+  }
+
+  ANL_DEVICE void run_live(const Item& item, int64_t y, Step step) const {
+    const int64_t r = item.row;
+    const bool all = step == Step::ALL;
+    if (item.phase == SECOND && (all ? wait(r, SECOND) >= GRADIENT : !scratch.rows[r].sweeps_again)) return;  // closed form
+    if (item.phase == GRADIENT && all) wait(r, GRADIENT);
+    if (step != Step::MERGE) run_part(item, y);
+    if (all ? item.phase != GRADIENT && arrive(r, item.phase) : step == Step::MERGE) conclude(r, y, item.phase);
   }
 
   ANL_DEVICE void write_gradient(const Share<S>& share, const RowState<T>& row) const {
@@ -222,17 +235,28 @@ struct SplitRows {
   }
 };
 
+// The i-th item of a launch of one step: a part, or for a merge a row.
+ANL_DEVICE Item dealt_item(const Params& p, Step step, Phase phase, int64_t i) {
+  const int64_t parts = step == Step::MERGE ? 1 : p.plan.lanes;
+  if (i >= p.num_rows * parts) return {NO_PHASE, 0, 0};
+  return {phase, int(i % parts), i / parts};
+}
+
+// Items come by tickets (Step::ALL), or are dealt to the CTAs beforehand.
 template <class S, bool FOCAL>
-__global__ void __launch_bounds__(MAX_THREADS, CTAS) rows_split_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(MAX_THREADS, CTAS)
+    rows_split_kernel(const __grid_constant__ Params p, const Step step, const Phase phase) {
   using T = acc_t<S>;
   ANL_STATIC_SHARED(Shared<T>, shared);
   const SplitRows<S, FOCAL> rows = {p, shared, Scratch<T>(p), loss_denominator<T>(p)};
+  const bool by_tickets = step == Step::ALL;
   unsigned ticket = 0;
-  if (threadIdx.x == 0) ticket = atomicAdd(p.tickets + 1, 1u);
-  for (;;) {
+  if (threadIdx.x == 0 && by_tickets) ticket = atomicAdd(rows.next_item(), 1u);
+  for (int64_t i = blockIdx.x;; i += gridDim.x) {
     if (threadIdx.x == 0) {
-      shared.item = item_of(p, ticket);
-      if (shared.item.phase != NO_PHASE) ticket = atomicAdd(p.tickets + 1, 1u);  // comes while this item is worked on
+      shared.item = by_tickets ? item_of(p, ticket) : dealt_item(p, step, phase, i);
+      if (by_tickets && shared.item.phase != NO_PHASE)
+        ticket = atomicAdd(rows.next_item(), 1u);  // comes while this item is worked on
     }
     __syncthreads();
     const Item item = shared.item;
@@ -241,8 +265,8 @@ __global__ void __launch_bounds__(MAX_THREADS, CTAS) rows_split_kernel(const __g
       const int64_t y = label_at(p.call, item.row);
       const Label kind = label_kind(p.call, y);
       if (kind == Label::LIVE)
-        rows.run_live(item, y);
-      else
+        rows.run_live(item, y, step);
+      else if (step != Step::MERGE)
         rows.run_unread(item, y, kind);
     }
     __syncthreads();
@@ -251,8 +275,17 @@ __global__ void __launch_bounds__(MAX_THREADS, CTAS) rows_split_kernel(const __g
 
 template <class S, bool FOCAL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  return ANL_LAUNCH((rows_split_kernel<S, FOCAL>), grid, block, 1, 0, stream, p);
+  const auto launch_step = [&](Step step, Phase phase) {
+    const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
+    return ANL_LAUNCH((rows_split_kernel<S, FOCAL>), grid, block, NO_CLUSTER, 0, stream, p, step, phase);
+  };
+  if (!p.plan.separate) return launch_step(Step::ALL, NO_PHASE);
+  for (const Phase phase : {FIRST, SECOND}) {
+    if (phase == SECOND && !has_second(p.call)) continue;
+    if (const cudaError_t error = launch_step(Step::PHASE, phase)) return error;
+    if (const cudaError_t error = launch_step(Step::MERGE, phase)) return error;
+  }
+  return p.call.grad ? launch_step(Step::PHASE, GRADIENT) : cudaSuccess;
 }
 
 }  // namespace
@@ -278,7 +311,8 @@ Plan plan_split(const Call& call, const Limits& limits) {
   plan.blocks = items < ctas ? items : ctas;
   plan.packs = equally_aligned(call);
   plan.loss_parts = num_rows;
-  plan.num_tickets = 2 + 2 * num_rows;
+  plan.separate = !(limits.protocols & SPLIT_ROWS);
+  plan.num_tickets = plan.separate ? 0 : 1 + 2 * num_rows;
   plan.scratch_bytes = call.dtype == FLOAT64 ? Scratch<double>::bytes(num_rows, parts) : Scratch<float>::bytes(num_rows, parts);
   return plan;
 }

@@ -1,4 +1,4 @@
-// Which kernel runs a call, and how: by its shapes, strides, dtype and the device's limits alone.
+// Which kernel runs a call, and how: by its shapes, strides, dtype, the device's limits and the protocols it may use.
 //
 //   classes not adjacent               spatial
 //   up to 1024 classes (float64: 512)  small: a row in a warp's registers
@@ -7,6 +7,8 @@
 //   longer, sm_90 and later            cluster: a row in the shared memory of up to 16 CTAs
 //   up to half the shared memory       block
 //   whatever is left                   split
+//
+// Rows that may be neither split nor clustered in one launch are a block's as long as they fit one.
 #include <algorithm>
 
 #include "kernels.h"
@@ -18,7 +20,8 @@ namespace {
 constexpr int64_t SMALL_THREADS = 512;      // of the one CTA that runs a small batch
 constexpr int64_t LOSS_PARTS = 16 << 10;    // beyond, a CTA takes more rows
 constexpr int64_t SHARED_BY_FOUR = 48 << 10;
-constexpr int64_t STATIC_SHARED = 3 << 10;  // what rows_block.cu has besides the row
+constexpr int64_t STATIC_SHARED = 2 << 10;  // what rows_block.cu has besides the row
+constexpr int64_t RESERVED_SHARED = 1 << 10;  // what CUDA keeps of a multiprocessor's for every CTA
 constexpr int64_t PACK_BYTES = 16;
 
 int64_t power_of_two(int64_t n) {
@@ -50,7 +53,6 @@ void finish_plan(Plan& plan, const Call& call) {
   plan.packs = equally_aligned(call);
   plan.blocks = ceil_div(rows_of(call), plan.rows);
   plan.loss_parts = plan.blocks;
-  plan.num_tickets = plan.blocks > 1 ? 1 : 0;
 }
 
 }  // namespace
@@ -140,20 +142,41 @@ Plan plan_gradient(const Call& call, const Limits& limits) {
   return plan;
 }
 
-Plan select(const Call& call, const Limits& limits) {
-  const bool adjacent = call.logits_strides.sk == 1 && (!call.grad || call.grad_strides.sk == 1);
-  if (call.op == Op::COLUMN_SUMS) return plan_columns(call, limits);
-  if (!adjacent || call.num_classes > INT32_MAX / 2) return plan_spatial(call, limits);
-  if (call.op == Op::GRAD) return plan_gradient(call, limits);
+namespace {
+
+// Rows whose classes are adjacent, for LOSS and STATS.
+Plan plan_rows(const Call& call, const Limits& limits) {
   if (fits_small(call, limits)) return plan_small(call, limits);
   const int64_t N = rows_of(call), bytes = staged_row_bytes(call);
   const bool few = N * ceil_div(bytes, SHARED_BY_FOUR) < limits.num_sms / 2;
   const bool long_row = bytes > std::min<int64_t>(SHARED_BY_FOUR, limits.shared_bytes / 4);
   if (!long_row && !(few && bytes > SHARED_BY_FOUR / 2)) return plan_block(call, limits);
-  if (few) return plan_split(call, limits);
-  if (fits_cluster(call, limits)) return plan_cluster(call, limits);
-  if (bytes <= limits.shared_bytes / 2 && fits_block(call, limits)) return plan_block(call, limits);
+  const bool may_split = limits.protocols & SPLIT_ROWS;
+  if (few && may_split) return plan_split(call, limits);
+  if (!few && fits_cluster(call, limits)) return plan_cluster(call, limits);
+  const bool two_per_sm = 2 * (bytes + STATIC_SHARED + RESERVED_SHARED) <= limits.shared_bytes + RESERVED_SHARED;
+  if (fits_block(call, limits) && (two_per_sm || !may_split)) return plan_block(call, limits);
   return plan_split(call, limits);
+}
+
+}  // namespace
+
+Plans select(const Call& call, const Limits& limits) {
+  Plans plans;
+  if (call.op == Op::COLUMN_SUMS) {
+    plans.add(plan_columns(call, limits));
+    return plans;
+  }
+  const bool adjacent = classes_are_adjacent(call) && call.num_classes <= INT32_MAX / 2;
+  if (adjacent && call.op == Op::GRAD) {
+    plans.add(plan_gradient(call, limits));
+  } else if (adjacent) {
+    plans.add(plan_rows(call, limits));
+    if (!plans.has(Kernel::BLOCK) && fits_block(call, limits)) plans.add(plan_block(call, limits));
+    if (!plans.has(Kernel::SPLIT)) plans.add(plan_split(call, limits));
+  }
+  plans.add(plan_spatial(call, limits));
+  return plans;
 }
 
 }  // namespace gpu

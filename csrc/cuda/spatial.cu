@@ -221,10 +221,10 @@ template <class S, bool FOCAL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
   const size_t bytes = size_t(p.plan.shared_bytes);
-  if (p.call.op == Op::GRAD) return ANL_LAUNCH((spatial_gradient_kernel<S, FOCAL>), grid, block, 1, bytes, stream, p);
+  if (p.call.op == Op::GRAD) return ANL_LAUNCH((spatial_gradient_kernel<S, FOCAL>), grid, block, NO_CLUSTER, bytes, stream, p);
   if constexpr (sizeof(S) < 8)
-    if (p.plan.tile) return ANL_LAUNCH((spatial_kernel<S, FOCAL, true>), grid, block, 1, bytes, stream, p);
-  return ANL_LAUNCH((spatial_kernel<S, FOCAL, false>), grid, block, 1, bytes, stream, p);
+    if (p.plan.tile) return ANL_LAUNCH((spatial_kernel<S, FOCAL, true>), grid, block, NO_CLUSTER, bytes, stream, p);
+  return ANL_LAUNCH((spatial_kernel<S, FOCAL, false>), grid, block, NO_CLUSTER, bytes, stream, p);
 }
 
 int64_t power_of_two(int64_t n) {
@@ -260,7 +260,6 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   plan.rows = pixels * many;
   plan.blocks = ceil_div(tiles, many);
   plan.loss_parts = plan.blocks;
-  plan.num_tickets = call.op == Op::LOSS && plan.blocks > 1 ? 1 : 0;
   return plan;
 }
 

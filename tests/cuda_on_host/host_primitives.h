@@ -40,10 +40,15 @@ void store16(void* p, uint4 v) {
 }
 
 inline unsigned load_acquire(const unsigned* p) {
+  host::note_protocol();
   return std::atomic_ref<unsigned>(*const_cast<unsigned*>(p)).load(std::memory_order_acquire);
 }
-inline void add_release(unsigned* p, unsigned v) { std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_release); }
+inline void add_release(unsigned* p, unsigned v) {
+  host::note_protocol();
+  std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_release);
+}
 inline unsigned add_acq_rel(unsigned* p, unsigned v) {
+  host::note_protocol();
   return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_acq_rel);
 }
 inline void threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
@@ -66,6 +71,7 @@ void copy_async_wait() {
 
 // Whatever has no machine code below sm_90: csrc/cuda/primitives.cuh traps there.
 inline void needs_sm90() {
+  host::note_protocol();
   if (self().cta->launch->code < 90) host::fail("an instruction of sm_90 in code that was compiled for less: it traps");
 }
 

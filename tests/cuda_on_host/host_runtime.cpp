@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <string>
 
 #include "host_devices.h"
 
@@ -202,6 +203,10 @@ Refusal refuse_launch(const Kernel& kernel, const cudaLaunchConfig_t& config, co
   return {};
 }
 
+std::atomic<unsigned> protocol_uses{0}, launches{0};  // since they were last read
+std::string to_refuse;                                // '1' for each launch that a test wants refused
+cudaError_t refusal = cudaErrorInvalidConfiguration;  // with this
+
 cudaError_t refused(const Refusal& refusal) {
   fprintf(stderr, "CUDA on the host: refused, %s (%s)\n", refusal.why, cudaGetErrorName(refusal.error));
   return answer(refusal.error);
@@ -215,6 +220,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   Cluster1d cluster;
   if (const Refusal no = read_attributes(config, cluster); no.error) return refused(no);
   if (const Refusal no = refuse_launch(kernel, config, cluster); no.error) return refused(no);
+  const unsigned number = launches++;
+  if (number < to_refuse.size() && to_refuse[number] == '1') return refused({refusal, "as a test asks"});
   Launch launch = {config.gridDim, config.blockDim, cluster.size, config.dynamicSmemBytes, body, context};
   launch.identity = identity(function);
   launch.code = kernel.device.ptx;
@@ -226,6 +233,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
     default: return answer(broken[current_device()] = cudaErrorLaunchFailure);
   }
 }
+
+void note_protocol() { protocol_uses.fetch_add(1, std::memory_order_relaxed); }
 
 void set_registers(const void* kernel, int registers) { state_of(kernel).registers = registers; }
 
@@ -246,6 +255,14 @@ EXPORTED int anl_host_use_device(int device) {
   return 0;
 }
 // A bit for each device that has a context.
+EXPORTED unsigned anl_host_protocol_uses() { return protocol_uses.exchange(0); }
+EXPORTED unsigned anl_host_launches() { return launches.exchange(0); }
+// "010": the second of the launches that follow is refused with that error.
+EXPORTED void anl_host_refuse(const char* launches_to_refuse, int error) {
+  launches = 0;
+  to_refuse = launches_to_refuse;
+  refusal = cudaError_t(error);
+}
 EXPORTED unsigned anl_host_contexts() { return created; }
 EXPORTED void anl_host_create_context(int device) { create_context(device); }
 // The device whose context is current in this thread; -1: none is.

@@ -10,6 +10,8 @@
 
 #include "engine.h"
 
+#define CUDART_VERSION 13000  // 13.0
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -115,6 +117,9 @@ namespace host {
 
 // The kernel as the engine runs it: body(context) in every thread.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context);
+
+// Counts what CTAs do to one another: memory that orders them, clusters, bulk copies (csrc/cuda/kernels.h, Protocol).
+void note_protocol();
 
 }  // namespace host
 }  // namespace anl

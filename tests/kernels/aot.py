@@ -1,6 +1,6 @@
 """Every Triton kernel compiled without a GPU, in the configurations that calls really pick, and what came out.
 
-    python tests/kernels/aot.py [--targets sm_90 gfx942] [--only loss] [--json] [--sass FOLDER]
+    python tests/kernels/aot.py [--targets sm_90 gfx942] [--only loss] [--gated | --stock] [--json] [--sass FOLDER]
 
 Calls run on tensors without memory (device "meta") as far as the launch of each kernel; there it is compiled for the
 target, and the machine code is read: registers, spills, instructions, how wide memory is accessed.
@@ -17,6 +17,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import offline
 from offline import TARGETS
@@ -37,6 +38,8 @@ class Facts:
     spills: int  # bytes of local memory, or instructions that access it, or registers said to be spilled
     instructions: int
     transcendental: int
+    shared_stores: int  # instructions that store to shared memory, whole kernel
+    barriers: int  # of all warps
     loads: dict = field(default_factory=dict)  # bits a thread moves -> instructions, whole kernel
     stores: dict = field(default_factory=dict)
     loops: list = field(default_factory=list)  # innermost: {"instructions", "transcendental", "loads", "stores"}
@@ -79,8 +82,12 @@ def scenarios():
     def label_of(logits):
         return torch.empty(logits.shape[:1] + logits.shape[2:], dtype=torch.int64, device="meta")
 
-    def loss(name, shape, dtype, made="grad", reduction="mean"):
+    def loss(name, shape, dtype, made="grad", reduction="mean", trust="all"):
         def run():
+            with mock.patch.dict(os.environ, ANL_KERNELS_TRUST=trust):
+                launched()
+
+        def launched():
             logits = empty(shape, dtype)
             target = label_of(logits)
             acc = fp64 if dtype == fp64 else fp32
@@ -144,6 +151,7 @@ def scenarios():
         "loss nce_rce bf16 8192x131072": loss("nce_rce", (8192, 131072), bf16),
         "loss anl_ce fp64 8192x1000": loss("anl_ce", (8192, 1000), fp64),
         "loss anl_ce bf16 8192x50257": loss("anl_ce", (8192, 50257), bf16),
+        "loss anl_ce bf16 16x1048576 in launches": loss("anl_ce", (16, 1048576), bf16, trust="none"),
         "coefs anl_ce bf16 8192x131072": loss("anl_ce", (8192, 131072), bf16, "coefs"),
         "stats anl_fl fp32 8192x1000": stats("anl_fl", (8192, 1000), fp32),
         "gradient anl_fl bf16 8192x131072": gradient("anl_fl", (8192, 131072), bf16),
@@ -155,6 +163,8 @@ def scenarios():
 GATED = [
     *(f"loss anl_ce bf16 {shape}" for shape in ("128x10", "8192x1000", "8192x32768", "8192x131072", "8x19x512x512")),
     *(f"loss anl_ce fp32 {shape}" for shape in ("128x10", "8192x8192", "8192x131072", "8x150x512x512")),
+    "loss anl_ce bf16 8192x50257",
+    "loss anl_ce bf16 16x1048576 in launches",
     "loss anl_fl bf16 8192x8192",
     "stats anl_fl fp32 8192x1000",
     *(f"gradient anl_ce bf16 {shape}" for shape in ("8192x1000", "8192x131072", "8192x50257", "8x19x512x512")),
@@ -164,6 +174,14 @@ GATED = [
     *(f"columns {kind} {shape}" for kind, shape in (("bf16", "8192x131072"), ("fp32", "8x19x512x512"))),
     "scale bf16",
 ]
+# What it looks at with the Tritons that stock PyTorch brings: every kernel once.
+STOCK = [
+    *(f"loss anl_ce bf16 {shape}" for shape in ("8192x1000", "8192x32768", "8192x131072", "8192x50257")),
+    "loss anl_ce bf16 16x1048576 in launches",
+    *(f"gradient anl_ce bf16 {shape}" for shape in ("8192x131072", "8192x50257")),
+    "columns bf16 8192x131072",
+    "scale bf16",
+]
 
 # ---- machine code
 
@@ -171,7 +189,7 @@ GATED = [
 def facts_of(scenario: str, target: str, name: str, config, compiled) -> Facts:
     facts = Facts(
         scenario, name, target, config.BLOCK_N, config.BLOCK_K, config.num_warps, registers=0,
-        shared=compiled.metadata.shared, spills=0, instructions=0, transcendental=0,
+        shared=compiled.metadata.shared, spills=0, instructions=0, transcendental=0, shared_stores=0, barriers=0,
     )  # fmt: skip
     read = read_amdgcn if target.startswith("gfx") else read_sass
     read(compiled, facts)
@@ -208,6 +226,8 @@ def read_sass(compiled, facts: Facts) -> None:
         found = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
         if found and int(found[1], 16) < at:
             branches.append((int(found[1], 16), at))
+    facts.shared_stores = sum(op.startswith("STS") for _, op, _ in code)
+    facts.barriers = sum(op.split(".")[0] == "BAR" for _, op, _ in code)
     count_all(facts, code, branches, sass_access, lambda op: op.startswith("MUFU"))
 
 
@@ -238,6 +258,8 @@ def read_amdgcn(compiled, facts: Facts) -> None:
                     branches.append((labels[operands.strip()], len(code)))
             code.append((len(code), opcode, operands))
     mathematics = ("v_exp_", "v_log_", "v_rcp_", "v_rsq_", "v_sqrt_", "v_sin_", "v_cos_")
+    facts.shared_stores = sum(op.startswith(("ds_write", "ds_store")) for _, op, _ in code)
+    facts.barriers = sum(op == "s_barrier" for _, op, _ in code)
     count_all(facts, code, branches, amdgcn_access, lambda op: op.startswith(mathematics))
 
 
@@ -288,9 +310,8 @@ def compile_one(job) -> list[dict]:
     return results
 
 
-def compile_all(targets, only: str = "", gated: bool = False, folder=None) -> list[Facts]:
-    names = GATED if gated else list(scenarios())
-    jobs = [(name, target, folder) for name in names if only in name for target in targets]
+def compile_all(targets, names, folder=None) -> list[Facts]:
+    jobs = [(name, target, folder) for name in names for target in targets]
     processes = min(8, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(processes) as pool:
         found = [Facts(**facts) for results in pool.map(compile_one, jobs) for facts in results]
@@ -298,10 +319,10 @@ def compile_all(targets, only: str = "", gated: bool = False, folder=None) -> li
     return list(reversed(unique.values()))
 
 
-def in_a_process(targets, only: str = "", gated: bool = False) -> list[Facts]:
-    """compile_all in a process of its own, where the kernels are not the interpreter's."""
-    arguments = ["--json", "--targets", *targets, "--only", only, *(["--gated"] if gated else [])]
-    return [Facts(**facts) for facts in offline.in_a_process(__file__, *arguments)]
+def in_a_process(targets, *names: str, triton: Path | None = None) -> list[Facts]:
+    """compile_all in a process of its own, where the kernels are not the interpreter's. triton: as offline has it."""
+    arguments = ["--json", "--targets", *targets, "--calls", *names]
+    return [Facts(**facts) for facts in offline.in_a_process(__file__, *arguments, triton=triton)]
 
 
 def wide(accesses: dict) -> str:
@@ -311,12 +332,13 @@ def wide(accesses: dict) -> str:
 
 def table(found: list[Facts]) -> str:
     """A line a kernel, then one for each of its loops."""
-    head = f"{'call':36} {'kernel':16} {'target':7} {'tile':>10} {'warps':>5} {'regs':>4} {'smem':>6} {'spill':>5} "
+    head = f"{'call':39} {'kernel':16} {'target':7} {'tile':>10} {'warps':>5} {'regs':>4} {'smem':>6} "
+    head += f"{'STS':>5} {'BAR':>4} {'spill':>5} "
     lines = [head + f"{'instr':>6} {'/elem':>6} {'exp/el':>6}  loads, stores (instructions x bits)"]
     for f in found:
         for part, of in [("", asdict(f)), *(("  loop", loop) for loop in f.loops if loop["loads"] or loop["stores"])]:
-            left = f"{f.scenario:36} {f.kernel:16} {f.target:7} {f.block_n:>4}x{f.block_k:<5} {f.num_warps:>5} "
-            left += f"{f.registers:>4} {f.shared:>6} {f.spills:>5} "
+            left = f"{f.scenario:39} {f.kernel:16} {f.target:7} {f.block_n:>4}x{f.block_k:<5} {f.num_warps:>5} "
+            left += f"{f.registers:>4} {f.shared:>6} {f.shared_stores:>5} {f.barriers:>4} {f.spills:>5} "
             left = left if not part else " " * 30 + f"{part:{len(left) - 30}}"
             each = of["instructions"] / f.elements, of["transcendental"] / f.elements
             left += f"{of['instructions']:>6} {each[0]:>6.1f} {each[1]:>6.2f}"
@@ -328,13 +350,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--only", default="", help="calls whose name has this in it")
-    parser.add_argument("--gated", action="store_true", help="those that test_aot.py looks at")
+    parser.add_argument("--calls", nargs="+", help="calls by their names")
+    parser.add_argument("--gated", dest="calls", action="store_const", const=GATED, help="those test_aot.py looks at")
+    parser.add_argument("--stock", dest="calls", action="store_const", const=STOCK, help="and with PyTorch's Tritons")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--sass", help="a folder for the machine code")
     arguments = parser.parse_args()
     if arguments.sass:
         Path(arguments.sass).mkdir(parents=True, exist_ok=True)
-    found = compile_all(arguments.targets, arguments.only, arguments.gated, arguments.sass)
+    names = [name for name in arguments.calls or scenarios() if arguments.only in name]
+    found = compile_all(arguments.targets, names, arguments.sass)
     print(json.dumps([asdict(f) for f in found]) if arguments.json else table(found))
 
 

@@ -1,13 +1,19 @@
-"""Calls on an offline device for test_launch.py, which runs this file in a process of its own; prints JSON."""
+"""Calls on an offline device for test_launch.py, which runs this file in a process of its own; prints JSON.
+
+python tests/kernels/launches.py signatures compilations arguments private
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import pkgutil
+import sys
+from unittest import mock
 
 import offline
 import torch
+import triton
 
 import anl_kernels as ak
 from anl_kernels import kernels
@@ -82,6 +88,31 @@ def compilations() -> dict:
     return counts
 
 
+def twice_each(calls) -> tuple[list, int]:
+    """What would have been launched by launches made twice each; how many of them Triton's JITFunction.run made."""
+    once, by_triton = launch._launch_here, launch._launch_by_triton
+
+    def twice(*rest):
+        once(*rest)
+        once(*rest)
+
+    with (
+        mock.patch.object(launch, "_launch_here", twice),
+        mock.patch.object(launch, "_launch_by_triton", side_effect=by_triton) as made,
+        offline.driver("sm_90") as driver,
+    ):
+        for options in calls:
+            loss(ak.NCE() + ak.RCE(), **options)
+    pointers = lambda values: tuple(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values)
+    return [(*found[:-1], pointers(found[-1])) for found in driver.launches], made.call_count
+
+
+def compared(launches) -> dict:
+    """Second launches that pass on something else than the first."""
+    pairs = list(zip(launches[::2], launches[1::2]))
+    return {"compared": len(pairs), "wrong": [f"{first} {second}" for first, second in pairs if first != second]}
+
+
 def arguments() -> dict:
     """Launches that pass on something else when they find a compiled kernel than Triton does when there is none."""
     calls = [
@@ -93,26 +124,19 @@ def arguments() -> dict:
     ]
     calls += [dict(shape=(8, 19, 16, 16)), dict(shape=(64, 10)), dict(reduction="none"), dict(shape=(300, 70000))]
     calls += [dict(), dict(skip=4), dict(dtype=torch.float64), dict(weight=torch.ones(1000))]
-    once = launch._launch_here
+    return compared(twice_each(calls)[0])
 
-    def twice(*rest):
-        once(*rest)
-        once(*rest)
 
-    launch._launch_here = twice
-    wrong, compared = [], 0
-    with offline.driver("sm_90") as driver:
-        for options in calls:
-            loss(ak.NCE() + ak.RCE(), **options)
-        pointers = lambda values: tuple(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values)
-        launches = [(*found[:3], pointers(found[3])) for found in driver.launches]
-    for first, second in zip(launches[::2], launches[1::2]):
-        compared += 1
-        if first != second:
-            wrong.append(f"{first} {second}")
-    launch._launch_here = once
-    return {"wrong": wrong, "compared": compared}
+def private() -> dict:
+    """The same of two calls, for the installed Triton, and as if it were one that nobody knows."""
+    calls = [dict(), dict(shape=(3, 40_000), reduction="none", weight=torch.ones(40_000))]
+    found = {}
+    for name, version in (("known", triton.__version__), ("unknown", "4.0.0")):
+        with mock.patch.object(triton, "__version__", version):
+            launches, by_triton = twice_each(calls)
+        found[name] = {**compared(launches), "by Triton": by_triton}
+    return {"version": triton.__version__, **found}
 
 
 if __name__ == "__main__":
-    print(json.dumps({"signatures": signatures(), "compilations": compilations(), "arguments": arguments()}))
+    print(json.dumps({name: globals()[name]() for name in sys.argv[1:]}))

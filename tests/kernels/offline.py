@@ -23,7 +23,8 @@ TARGETS = {
 
 
 class Driver:
-    """In place of Triton's: `launches` is what would have been launched, (name, grid, arguments)."""
+    """In place of Triton's: `launches` is what would have been launched: name, grid, stream, what the launcher is told
+    of the kernel, the hooks it is to call, and the arguments."""
 
     def __init__(self, target: str):
         from triton.backends.compiler import GPUTarget
@@ -46,7 +47,9 @@ class Driver:
 
     def launcher_cls(self, src, metadata):
         def run(x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
-            self.launches.append((function, (x, y, z), stream, arguments))
+            hooks = [getattr(hook, "calls", hook) or None for hook in (enter_hook, exit_hook)]
+            told = launch_metadata if any(hooks) else None  # it is for them
+            self.launches.append((function, (x, y, z), stream, packed_metadata, told, *hooks, arguments))
 
         return run
 
@@ -80,12 +83,12 @@ def compiled_by(run, target: str) -> list:
         ]
 
 
-def in_a_process(script: str, *arguments: str):
-    """What `python script arguments` prints, from JSON."""
+def in_a_process(script: str, *arguments: str, triton: Path | None = None):
+    """What `python script arguments` prints, from JSON. triton: the folder of another than the installed one."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     root = str(Path(__file__).parents[2])
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [triton, root, env.get("PYTHONPATH")])))
     done = subprocess.run([sys.executable, script, *arguments], env=env, capture_output=True, text=True, cwd=root)
     if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(arguments)}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{script} {' '.join(arguments)} {triton or ''}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout)

@@ -5,13 +5,16 @@ from pathlib import Path
 import offline
 import pytest
 import torch
+import tritons
 
 from anl_kernels.kernels import launch
+
+LAUNCHES = str(Path(__file__).with_name("launches.py"))
 
 
 @pytest.fixture(scope="module")
 def launches():
-    return offline.in_a_process(str(Path(__file__).with_name("launches.py")))
+    return offline.in_a_process(LAUNCHES, "signatures", "compilations", "arguments")
 
 
 def test_every_kernel_can_be_launched_by_its_types_alone(launches):
@@ -34,6 +37,17 @@ def test_a_kernel_that_is_compiled_gets_what_triton_would_pass(launches):
     found = launches["arguments"]
     assert found["compared"] >= 20
     assert not found["wrong"]
+
+
+@pytest.mark.parametrize("release", tritons.RELEASES)
+def test_launches_that_do_without_triton_pass_on_the_same(release):
+    """CompiledKernel.run is Triton's own affair: it is called by the releases we know, and by no other."""
+    found = offline.in_a_process(LAUNCHES, "private", triton=tritons.folder_of(release))["private"]
+    assert found["version"] == release
+    for made in (found["known"], found["unknown"]):
+        assert made["compared"] >= 4 and not made["wrong"]
+    assert found["known"]["by Triton"] == found["known"]["compared"]
+    assert found["unknown"]["by Triton"] == 2 * found["unknown"]["compared"]
 
 
 SHAPES = {
