@@ -33,7 +33,7 @@ CASES = {
     "small": (0, 7, 37, 0, (FLOAT32, FLOAT64, BFLOAT16)),
     "one_cta": (3, 5, 10, 0, (FLOAT32, FLOAT16)),
     "block": (0, 5, 403, 0, (FLOAT32, FLOAT64, BFLOAT16)),
-    "cluster": (0, 6, 1501, 0, (FLOAT32, BFLOAT16)),
+    "cluster": (0, 6, 1901, 0, (FLOAT32, BFLOAT16)),  # two chunks a row, of more than a warp's packs each
     "cluster_wide": (0, 3, 3001, 0, (FLOAT32, BFLOAT16)),
     "split": (1, 5, 3001, 0, (FLOAT32, FLOAT64, BFLOAT16)),
     "split_one_row": (0, 1, 5003, 0, (FLOAT32, FLOAT16)),

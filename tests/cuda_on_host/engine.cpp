@@ -113,6 +113,7 @@ void sync_warp(unsigned mask) {
 }
 
 void sync_cta() {
+  self().fruitless = 0;
   Barrier& barrier = self().cta->barrier;
   barrier.wait(barrier.arrive());
 }

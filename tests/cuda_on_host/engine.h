@@ -177,6 +177,7 @@ struct Thread {
   Cta* cta;
   std::vector<std::pair<const void*, void*>> statics;  // those it has seen
   unsigned votes = 0;          // __syncthreads_or so far
+  unsigned fruitless = 0;      // yields since it last got on
   CopyGroups copies, stores;
   void finish() const;  // fails if a copy was not waited for
 #if defined(ANL_HOST_THREADS)

@@ -15,6 +15,7 @@ namespace host {
 namespace {
 
 constexpr size_t UNDER_WAY = 2;  // clusters at a time
+constexpr unsigned MOST_YIELDS = 30000;  // in one loop: ten seconds, or more where the machine has no time
 
 // Clusters one after the other, all by the same threads: to make a thread takes longer than most of them live. Between
 // two clusters they meet, so nothing that is in order here was not when every cluster had threads of its own.
@@ -66,7 +67,10 @@ void Meeting::arrive_and_wait() {
 }
 
 // Asleep: hundreds of threads that spin leave the one that they wait for no time.
-void yield() { std::this_thread::sleep_for(std::chrono::microseconds(300)); }
+void yield() {
+  if (++self().fruitless > MOST_YIELDS) fail("a deadlock, a thread waits in vain");
+  std::this_thread::sleep_for(std::chrono::microseconds(300));
+}
 
 void fail(const char* message) {
   fprintf(stderr, "CUDA on the host: %s\n", message);

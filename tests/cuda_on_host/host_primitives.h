@@ -166,6 +166,7 @@ inline bool passed(Barrier* barrier, unsigned parity, std::memory_order order) {
 inline void wait(Barrier* barrier, unsigned parity, std::memory_order order) {
   needs_sm90();
   while (!passed(barrier, parity, order)) host::yield();
+  self().fruitless = 0;
 }
 inline void barrier_wait(Barrier* barrier, unsigned parity) { wait(barrier, parity, std::memory_order_acquire); }
 

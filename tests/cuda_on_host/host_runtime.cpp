@@ -254,7 +254,6 @@ EXPORTED int anl_host_use_device(int device) {
   host_thread.contexts.clear();
   return 0;
 }
-// A bit for each device that has a context.
 EXPORTED unsigned anl_host_protocol_uses() { return protocol_uses.exchange(0); }
 EXPORTED unsigned anl_host_launches() { return launches.exchange(0); }
 // "010": the second of the launches that follow is refused with that error.
@@ -263,6 +262,7 @@ EXPORTED void anl_host_refuse(const char* launches_to_refuse, int error) {
   to_refuse = launches_to_refuse;
   refusal = cudaError_t(error);
 }
+// A bit for each device that has a context.
 EXPORTED unsigned anl_host_contexts() { return created; }
 EXPORTED void anl_host_create_context(int device) { create_context(device); }
 // The device whose context is current in this thread; -1: none is.
