@@ -73,12 +73,12 @@ def interpreter_takes(item):
     if found and not found[0].limited and os.environ.get("ANL_TEST_TRITON") == "full":
         return True
     marks = list(item.iter_markers("interpreted"))
-    if not found or not (marks or found[0].variant):
+    if not found or not (marks or found[0].forced):
         return True
     for mark in marks:
         wanted = dict(mark.kwargs)
         forced = wanted.pop("forced", None)
-        if found[0].variant:
+        if found[0].forced:
             if forced is None:
                 continue
             wanted.update(forced)
