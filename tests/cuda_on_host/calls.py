@@ -102,9 +102,9 @@ class Case:
 
     def labels(self):
         labels = [random.randrange(self.classes) for _ in range(self.rows)]
+        labels[-1] = 0  # the last row's last class does not exist
         if self.rows > 2:  # one ignored, one that does not exist
             labels[1], labels[2] = -100, self.classes
-        labels[-1] = 0  # whose last class does not exist
         return labels
 
     def logits(self):
