@@ -192,6 +192,9 @@ inline void barrier_expect_relaxed(Barrier* barrier, unsigned bytes) { arrive(ba
 inline unsigned load_relaxed(const unsigned* p) {
   return std::atomic_ref<unsigned>(*const_cast<unsigned*>(p)).load(std::memory_order_relaxed);
 }
+inline unsigned add_relaxed(unsigned* p, unsigned v) {
+  return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_relaxed);
+}
 inline unsigned add_release_alone(unsigned* p, unsigned v) {
   return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_release);
 }
