@@ -58,10 +58,11 @@ run_build() {
     fi
     if [ -z "$rehearse" ]; then "$python" -m pip install --quiet --no-build-isolation --no-deps -e . || return; fi
     py -m anl_kernels info | tee -a "$work/info.txt"
-    local few=()
-    [ -z "$rehearse" ] || few=(--loss ANL-CE --dtype fp32 --here)
-    py -m anl_kernels check --backend cuda --backend triton "${few[@]}"
-    local checked=$?
+    # The protocols between CTAs are verified on the way. Triton compiles a kernel for every loss and dtype: a few.
+    local all=() few=(--loss ANL-CE --loss ANL-FL --dtype fp32 --dtype bf16) checked=0
+    [ -z "$rehearse" ] || all=(--loss ANL-CE --dtype fp32 --here) few=("${all[@]}")
+    py -m anl_kernels check --backend cuda "${all[@]}" || checked=$?
+    py -m anl_kernels check --backend triton "${few[@]}" || checked=$?
     py benchmarks/gpu_calls.py --backend cuda --backend triton --seconds 60 ${rehearse:+--calls 6} && return $checked
 }
 
