@@ -118,6 +118,9 @@ void sync_cta() {
   barrier.wait(barrier.arrive());
 }
 
+void cluster_arrive() { self().cluster_token = self().cta->cluster->barrier.arrive(); }
+void cluster_wait() { self().cta->cluster->barrier.wait(self().cluster_token); }
+
 int sync_cta_or(bool predicate) {
   Thread& thread = self();
   const unsigned turn = thread.votes++;

@@ -13,9 +13,6 @@
 #include <memory>
 #include <mutex>
 #include <vector>
-#if defined(ANL_HOST_THREADS)
-#include <barrier>
-#endif
 
 struct dim3 {
   unsigned x, y, z;
@@ -42,27 +39,33 @@ void yield();
 // at once, as a device may: ThreadSanitizer sees who reads too early, or writes too late.
 constexpr bool COPIES_ARE_LATE = false;
 
+// Orders the threads that meet at it, and nobody else: std::barrier's waits go through counters that all barriers of the
+// process share, which hides from ThreadSanitizer what CTAs do to one another without order.
 class Barrier {
  public:
-  explicit Barrier(unsigned threads) : barrier_(threads) {}
-  using Token = std::barrier<>::arrival_token;
-  Token arrive() { return barrier_.arrive(); }
-  void wait(Token token) { barrier_.wait(std::move(token)); }
+  explicit Barrier(unsigned threads) : threads_(threads) {}
+  using Token = unsigned;
+  Token arrive() { return arrive(std::memory_order_release, std::memory_order_acquire); }
+  void wait(Token token) { wait(token, std::memory_order_acquire); }
+  void arrive_and_wait() { wait(arrive()); }
 
- private:
-  std::barrier<> barrier_;
-};
-
-// Lets lanes meet without ordering their memory accesses, as a shuffle does: ThreadSanitizer takes no relaxed atomic
-// for a synchronisation.
-class Meeting {
- public:
-  explicit Meeting(unsigned threads) : threads_(threads) {}
-  void arrive_and_wait();
+ protected:
+  Token arrive(std::memory_order release, std::memory_order acquire);
+  void wait(Token token, std::memory_order acquire);
 
  private:
   const unsigned threads_;
   std::atomic<unsigned> arrived_{0}, generation_{0};
+};
+
+// Lets lanes meet without ordering their memory accesses, as a shuffle does: ThreadSanitizer takes no relaxed atomic
+// for a synchronisation.
+class Meeting : Barrier {
+ public:
+  using Barrier::Barrier;
+  void arrive_and_wait() {
+    wait(Barrier::arrive(std::memory_order_relaxed, std::memory_order_relaxed), std::memory_order_relaxed);
+  }
 };
 
 #else
@@ -180,11 +183,7 @@ struct Thread {
   unsigned fruitless = 0;      // yields since it last got on
   CopyGroups copies, stores;
   void finish() const;  // fails if a copy was not waited for
-#if defined(ANL_HOST_THREADS)
-  std::unique_ptr<Barrier::Token> cluster_token;
-#else
   Barrier::Token cluster_token = 0;
-#endif
 };
 
 extern thread_local Thread* current __attribute__((tls_model("initial-exec")));

@@ -239,9 +239,6 @@ namespace {
 void fail(const char* message) { end(Outcome::FAILED, message); }
 void refuse(const char* message) { end(Outcome::REFUSED, message); }
 
-void cluster_arrive() { self().cluster_token = self().cta->cluster->barrier.arrive(); }
-void cluster_wait() { self().cta->cluster->barrier.wait(self().cluster_token); }
-
 Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, unsigned seed) {
   Scheduler own;
   scheduler = &own;

@@ -22,7 +22,7 @@ constexpr unsigned MOST_YIELDS = 30000;  // in one loop: ten seconds, or more wh
 struct Slot {
   const Launch& launch;
   const unsigned threads;
-  std::barrier<> meeting;
+  Barrier meeting;
   std::unique_ptr<Cluster> cluster;  // null: there are no more
 
   explicit Slot(const Launch& launch)
@@ -54,16 +54,19 @@ struct Slot {
 
 }  // namespace
 
-void Meeting::arrive_and_wait() {
-  const unsigned generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_relaxed) + 1 == threads_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_relaxed);
-    syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, threads_, nullptr, nullptr, 0);
-    return;
-  }
-  while (generation_.load(std::memory_order_relaxed) == generation)
-    syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
+Barrier::Token Barrier::arrive(std::memory_order release, std::memory_order acquire) {
+  const Token token = generation_.load(std::memory_order_relaxed);  // which does not change before this thread is here
+  if (arrived_.fetch_add(1, release) + 1 < threads_) return token;
+  arrived_.load(acquire);  // what all of them did before
+  arrived_.store(0, std::memory_order_relaxed);
+  generation_.store(token + 1, release);
+  syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, threads_, nullptr, nullptr, 0);
+  return token;
+}
+
+void Barrier::wait(Token token, std::memory_order acquire) {
+  while (generation_.load(acquire) == token)
+    syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, token, nullptr, nullptr, 0);
 }
 
 // Asleep: hundreds of threads that spin leave the one that they wait for no time.
@@ -78,11 +81,6 @@ void fail(const char* message) {
 }
 void refuse(const char* message) { fail(message); }
 
-void cluster_arrive() {
-  self().cluster_token = std::make_unique<Barrier::Token>(self().cta->cluster->barrier.arrive());
-}
-void cluster_wait() { self().cta->cluster->barrier.wait(std::move(*self().cluster_token)); }
-
 Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, unsigned) {
   std::atomic<size_t> taken{0};
   const auto next = [&]() -> std::unique_ptr<Cluster> {
@@ -91,10 +89,16 @@ Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, u
   };
   std::vector<std::unique_ptr<Slot>> slots;
   std::vector<std::thread> threads;
-  for (size_t i = 0; i < std::min(UNDER_WAY, order.size()); ++i) {
-    slots.push_back(std::make_unique<Slot>(launch));
-    for (unsigned number = 0; number < slots.back()->threads; ++number)
-      threads.emplace_back([slot = slots.back().get(), number, &next] { slot->work(number, next); });
+  for (size_t i = 0; i < std::min(UNDER_WAY, order.size()); ++i) slots.push_back(std::make_unique<Slot>(launch));
+  // All begin together: the first slot's CTA would be through with most of the work before the second's has threads.
+  Meeting start(unsigned(slots.size()) * slots[0]->threads);
+  for (const std::unique_ptr<Slot>& slot : slots) {
+    for (unsigned number = 0; number < slot->threads; ++number) {
+      threads.emplace_back([slot = slot.get(), number, &next, &start] {
+        start.arrive_and_wait();
+        slot->work(number, next);
+      });
+    }
   }
   for (std::thread& thread : threads) thread.join();
   return Outcome::DONE;
