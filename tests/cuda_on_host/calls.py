@@ -33,6 +33,7 @@ CASES = {
     "small": (0, 7, 37, 0, (FLOAT32, FLOAT64, BFLOAT16)),
     "one_cta": (3, 5, 10, 0, (FLOAT32, FLOAT16)),
     "block": (0, 5, 403, 0, (FLOAT32, FLOAT64, BFLOAT16)),
+    "block_apart": (0, 5, 403, 0, (FLOAT32, BFLOAT16)),
     "cluster": (0, 6, 1901, 0, (FLOAT32, BFLOAT16)),  # two chunks a row, of more than a warp's packs each
     "cluster_wide": (0, 3, 3001, 0, (FLOAT32, BFLOAT16)),
     "split": (1, 5, 3001, 0, (FLOAT32, FLOAT64, BFLOAT16)),
@@ -41,6 +42,8 @@ CASES = {
     "spatial": (0, 1, 131, 35, (FLOAT32, FLOAT64, FLOAT16)),
     "spatial_long": (0, 1, 1203, 3, (FLOAT32, BFLOAT16)),
 }
+# The gradient's rows are one element further apart: 16 aligned bytes of the logits are not 16 aligned bytes there.
+APART = ("block_apart",)
 
 
 class Buffer:
@@ -86,6 +89,8 @@ class Case:
         self.rows = self.outer * self.inner
         self.shape = (self.outer, self.classes, self.inner)
         self.strides = (self.classes * self.inner, self.inner, 1) if pixels else (self.classes, 1, 0)
+        self.gap = 1 if case in APART else 0
+        self.grad_strides = (self.classes + self.gap, 1, 0) if self.gap else self.strides
         self.short = short
         self.target = self.new("target", self.rows, 8).fill(struct.pack(f"{self.rows}q", *self.labels()))
         self.values = encode(self.logits(), dtype)
@@ -125,7 +130,8 @@ class Case:
     def fresh(self):
         count = self.rows * self.classes
         logits = self.new("logits", count, SIZES[self.dtype]).fill(self.values)
-        return logits, self.new("grad", count, SIZES[self.dtype])
+        grad = self.new("grad", count + self.rows * self.gap, SIZES[self.dtype])
+        return logits, grad.fill(bytes(grad.size)) if self.gap else grad
 
     def loss(self, terms, gamma, reduction, with_grad=True, with_coefs=False, inplace=False, weighted=False):
         logits, grad = self.fresh()
@@ -133,8 +139,8 @@ class Case:
         out = logits if inplace else grad
         self.kernels.row_loss(
             self.kernels.Program(terms, 1e-7, gamma), self.dtype, self.shape, logits.address, self.strides,
-            out.address if with_grad else 0, self.strides, self.target.address, 0, -100,
-            self.weight.address if weighted else 0, reduction, loss.address,
+            out.address if with_grad else 0, self.strides if inplace else self.grad_strides, self.target.address, 0,
+            -100, self.weight.address if weighted else 0, reduction, loss.address,
             self.coefs.address if with_coefs else 0, self.where(),
         )  # fmt: skip
         return decode(self.note(loss, *[out] * with_grad, *[self.coefs] * with_coefs)[0], self.acc)
@@ -158,9 +164,10 @@ class Case:
         output, log_q, scale = self.numbers(self.rows), self.numbers(self.classes), self.numbers(1)
         out = logits if inplace else grad
         self.kernels.row_grad(
-            self.dtype, self.shape, logits.address, self.strides, out.address, self.strides,
-            self.target.address, 0, 1e-7, gamma, needs, self.coefs.address, output.address, 1,
-            log_q.address if entropy else 0, scale.address if entropy else 0, self.where(),
+            self.dtype, self.shape, logits.address, self.strides, out.address,
+            self.strides if inplace else self.grad_strides, self.target.address, 0, 1e-7, gamma, needs,
+            self.coefs.address, output.address, 1, log_q.address if entropy else 0, scale.address if entropy else 0,
+            self.where(),
         )  # fmt: skip
         self.note(out)
 

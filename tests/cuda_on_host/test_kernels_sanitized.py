@@ -18,7 +18,7 @@ def address():
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(address):
     result = address("all")
     assert result.returncode == 0, result.stderr[:4000]
-    assert result.stdout.count("done") == 10
+    assert result.stdout.count("done") == 11
 
 
 @pytest.mark.parametrize("buffer", ["logits", "grad", "target", "coefs"])
@@ -44,20 +44,21 @@ BARRIER = "__syncthreads();\n"
 
 
 @pytest.mark.parametrize(
-    "source, line, which, case",
+    "source, line, which, instead, case",
     [
-        ("spatial.cu", BARRIER, 0, "spatial"),
-        ("rows_block.cu", BARRIER, 0, "block"),
-        ("rows_cluster.cu", "cluster_sync();\n", 1, "cluster"),
-        ("rows_cluster.cu", "__syncwarp();\n", 0, "cluster"),
+        ("spatial.cu", BARRIER, 0, "\n", "spatial"),
+        ("rows_block.cu", BARRIER, 0, "\n", "block"),
+        ("rows_cluster.cu", "cluster_sync();\n", 1, "\n", "cluster"),
+        ("rows_cluster.cu", "__syncwarp();\n", 0, "\n", "cluster"),
+        ("rows_split.cu", "add_acq_rel(", 0, "add_relaxed(", "split"),
     ],
-    ids=["spatial", "block", "cluster", "warp"],
+    ids=["spatial", "block", "cluster", "warp", "order"],
 )
-def test_a_removed_barrier_is_seen(tmp_path, source, line, which, case):
-    """Number `which` of its kind. mutate_barriers.py removes them all."""
+def test_a_removed_barrier_is_seen(tmp_path, source, line, which, instead, case):
+    """Number `which` of its kind; and an order between CTAs. mutate_barriers.py takes them all out."""
     csrc = build.copy_for_races(tmp_path)
     broken = csrc / "cuda" / source
     parts = broken.read_text().split(line)
-    broken.write_text(line.join(parts[: which + 1]) + "\n" + line.join(parts[which + 1 :]))
+    broken.write_text(line.join(parts[: which + 1]) + instead + line.join(parts[which + 1 :]))
     result = sanitizers.races(build.build("thread", csrc), case, stop=True)
     assert result.returncode != 0 and ("data race" in result.stderr or "a deadlock" in result.stderr)
