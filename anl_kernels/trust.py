@@ -8,7 +8,7 @@ run as launches of their own, in stream order. An explicit backend trusts all of
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import os
 from functools import lru_cache
 from typing import NamedTuple
@@ -103,7 +103,7 @@ def key_of(protocol: str, device: torch.device) -> str:
 def versions_of(protocol: str) -> dict[str, str]:
     """What a verification holds for: these kernels and, where it compiles them on the spot, this Triton."""
     packages = ["anl_kernels", "triton"] if protocol.startswith("triton") else ["anl_kernels"]
-    return {name: importlib.metadata.version(name) for name in packages}
+    return {name: importlib.import_module(name).__version__ for name in packages}
 
 
 def device_name(device: torch.device) -> str:

@@ -230,6 +230,17 @@ def test_the_launches_of_a_split_row(host, monkeypatch, terms, launches):
     assert host.anl_host_launches() == launches
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 57_000), (torch.bfloat16, 115_000)])
+def test_rows_that_one_cta_holds_are_read_once(dtype, classes):
+    """On an H200 without protocols, as README says."""
+    from cuda_on_host import adapter
+
+    with adapter.on_host("host-h200"):
+        device = torch.device("cpu")
+        assert cuda.plan_for(4096, classes, dtype, device, ())["kernel"] == "rows_block"
+        assert cuda.plan_for(4096, classes + 1000, dtype, device, ())["kernel"] == "rows_split"
+
+
 def test_what_is_verified_is_used(host, tmp_path, monkeypatch):
     monkeypatch.setenv("ANL_KERNELS_CACHE", str(tmp_path))
     device = torch.device("cpu")
