@@ -44,7 +44,7 @@ def is_interpreted(name: str) -> bool:
     return name == "triton" and triton.interpreted()
 
 
-class Falling:
+class WithFallbacks:
     """A GPU backend as `auto` takes it: what it refuses to launch, the next one runs, and in the end the reference."""
 
     def __init__(self, name: str):
@@ -85,7 +85,7 @@ def _why_not(module, arguments) -> str | None:
     return module.unavailable() or (call and module.cannot_run(tensor, call))
 
 
-_FALLING = {name: Falling(name) for name in ("cuda", "triton")}
+_WITH_FALLBACKS = {name: WithFallbacks(name) for name in ("cuda", "triton")}
 
 
 def choose(logits: Tensor, call):
@@ -127,4 +127,4 @@ def _cannot_run(module, logits: Tensor, call) -> str | None:
 
 def fused(name: str, explicit: bool):
     """The fused backend `name`; for a call that named none, with those that may take its place."""
-    return _MODULES[name] if explicit else _FALLING.get(name, _MODULES[name])
+    return _MODULES[name] if explicit else _WITH_FALLBACKS.get(name, _MODULES[name])
