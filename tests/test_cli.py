@@ -127,6 +127,7 @@ def emulated(tmp_path, monkeypatch):
     use("host")
     with adapter.on_host("host"):
         yield use
+    trust._trusted.cache_clear()
 
 
 def test_info_says_which_protocols_are_used(emulated, capsys):

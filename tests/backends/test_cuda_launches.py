@@ -30,11 +30,13 @@ def host(monkeypatch):
     monkeypatch.delenv(trust.VARIABLE, raising=False)
     monkeypatch.delenv("ANL_KERNELS_BACKEND", raising=False)
     library = adapter.loaded()[1]
+    trust._trusted.cache_clear()
     with adapter.on_host("host"):
         library.anl_host_launches()
         library.anl_host_protocol_uses()
         yield library
         library.anl_host_refuse(b"", 0)
+    trust._trusted.cache_clear()
 
 
 def problem(rows=24, classes=3001, dtype=torch.float32):
