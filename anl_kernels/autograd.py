@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from .backends import reference
+from .derivatives import by_formulas, differentiable, is_usual, refuse_again, second_vjp, times
 from .entropy import batch_entropy, world_size
 from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten
 from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
 
-ONLY_ONCE = (
-    "this loss is differentiated once and in reverse mode, since its gradient comes from a fused kernel: for double "
-    'backward and forward mode (jvp) use backend="reference"'
-)
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
     """The loss of a checked call with the backend module `kernels`."""
-    if not is_concrete(logits):
+    if not is_concrete(logits, target, weight):
         return _transformed(kernels, logits, target, weight, call)
+    if forward_ad._current_level >= 0 and by_formulas(logits):
+        return reference.robust_loss(logits, target, weight, call)
     differentiate = logits.requires_grad and torch.is_grad_enabled()
     if call.inplace and differentiate and logits.is_leaf:
         raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for logits that a layer made")
@@ -36,7 +36,7 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
             target, weight, call, logits.shape[min(1, logits.dim() - 1)], acc_dtype(logits.dtype)
         )
         return robust_loss(kernels, logits, target, weight, call.variant(reduction="sum")) + nothing
-    if differentiate or forward_ad._current_level >= 0:
+    if differentiate:
         return _fused_loss(logits, target, weight, call, kernels)
     if call.entropy_weight:
         coefs = new_coefs(logits, target)
@@ -46,15 +46,18 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
 
 def _transformed(kernels, logits, target, weight, call):
     if call.inplace:
-        raise ValueError("inplace=True overwrites the logits of an eager call: not under torch.compile or torch.func")
+        raise ValueError(
+            "inplace=True overwrites the memory of plain tensors in an eager call: not under torch.compile, torch.func "
+            "or a TorchDispatchMode, and not of a tensor subclass"
+        )
     functorch = torch._C._are_functorch_transforms_active()
     if functorch and torch.compiler.is_compiling():  # an operator has no rules for torch.func
-        from .backends import reference
-
         if call.backend not in ("auto", "reference"):
             raise RuntimeError(f"backend={call.backend!r} does not run torch.func transforms under torch.compile")
         return reference.robust_loss(logits, target, weight, call)
     if functorch:
+        if by_formulas(logits):
+            return reference.robust_loss(logits, target, weight, call)
         return stats_loss(kernels, logits, target, weight, call)
     from . import ops
 
@@ -65,56 +68,84 @@ class FusedLoss(Function):
     @staticmethod
     def forward(ctx, logits, target, weight, call, kernels):
         ctx.call, ctx.kernels = call, kernels
-        if call.deferred or (call.recompute is None and logits.dtype is torch.float16):
-            coefs = new_coefs(logits, target)
-            if call.entropy_weight:
-                loss, ctx.entropy = _with_entropy(kernels, logits, target, weight, call, coefs)
-            else:
-                loss, ctx.entropy = kernels.row_loss(call, logits, target, weight, None, coefs), None
-            ctx.save_for_backward(logits, target, coefs)
-            ctx.grad = None
+        ctx.made = not (call.deferred or (call.recompute is None and logits.dtype is torch.float16))
+        if ctx.made:
+            grad = overwritten(logits) if call.inplace else new_grad(logits)
+            loss = kernels.row_loss(call, logits, target, weight, grad, None)
+            if call.inplace:
+                _mark_overwritten(logits)
+            ctx.save_for_backward(grad)
             return loss
-        ctx.grad = grad = overwritten(logits) if call.inplace else new_grad(logits)
-        loss = kernels.row_loss(call, logits, target, weight, grad, None)
-        if call.inplace:
-            torch.autograd.graph.increment_version(logits)
-            ctx.version = grad._version  # grad is a view of the logits
+        coefs = new_coefs(logits, target)
+        if call.entropy_weight:
+            loss, entropy = _with_entropy(kernels, logits, target, weight, call, coefs)
+        else:
+            loss, entropy = kernels.row_loss(call, logits, target, weight, None, coefs), ()
+        ctx.save_for_backward(logits, target, weight, coefs, *entropy)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad = ctx.grad
-        if grad is not None:
-            if ctx.call.inplace and grad._version != ctx.version:
-                raise RuntimeError(
-                    "the logits were written to after the loss, with inplace=True, had put their gradient there"
-                )
-            keep = _keeps_graph()
-            if not keep:  # no reference is left here: autograd may take the memory as the leaf's .grad
-                ctx.grad = None
-            grad = ctx.kernels.scaled(grad, grad_output, keep)
-        else:
-            logits, target, coefs = ctx.saved_tensors
-            entropy = ctx.entropy
-            if entropy is not None:
-                entropy = (entropy[0], entropy[1] * grad_output)
-            grad = ctx.kernels.row_grad(ctx.call, logits.detach(), target, coefs, grad_output, entropy)
-        return once(grad), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(ONLY_ONCE)
-
-
-def once(grad: Tensor) -> Tensor:
-    """`grad`, which to differentiate is an error."""
-    if torch.is_grad_enabled():
-        grad = torch._C._functions.DelayedError(ONLY_ONCE.encode(), 1)(grad.detach().requires_grad_())
-    return grad
+        usual = is_usual(grad_output)
+        if ctx.made:
+            refuse_again()
+            (grad,) = ctx.saved_tensors
+            # Unless the graph is kept, autograd may take the memory as the leaf's .grad.
+            grad = ctx.kernels.scaled(grad, grad_output, _keeps_graph()) if usual else times(grad, grad_output, 1)
+            return grad, None, None, None, None
+        logits, target, weight, coefs, *entropy = ctx.saved_tensors
+        again, call = torch.is_grad_enabled(), ctx.call
+        if again and call.inplace:  # the formulas will want the logits
+            call = call.variant(inplace=False)
+        seed = grad_output if usual else torch.ones_like(coefs[0]) if call.reduction == "none" else coefs.new_ones(())
+        if entropy:
+            entropy[1] = entropy[1] * seed.detach()
+        grad = row_grad(ctx.kernels, call, logits.detach(), target, coefs, seed.detach(), entropy or None)
+        if again:
+            formulas = lambda z: reference.robust_loss(z, target, weight, call)
+            (grad,) = differentiable([grad], formulas, [logits], [seed])
+        return grad if usual else times(grad, grad_output, 1), None, None, None, None
 
 
 # Function.apply does nothing but look for functorch transforms before this; small calls notice it.
 _fused_loss = super(Function, FusedLoss).apply
+
+
+def row_grad(kernels, call, logits, target, coefs, grad_output, entropy) -> Tensor:
+    """The backend's row_grad, or its operator where compiled autograd traces a backward pass."""
+    if not torch.compiler.is_compiling():
+        return kernels.row_grad(call, logits, target, coefs, grad_output, entropy)
+    from . import ops
+
+    column_grad = None if entropy is None else entropy[0] * entropy[1]
+    numbers = (call.min_prob, call.gamma or 0.0, call.needs, kernels.NAME)
+    return ops.row_grad(logits, target, coefs, grad_output, column_grad, *numbers)
+
+
+def _mark_overwritten(logits: Tensor) -> None:
+    """Autograd's record that the logits are gone: what has saved them, and what uses them from now on, raises."""
+    whole = logits._base is None or logits._base.numel() == logits.numel()
+    try:  # Of a slice, autograd would take any use of the rest for a use of the slice.
+        if whole and torch.is_grad_enabled():
+            _Overwritten.apply(logits)
+            return
+    except RuntimeError:  # outputs of split, chunk, unbind and of some Functions cannot be marked
+        pass
+    torch.autograd.graph.increment_version(logits)
+
+
+class _Overwritten(Function):
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        raise RuntimeError(
+            "logits were used after a loss with inplace=True had put their gradient into their memory: leave inplace "
+            "out, or compute what needs the logits before the loss, or from a clone"
+        )
 
 
 def _with_entropy(kernels, logits, target, weight, call, coefs):
@@ -164,9 +195,9 @@ class RowStats(Function):
     @staticmethod
     def backward(ctx, partials, log_q):
         logits, target, table = ctx.saved_tensors
-        coefs = coefficients(table, partials, ctx.call, acc_dtype(logits.dtype))
-        log_q = log_q if ctx.call.entropy_weight else None
-        return RowGrad.apply(logits, target, coefs, log_q, ctx.call, ctx.kernels), None, None, None
+        call = ctx.call.variant(inplace=False) if ctx.call.inplace and torch.is_grad_enabled() else ctx.call
+        log_q = log_q if call.entropy_weight else None
+        return RowGrad.apply(logits, target, table.detach(), partials, log_q, call, ctx.kernels), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, logits, target, call, kernels):
@@ -177,43 +208,41 @@ class RowStats(Function):
         table, sums = RowStats.apply(_fold(logits, logits.dim() > 2), _fold(target, target.dim() > 1), call, kernels)
         return (table.reshape(-1, *target.shape), sums), (1, None)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(ONLY_ONCE)
-
 
 class RowGrad(Function):
-    """The gradient of `RowStats`; differentiating it is an error that names the reference backend."""
+    """The gradient of `RowStats` from those by its table and sums; the formulas are what autograd differentiates."""
 
     @staticmethod
-    def forward(logits, target, coefs, log_q, call, kernels):
+    def forward(logits, target, table, partials, log_q, call, kernels):
+        coefs = coefficients(table, partials, call, acc_dtype(logits.dtype)).contiguous()
         # The gradient of sum_j g_j sum_i p_ij is what the kernels call the entropy's, with log_q = g.
         entropy = None if log_q is None else (log_q, log_q.new_ones(()))
-        return kernels.row_grad(call, logits.detach(), target, coefs.contiguous(), None, entropy)
+        return row_grad(kernels, call, logits.detach(), target, coefs, None, entropy)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        logits, target, _, partials, log_q, ctx.call, _ = inputs
+        ctx.save_for_backward(logits, target, partials, log_q)
 
     @staticmethod
     def backward(ctx, grad_output):
-        raise RuntimeError(ONLY_ONCE)
+        logits, target, partials, log_q = ctx.saved_tensors
+        formulas = lambda z: reference.row_stats(z, target, ctx.call)
+        cotangents = [partials] if log_q is None else [partials, log_q]
+        by_logits, by_partials, *by_log_q = second_vjp(formulas, [logits], cotangents, [grad_output])
+        return by_logits, None, None, by_partials, *(by_log_q or [None]), None, None
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, coefs, log_q, call, kernels):
-        logits, target, coefs, log_q = _batch_first(info, in_dims, logits, target, coefs, log_q)
+    def vmap(info, in_dims, logits, target, table, partials, log_q, call, kernels):
+        batched = _batch_first(info, in_dims, logits, target, table, partials, log_q)
         if log_q is not None:
-            parts = zip(logits.unbind(), target.unbind(), coefs.unbind(), log_q.unbind())
+            parts = zip(*(part.unbind() for part in batched))
             return torch.stack([RowGrad.apply(*part, call, kernels) for part in parts]), 0
-        folded = coefs.movedim(0, 1).reshape(coefs.shape[1], *_fold(target, target.dim() > 1).shape)
-        grad = RowGrad.apply(
-            _fold(logits, logits.dim() > 2), _fold(target, target.dim() > 1), folded, None, call, kernels
-        )
+        logits, target, table, partials, _ = batched
+        rows = _fold(target, target.dim() > 1)
+        table, partials = (x.movedim(0, 1).reshape(x.shape[1], *rows.shape) for x in (table, partials))
+        grad = RowGrad.apply(_fold(logits, logits.dim() > 2), rows, table, partials, None, call, kernels)
         return grad.reshape(logits.shape), 0
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(ONLY_ONCE)
 
 
 def _batch_first(info, in_dims, *tensors):

@@ -17,12 +17,19 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import registry, slices
-from .autograd import ONLY_ONCE, loss_of_table, once
-from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten
+from .autograd import loss_of_table
+from .derivatives import by_formulas, refuse_again
+from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, resolved
 from .stats import coefficients, softmax_coefs
+
+
+ONLY_ONCE = (
+    "with class_group a loss is differentiated once and in reverse mode: for second derivatives and forward mode gather "
+    "the logits of all classes and leave class_group out"
+)
 
 
 class Slice(NamedTuple):
@@ -166,7 +173,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     if failure is not None:
         raise failure
     check_inputs(_of_all_classes(logits, share.classes), target, weight, call.min_prob)
-    single = logits.dim() == 1
+    single, target = logits.dim() == 1, target.long()  # 8 and 16 bits do not hold every class, nor ignore_index
     rows, labels = (logits.unsqueeze(0), target.unsqueeze(0)) if single else (logits, target)
     table, sums = SliceStats.apply(rows, labels, call, kernels, share)
     loss = loss_of_table(table, sums, labels, weight, call, acc_dtype(logits.dtype), share.classes)
@@ -179,8 +186,10 @@ def _check_alone(logits: Tensor, target: Tensor, call) -> None:
         check_inputs(logits, target, None, call.min_prob)
     size = logits.shape[min(1, logits.dim() - 1)]
     check_inputs(_of_all_classes(logits, max(size, 2)), target, None, 0.0)
-    if not is_concrete(logits):
-        raise RuntimeError("class_group is for eager calls: not under torch.compile or torch.func")
+    if not is_concrete(logits, target):
+        raise RuntimeError("class_group is for eager calls of plain tensors: not under torch.compile or torch.func")
+    if forward_ad._current_level >= 0 and by_formulas(logits):
+        raise RuntimeError(ONLY_ONCE)
 
 
 def _of_all_classes(logits: Tensor, classes: int) -> Tensor:
@@ -204,21 +213,18 @@ class SliceStats(Function):
 
     @staticmethod
     def backward(ctx, partials, g):
+        refuse_again(ONLY_ONCE)
         logits, target, table = ctx.saved_tensors
         call, share = ctx.call, ctx.share
         coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
         labels = slices.local_labels(target, target != call.ignore_index, share.start, share.size)
         if not call.entropy_weight:
-            return once(slices.grad(ctx.kernels, call, logits, labels, coefs)), None, None, None, None
+            return slices.grad(ctx.kernels, call, logits, labels, coefs), None, None, None, None
         mean = mean_over_classes(slices.moments(logits, coefs, g), share.group)
         grad = slices.grad(ctx.kernels, call.variant(inplace=False), logits, labels, coefs, (g, mean))
         if call.inplace:
             grad = overwritten(logits).copy_(grad)
-        return once(grad), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(ONLY_ONCE)
+        return grad, None, None, None, None
 
 
 def mean_over_classes(moments: Tensor, group) -> Tensor:
@@ -236,12 +242,17 @@ def is_dtensor(tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def of_dtensor(logits, target, class_group):
-    """Local logits, local targets and the class group of DTensor logits sharded along the classes."""
+def of_dtensors(logits, target, weight, class_group, inplace):
+    """Local logits, targets and class weights, and the class group: of DTensor logits sharded along the classes."""
+    target, weight = replicated("target", target), replicated("weight", weight)
+    if not is_dtensor(logits):
+        return logits, target, weight, class_group
     from torch.distributed.tensor import Replicate, Shard
 
     if class_group is not None:
         raise ValueError("DTensor logits bring their own class group: leave class_group out, or give logits.to_local()")
+    if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for logits that a layer made")
     dim, mesh, group = min(1, logits.dim() - 1), logits.device_mesh, None
     for axis, placement in enumerate(logits.placements):
         if placement == Replicate():
@@ -252,8 +263,13 @@ def of_dtensor(logits, target, class_group):
                 f"dimension, got {logits.placements}; for rows on several ranks give logits.to_local() and batch_group"
             )
         group = mesh.get_group(axis)
-    if is_dtensor(target):
-        if any(placement != Replicate() for placement in target.placements):
-            raise ValueError(f"DTensor targets must be replicated, got {target.placements}")
-        target = target.to_local()
-    return logits.to_local(), target, group
+    return logits.to_local(), target, weight, group
+
+
+def replicated(name: str, tensor):
+    """The local tensor of a replicated DTensor; other tensors as they are."""
+    if not is_dtensor(tensor):
+        return tensor
+    if any(not placement.is_replicate() for placement in tensor.placements):
+        raise ValueError(f"a DTensor {name} must be replicated, got {tensor.placements}: give {name}.full_tensor()")
+    return resolved(tensor.to_local())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import torch
 from torch import Tensor
@@ -34,11 +35,38 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def is_concrete(tensor: Tensor) -> bool:
-    """Whether `tensor` has memory to work on: no compiler, no fake tensors or tracing, no functorch transform."""
+WITH_MEMORY = (Tensor, torch.nn.Parameter, type(None))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether what lies in the memory of `tensor` are its values: no subclass, lazily negated or zero tensor."""
+    return type(tensor) in WITH_MEMORY and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def resolved(tensor):
+    """`tensor` with its values in memory: collectives are waited for, lazy negation and zeros are written out.
+
+    A subclass that is Python alone is taken off; one that wraps other tensors stays, for the operators to dispatch.
+    """
+    if not isinstance(tensor, Tensor):
+        return tensor
+    if type(tensor) not in WITH_MEMORY:
+        collectives = sys.modules.get("torch.distributed._functional_collectives")
+        if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
+            tensor = tensor.clone() if tensor.requires_grad else tensor.wait()
+        elif not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+            tensor = tensor.as_subclass(Tensor)
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
+def is_concrete(*tensors: Tensor | None) -> bool:
+    """Whether `tensors` have memory to work on: no compiler, no fake tensors or tracing, no functorch transform."""
+    for tensor in tensors:
+        if type(tensor) not in WITH_MEMORY:
+            return False
     return (
-        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
     )
@@ -136,8 +164,14 @@ def overwritten(logits: Tensor) -> Tensor:
     """The logits' memory, to hold the gradient; ValueError if it cannot."""
     if logits.dim() > 2 and shape_and_strides(logits)[0] is None:
         raise ValueError("inplace=True needs the dimensions after the classes to be one run of memory")
-    if torch._debug_has_internal_overlap(logits) == 1:
-        raise ValueError("inplace=True needs logits whose elements do not share memory, but these are expanded")
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape) if size > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"inplace=True needs logits whose elements do not share memory, but of shape {tuple(logits.shape)} with "
+                f"strides {logits.stride()} some do (expanded, or made by as_strided): leave inplace out, or clone them"
+            )
+        reach += stride * (size - 1)
     return logits.detach()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import class_parallel, functional, registry, slices
-from .autograd import _keeps_graph, loss_of_table, once
+from .autograd import _keeps_graph, loss_of_table
 from .backends import LaunchRefused, reference
 from .class_parallel import Slice
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, log_once
@@ -102,7 +102,7 @@ def linear_robust_loss(
         share = Slice(None, 0, len(weight), len(weight), len(weight))
     else:
         share = _agree(input, weight, bias, target, class_weight, call, dtype, max_chunk_bytes, failure)
-    labels = target.reshape(-1)
+    labels = target.reshape(-1).long()  # 8 and 16 bits do not hold every class, nor ignore_index
     check_inputs(_logits_shape(input, dtype, share.classes, len(labels)), labels, None, min_prob)
     if class_weight is not None and class_weight.shape != (share.classes,):
         raise ValueError(
@@ -412,7 +412,7 @@ class _InForward(Function):
         grads = [None if grad is None else ctx.kernels.scaled(grad, grad_output, keep) for grad in ctx.grads]
         if not keep:  # autograd may take the memory as .grad
             ctx.grads = None
-        return *(None if grad is None else once(grad) for grad in grads), None, None, None
+        return *grads, None, None, None
 
 
 class _Statistics(Function):
@@ -451,7 +451,7 @@ class _Statistics(Function):
                 for tile, grad in _gradients(job, _tiles(products, rows), *chunk):
                     products.add(grad, rows, tile)
             grads = products.finished()
-        return *(None if grad is None else once(grad) for grad in grads), None, None
+        return *grads, None, None
 
 
 def _tiles(products: _Products, rows):

@@ -121,7 +121,10 @@ def _(logits, target, coefs, grad_output, column_grad, min_prob, gamma, needs, b
 
 
 def _only_once(ctx, *grads):
-    raise RuntimeError(autograd.ONLY_ONCE)
+    raise RuntimeError(
+        "under torch.compile, and for tensor subclasses, this loss is differentiated once and in reverse mode: for "
+        'double backward use backend="reference", or plain tensors in eager mode'
+    )
 
 
 def _save_loss(ctx, inputs, output):

@@ -35,16 +35,15 @@ DERIVED = {
 # Rows of the table that the kernels fill, (13, N) in float64: those with a partial derivative, and constants.
 LOG_SUM, TARGET_LOG_PROB, NEG_LOG_SUM, ABOVE_SUM, ABOVE_MASS_SUM, FOCAL_SUM, FOCAL_ABOVE_SUM = 1, 2, 4, 5, 6, 8, 10
 MAX, NUM_CLASSES, ABOVE_COUNT, FOCAL_WEIGHT, FOCAL_ABOVE_WEIGHT, VALID = 0, 3, 7, 9, 11, 12
-_TABLE_ROW = {
+DIFFERENTIABLE = {
     "target_log_prob": TARGET_LOG_PROB,
-    "num_classes": NUM_CLASSES,
     "neg_log_sum": NEG_LOG_SUM,
     "above_sum": ABOVE_SUM,
     "above_mass": ABOVE_MASS_SUM,
-    "above_count": ABOVE_COUNT,
     "focal_sum": FOCAL_SUM,
     "focal_above_sum": FOCAL_ABOVE_SUM,
 }
+_TABLE_ROW = {**DIFFERENTIABLE, "num_classes": NUM_CLASSES, "above_count": ABOVE_COUNT}
 
 # Labels of a slice's rows: the target is a class of another slice; the row counts nowhere and is not read.
 ELSEWHERE, IGNORED = -1, -2
@@ -209,7 +208,8 @@ def row_shares(label: Tensor, valid: Tensor, weight: Tensor | None, dtype: torch
     if weight is None:
         return share
     known = (label >= 0) & (label < weight.shape[0])
-    return share * torch.where(known, weight.to(dtype)[torch.where(known, label, 0)], 1.0)
+    of_label = weight.to(dtype).index_select(0, torch.where(known, label, 0).flatten()).view(label.shape)
+    return share * torch.where(known, of_label, 1.0)
 
 
 def denominator(share: Tensor, call) -> Tensor:
@@ -235,9 +235,9 @@ def mean_as_sum(target: Tensor, weight: Tensor | None, call, classes: int, dtype
 
     For a mean whose denominator no kernel sees: rows in several chunks, or on several ranks.
     """
+    target = target.long()  # 8 and 16 bits do not hold every class, nor ignore_index
     valid = target != call.ignore_index
-    in_range = (target >= 0) & (target < classes)
-    label = torch.where(in_range, target.long(), 0)
+    label = torch.where((target >= 0) & (target < classes), target, 0)
     total = denominator(row_shares(label, valid, weight, torch.float64), call)
     scale = 1.0 / total
     weight = scale.to(dtype).expand(classes).contiguous() if weight is None else (weight.double() * scale).to(dtype)

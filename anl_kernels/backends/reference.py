@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..entropy import batch_entropy
 from ..layout import acc_dtype, bad_label, is_concrete, new_grad
-from ..stats import FOCAL, FOCAL_ABOVE, IGNORED, Statistics, focal_floor, reduce_rows
+from ..stats import (
+    DIFFERENTIABLE,
+    FOCAL,
+    FOCAL_ABOVE,
+    IGNORED,
+    LOG_SUM,
+    PRIMARY,
+    Statistics,
+    focal_floor,
+    reduce_rows,
+)
 
 NAME = "reference"
 PURPOSE = "plain PyTorch on every device, with double backward and forward mode"
@@ -112,9 +122,18 @@ class LogitStatistics(Statistics):
     def _make_focal_above_sum(self):
         return (self._above * (self.focal_floor + self._focal_weight * self.log_prob)).sum(-1)
 
+    def table(self, needs: int) -> Tensor:
+        """The kernels' table (13, ...), float64, of the statistics that can be differentiated; the others are 0."""
+        rows = [torch.zeros_like(self._log_sum)] * 13
+        rows[LOG_SUM] = self._log_sum
+        for name, row in DIFFERENTIABLE.items():
+            if not PRIMARY[name] & ~needs:
+                rows[row] = getattr(self, name)
+        return torch.stack(rows).double()
 
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    """The loss of a validated call, class dimension and keywords as in `functional.robust_loss`."""
+
+def _statistics(logits: Tensor, target: Tensor, call):
+    """The rows' statistics, their labels in [0, K), and which rows count."""
     rows = logits.movedim(1, -1) if logits.dim() > 1 else logits
     rows = rows.to(acc_dtype(logits.dtype))
     target = target.long()
@@ -123,12 +142,27 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     _raise_for_labels(target, out_of_range)
     label = torch.where(valid & ~out_of_range, target, 0)
     rows = rows.masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row's logits may be NaN
-    s = LogitStatistics(rows, label, out_of_range, call.min_prob, call.gamma)
+    return LogitStatistics(rows, label, out_of_range, call.min_prob, call.gamma), label, valid
+
+
+def _column_sums(s: LogitStatistics, valid: Tensor) -> Tensor:
+    return (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
+
+
+def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """The loss of a validated call, class dimension and keywords as in `functional.robust_loss`."""
+    s, label, valid = _statistics(logits, target, call)
     loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
     if call.entropy_weight:
-        sums = (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
-        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call)[0]
+        loss = loss + call.entropy_weight * batch_entropy(_column_sums(s, valid), valid.sum(), call)[0]
     return loss
+
+
+def row_stats(logits: Tensor, target: Tensor, call):
+    """What `autograd.RowStats` returns, differentiable: the table, and the column sums if the call has the entropy."""
+    s, _, valid = _statistics(logits, target, call)
+    table = s.table(call.needs)
+    return (table, _column_sums(s, valid).double()) if call.entropy_weight else table
 
 
 def _raise_for_labels(target: Tensor, out_of_range: Tensor) -> None:

@@ -1,0 +1,88 @@
+"""Second derivatives and forward mode, by the reference formulas. First derivatives are the kernels' alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from .layout import is_plain, log_once
+
+ONLY_ONCE = (
+    "this loss made its gradient in forward and keeps no logits, so that the gradient cannot be differentiated again "
+    "(create_graph=True, a gradient penalty, hvp, MAML): use recompute=True, or backend=\"reference\""
+)
+_SLOWER = (
+    "anl_kernels: second derivatives and forward mode go by the reference formulas, which keep tens of bytes a logit; "
+    "first derivatives stay with the kernels"
+)
+
+
+def by_formulas(*tensors: Tensor | None) -> bool:
+    """Whether a call must be made of formulas: it is differentiated in forward mode, or twice by torch.func."""
+    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        log_once(_SLOWER)
+        return True
+    if torch._C._are_functorch_transforms_active():
+        kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack()]
+        transform = torch._C._functorch.TransformType
+        if transform.Jvp in kinds or kinds.count(transform.Grad) > 1:
+            log_once(_SLOWER)
+            return True
+    return False
+
+
+def refuse_again(message: str = ONLY_ONCE) -> None:
+    """Raises where a backward pass is itself to be differentiated (create_graph=True)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(message)
+
+
+def differentiable(gradients, formulas, inputs, cotangents):
+    """`gradients` of `inputs`, which kernels made: where autograd differentiates them, `formulas` are differentiated.
+
+    gradients: one tensor for each input: the vector-Jacobian product of formulas(*inputs) and `cotangents`, a tensor
+        for each output.
+    """
+    return _gradient(formulas, len(inputs), tuple(gradients), *inputs, *cotangents)
+
+
+class Gradient(Function):
+    @staticmethod
+    def forward(ctx, formulas, num_inputs, gradients, *tensors):
+        ctx.formulas, ctx.num_inputs = formulas, num_inputs
+        ctx.save_for_backward(*tensors)
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors, n = ctx.saved_tensors, ctx.num_inputs
+        return None, None, None, *second_vjp(ctx.formulas, tensors[:n], tensors[n:], grads)
+
+
+_gradient = super(Function, Gradient).apply  # under torch.func too: it is given no tensor that a transform has wrapped
+
+
+def second_vjp(formulas, inputs, cotangents, grads):
+    """The gradients by `inputs` and `cotangents` of the vector-Jacobian product of `formulas`; differentiable again."""
+    log_once(_SLOWER)
+
+    def first(inputs, cotangents):
+        outputs, pullback = torch.func.vjp(formulas, *inputs)
+        return pullback(cotangents if isinstance(outputs, tuple) else cotangents[0])
+
+    _, pullback = torch.func.vjp(first, tuple(inputs), tuple(cotangents))
+    by_inputs, by_cotangents = pullback(tuple(grads))
+    return *by_inputs, *by_cotangents
+
+
+def times(gradient: Tensor, grad_output: Tensor, class_dim: int) -> Tensor:
+    """A gradient made for grad_output = 1, times grad_output, a number or one a row, by PyTorch's operators."""
+    if grad_output.dim():
+        grad_output = grad_output.unsqueeze(class_dim)
+    return (gradient * grad_output).to(gradient.dtype)
+
+
+def is_usual(grad_output: Tensor) -> bool:
+    """Whether a kernel can read grad_output: no batched gradient, subclass, lazily negated or zero tensor."""
+    return is_plain(grad_output) and not torch._C._are_functorch_transforms_active()
