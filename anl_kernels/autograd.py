@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .backends import reference
-from .derivatives import by_formulas, differentiable, is_usual, refuse_again, second_vjp, times
+from .derivatives import (
+    BATCHED_ONCE,
+    by_formulas,
+    differentiable,
+    is_batched,
+    is_usual,
+    refuse_again,
+    second_vjp,
+    times,
+)
 from .entropy import batch_entropy, world_size
 from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten
 from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
@@ -197,6 +206,10 @@ class RowStats(Function):
         logits, target, table = ctx.saved_tensors
         call = ctx.call.variant(inplace=False) if ctx.call.inplace and torch.is_grad_enabled() else ctx.call
         log_q = log_q if call.entropy_weight else None
+        if is_batched(partials):
+            refuse_again(BATCHED_ONCE)
+            coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
+            return reference.gradient(call, logits, target, coefs, log_q), None, None, None
         return RowGrad.apply(logits, target, table.detach(), partials, log_q, call, ctx.kernels), None, None, None
 
     @staticmethod

@@ -12,6 +12,9 @@ ONLY_ONCE = (
     "this loss made its gradient in forward and keeps no logits, so that the gradient cannot be differentiated again "
     "(create_graph=True, a gradient penalty, hvp, MAML): use recompute=True, or backend=\"reference\""
 )
+BATCHED_ONCE = (
+    "is_grads_batched=True and create_graph=True together are not for this loss: leave one out, or use backend=\"reference\""
+)
 _SLOWER = (
     "anl_kernels: second derivatives and forward mode go by the reference formulas, which keep tens of bytes a logit; "
     "first derivatives stay with the kernels"
@@ -83,6 +86,13 @@ def times(gradient: Tensor, grad_output: Tensor, class_dim: int) -> Tensor:
     return (gradient * grad_output).to(gradient.dtype)
 
 
-def is_usual(grad_output: Tensor) -> bool:
-    """Whether a kernel can read grad_output: no batched gradient, subclass, lazily negated or zero tensor."""
-    return is_plain(grad_output) and not torch._C._are_functorch_transforms_active()
+def is_usual(*tensors: Tensor) -> bool:
+    """Whether a kernel can read what autograd hands to a backward pass: no batched gradients, no subclasses."""
+    return (
+        all(is_plain(tensor) and not is_batched(tensor) for tensor in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
+
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True

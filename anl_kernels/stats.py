@@ -199,7 +199,7 @@ def coefficients(table: Tensor, partials: Tensor, call, dtype: torch.dtype) -> T
     slope = torch.where(above > 0, a_above, a)
     at_target = common + above_part - (1.0 - above) * by_mass + constants - slope * missing
     fields = (*softmax_coefs(table), a, -f_S, a_above, f_U, -f_F, f_G, at_target, table[LOG_SUM])
-    return torch.stack(torch.broadcast_tensors(*fields)).to(dtype)
+    return torch.stack(fields).to(dtype)
 
 
 def row_shares(label: Tensor, valid: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:

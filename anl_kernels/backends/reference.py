@@ -248,6 +248,19 @@ def _gradient(call, z, target, coefs):
     return torch.where(inv_sum == 0.0, 0.0, torch.where(inv_sum.isnan(), math.nan, grad))
 
 
+def gradient(call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:
+    """`row_grad` by operators that take any tensors, batched ones too; with p_j (log_q_j - sum_k p_k log_q_k) if given."""
+    if logits.dim() == 1:
+        return gradient(call, logits.unsqueeze(0), target.unsqueeze(0), coefs.unsqueeze(1), log_q).squeeze(0)
+    z, coefs = logits.detach(), coefs.unsqueeze(2)
+    grad = _gradient(call, z, target.long().clamp(0, z.shape[1] - 1), coefs)
+    if log_q is not None:
+        p = torch.where(coefs[1] == 0.0, 0.0, torch.exp(z - coefs[0]) * coefs[1])
+        log_q = log_q.to(p.dtype).view(1, -1, *[1] * (z.dim() - 2))
+        grad = grad + p * (log_q - (p * log_q).sum(1, keepdim=True))
+    return grad.to(logits.dtype)
+
+
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
     """grad * factor."""
     return grad * factor
