@@ -14,16 +14,16 @@ from torch.autograd import Function, forward_ad
 from .backends import reference
 from .derivatives import (
     BATCHED_ONCE,
+    ONLY_ONCE,
     by_formulas,
     differentiable,
     is_batched,
     is_usual,
-    refuse_again,
     second_vjp,
     times,
 )
 from .entropy import batch_entropy, world_size
-from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten
+from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten, resolved
 from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -97,7 +97,8 @@ class FusedLoss(Function):
     def backward(ctx, grad_output):
         usual = is_usual(grad_output)
         if ctx.made:
-            refuse_again()
+            if torch.is_grad_enabled():  # the backward pass is itself to be differentiated
+                raise RuntimeError(ONLY_ONCE)
             (grad,) = ctx.saved_tensors
             # Unless the graph is kept, autograd may take the memory as the leaf's .grad.
             grad = ctx.kernels.scaled(grad, grad_output, _keeps_graph()) if usual else times(grad, grad_output, 1)
@@ -135,9 +136,9 @@ def _mark_overwritten(logits: Tensor) -> None:
     """Autograd's record that the logits are gone: what has saved them, and what uses them from now on, raises."""
     whole = logits._base is None or logits._base.numel() == logits.numel()
     try:  # Of a slice, autograd would take any use of the rest for a use of the slice.
-        if whole and torch.is_grad_enabled():
-            _Overwritten.apply(logits)
-            return
+        if whole:
+            with torch.enable_grad():
+                _Overwritten.apply(logits)
     except RuntimeError:  # outputs of split, chunk, unbind and of some Functions cannot be marked
         pass
     torch.autograd.graph.increment_version(logits)
@@ -206,11 +207,16 @@ class RowStats(Function):
         logits, target, table = ctx.saved_tensors
         call = ctx.call.variant(inplace=False) if ctx.call.inplace and torch.is_grad_enabled() else ctx.call
         log_q = log_q if call.entropy_weight else None
-        if is_batched(partials):
-            refuse_again(BATCHED_ONCE)
+        if torch.compiler.is_compiling():
+            return RowGrad.forward(logits, target, table, partials, log_q, call, ctx.kernels), None, None, None
+        partials = resolved(partials)
+        if is_batched(partials) or type(partials) is not Tensor:
+            if torch.is_grad_enabled():
+                raise RuntimeError(BATCHED_ONCE)
             coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
             return reference.gradient(call, logits, target, coefs, log_q), None, None, None
-        return RowGrad.apply(logits, target, table.detach(), partials, log_q, call, ctx.kernels), None, None, None
+        grad = RowGrad.apply(logits, target, table.detach(), partials, log_q, call, ctx.kernels)
+        return grad, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, logits, target, call, kernels):

@@ -21,14 +21,13 @@ from torch.autograd import Function, forward_ad
 
 from . import registry, slices
 from .autograd import loss_of_table
-from .derivatives import by_formulas, refuse_again
+from .derivatives import by_formulas
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, resolved
 from .stats import coefficients, softmax_coefs
 
-
 ONLY_ONCE = (
-    "with class_group a loss is differentiated once and in reverse mode: for second derivatives and forward mode gather "
-    "the logits of all classes and leave class_group out"
+    "with class_group a loss is differentiated once and in reverse mode: for second derivatives and forward mode "
+    "gather the logits of all classes and leave class_group out"
 )
 
 
@@ -213,7 +212,8 @@ class SliceStats(Function):
 
     @staticmethod
     def backward(ctx, partials, g):
-        refuse_again(ONLY_ONCE)
+        if torch.is_grad_enabled():
+            raise RuntimeError(ONLY_ONCE)
         logits, target, table = ctx.saved_tensors
         call, share = ctx.call, ctx.share
         coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from .layout import is_plain, log_once
+from .layout import log_once
 
 ONLY_ONCE = (
     "this loss made its gradient in forward and keeps no logits, so that the gradient cannot be differentiated again "
-    "(create_graph=True, a gradient penalty, hvp, MAML): use recompute=True, or backend=\"reference\""
+    '(create_graph=True, a gradient penalty, hvp, MAML): use recompute=True, or backend="reference"'
 )
 BATCHED_ONCE = (
-    "is_grads_batched=True and create_graph=True together are not for this loss: leave one out, or use backend=\"reference\""
+    "is_grads_batched=True and create_graph=True together are not for this loss: leave one out, or use "
+    'backend="reference"'
 )
 _SLOWER = (
     "anl_kernels: second derivatives and forward mode go by the reference formulas, which keep tens of bytes a logit; "
@@ -23,9 +24,11 @@ _SLOWER = (
 
 def by_formulas(*tensors: Tensor | None) -> bool:
     """Whether a call must be made of formulas: it is differentiated in forward mode, or twice by torch.func."""
-    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        log_once(_SLOWER)
-        return True
+    if forward_ad._current_level >= 0:
+        tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in tensors if tensor is not None]
+        if any(tangent is not None for tangent in tangents):
+            log_once(_SLOWER)
+            return True
     if torch._C._are_functorch_transforms_active():
         kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack()]
         transform = torch._C._functorch.TransformType
@@ -33,12 +36,6 @@ def by_formulas(*tensors: Tensor | None) -> bool:
             log_once(_SLOWER)
             return True
     return False
-
-
-def refuse_again(message: str = ONLY_ONCE) -> None:
-    """Raises where a backward pass is itself to be differentiated (create_graph=True)."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(message)
 
 
 def differentiable(gradients, formulas, inputs, cotangents):
@@ -86,13 +83,11 @@ def times(gradient: Tensor, grad_output: Tensor, class_dim: int) -> Tensor:
     return (gradient * grad_output).to(gradient.dtype)
 
 
-def is_usual(*tensors: Tensor) -> bool:
-    """Whether a kernel can read what autograd hands to a backward pass: no batched gradients, no subclasses."""
-    return (
-        all(is_plain(tensor) and not is_batched(tensor) for tensor in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-    )
+def is_usual(grad: Tensor) -> bool:
+    """Whether a kernel can read what autograd hands to a backward pass: no batched gradient, no subclass."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(grad) is Tensor and not (grad.is_neg() or grad._is_zerotensor() or is_batched(grad))
 
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import class_parallel, registry
-from .layout import WITH_MEMORY, acc_dtype, check_inputs, is_plain, resolved
+from .layout import WITH_MEMORY, acc_dtype, check_inputs, resolved
 from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -107,15 +107,16 @@ def robust_loss(
     Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
     """
     options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
+    compiling = torch.compiler.is_compiling()
     known = type(logits) in WITH_MEMORY and type(target) in WITH_MEMORY and type(weight) in WITH_MEMORY
-    if not known or logits.is_neg() or logits._is_zerotensor() or (weight is not None and not is_plain(weight)):
+    if not (known and (compiling or not (logits.is_neg() or (weight is not None and weight.is_neg())))):
         given = (logits, target, weight)
         if has_torch_function(given):
             keywords = dict(zip(robust_loss.__kwdefaults__, (weight, *options, class_group, batch_group)))
             return handle_torch_function(robust_loss, given, logits, target, expression, **keywords)
         logits, target, weight = map(resolved, given)
         logits, target, weight, class_group = class_parallel.of_dtensors(logits, target, weight, class_group, inplace)
-    if torch.compiler.is_compiling() or batch_group is not None or class_group is not None:
+    if compiling or batch_group is not None or class_group is not None:
         call = checked_call(expression, *options, class_group, batch_group)
     else:
         call = _known_call(expression, options)

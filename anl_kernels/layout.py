@@ -38,11 +38,6 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 WITH_MEMORY = (Tensor, torch.nn.Parameter, type(None))
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether what lies in the memory of `tensor` are its values: no subclass, lazily negated or zero tensor."""
-    return type(tensor) in WITH_MEMORY and not tensor.is_neg() and not tensor._is_zerotensor()
-
-
 def resolved(tensor):
     """`tensor` with its values in memory: collectives are waited for, lazy negation and zeros are written out.
 
@@ -50,6 +45,8 @@ def resolved(tensor):
     """
     if not isinstance(tensor, Tensor):
         return tensor
+    if tensor.is_nested:
+        raise TypeError("nested tensors are not supported: give their values() as one batch of rows")
     if type(tensor) not in WITH_MEMORY:
         collectives = sys.modules.get("torch.distributed._functional_collectives")
         if collectives is not None and isinstance(tensor, collectives.AsyncCollectiveTensor):
@@ -82,6 +79,8 @@ def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None, min_prob
     if target.dtype not in TARGET_DTYPES:
         hint = ": class indices are needed, probabilities are not supported" if target.is_floating_point() else ""
         raise TypeError(f"target must be int64, int32, int16 or uint8, got {_dtype(target)}{hint}")
+    if logits.layout is not torch.strided:
+        raise TypeError(f"logits must be a dense tensor, got layout {logits.layout}")
     shape = logits.shape
     if not shape:
         raise ValueError("logits must be (K,), (N, K) or (N, K, d1, ...), got a tensor without dimensions")
@@ -168,8 +167,9 @@ def overwritten(logits: Tensor) -> Tensor:
     for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape) if size > 1):
         if stride <= reach:
             raise ValueError(
-                f"inplace=True needs logits whose elements do not share memory, but of shape {tuple(logits.shape)} with "
-                f"strides {logits.stride()} some do (expanded, or made by as_strided): leave inplace out, or clone them"
+                "inplace=True needs logits whose elements do not share memory, but with shape "
+                f"{tuple(logits.shape)} and strides {logits.stride()} some do (expanded, or made by as_strided): leave "
+                "inplace out, or clone them"
             )
         reach += stride * (size - 1)
     return logits.detach()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import autograd, registry
-from .layout import acc_dtype, new_coefs, new_grad
+from .layout import acc_dtype, new_coefs, new_grad, resolved
 from .stats import coefficients, softmax_coefs
 
 
@@ -56,6 +56,7 @@ def row_loss(
     """
     kernels = registry.fused(backend, explicit)
     call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, explicit)
+    logits, weight = resolved(logits), resolved(weight)
     coefs = new_coefs(logits, target)
     return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
 
@@ -82,6 +83,7 @@ def row_stats(
     """The statistics' table (13, *target.shape), float64, and the column sums of p (K,), or (0,) if not wanted."""
     kernels = registry.fused(backend, explicit)
     call = _kernel((), min_prob, gamma, needs, ignore_index, "none", explicit)
+    logits = resolved(logits)
     table = kernels.row_stats(call, logits, target)
     if not with_sums:
         return table, table.new_empty(0)
@@ -112,7 +114,7 @@ def row_grad(
     kernels = registry.fused(backend, explicit=True)
     entropy = None if column_grad is None else (column_grad, column_grad.new_ones(()))
     call = _kernel((), min_prob, gamma, needs)
-    return kernels.row_grad(call, logits, target, coefs.contiguous(), grad_output, entropy)
+    return kernels.row_grad(call, resolved(logits), target, coefs.contiguous(), resolved(grad_output), entropy)
 
 
 @row_grad.register_fake

@@ -249,8 +249,65 @@ def test_inplace_notices_a_later_write_to_the_logits(fused):
     hidden = leaf + 1
     loss = ak.anl_ce(hidden, torch.arange(6), inplace=True, backend=fused.name)
     hidden.add_(1)
-    with pytest.raises(RuntimeError, match="written to after the loss"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@THERE
+@pytest.mark.parametrize(
+    "use",
+    {
+        "logits": lambda hidden, view: hidden.pow(2).sum(),
+        "cross_entropy": lambda hidden, view: torch.nn.functional.cross_entropy(view, torch.arange(6)),
+        "another_view": lambda hidden, view: hidden.view(-1)[3] * 2,
+        "part": lambda hidden, view: hidden[:1].sum(),
+    }.items(),
+    ids=lambda use: use[0],
+)
+@pytest.mark.parametrize("of_view", [False, True], ids=["logits", "view"])
+def test_inplace_notices_a_later_use_of_the_logits(one_fused, use, of_view):
+    """What reads the logits after the loss reads their gradient: its own backward pass says so."""
+    leaf = torch.randn(6, 9, requires_grad=True)
+    hidden = leaf * 1
+    view = hidden.view(6, 9) if of_view else hidden
+    loss = ak.anl_ce(view, torch.arange(6), inplace=True, backend=one_fused.name)
+    with pytest.raises(RuntimeError, match="used after a loss with inplace=True"):
+        (loss + use[1](hidden, view)).backward()
+
+
+@THERE
+def test_inplace_of_slices_one_after_the_other(one_fused):
+    """A long batch in pieces: what becomes of one slice is no use of another."""
+    grads = []
+    leaf = torch.randn(6, 9)
+    for inplace in (False, True):
+        z = leaf.clone().requires_grad_()
+        hidden = z * 2
+        parts = [hidden[:2], hidden[2:5], hidden[5:]]
+        losses = [
+            ak.anl_ce(part, torch.arange(len(part)), inplace=inplace, backend=one_fused.name, reduction="sum")
+            for part in parts
+        ]
+        sum(losses).backward()
+        grads.append(z.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        lambda: torch.randn(12).as_strided((4, 3), (2, 1)),
+        lambda: torch.randn(3).expand(4, 3),
+        lambda: torch.randn(40).as_strided((2, 3, 4), (4, 4, 1)),
+    ],
+    ids=["as_strided", "expanded", "rows_over_classes"],
+)
+def test_inplace_of_overlapping_memory_is_refused(fused, logits):
+    z = logits()
+    z = torch.randn(50, requires_grad=True).mul(1).as_strided(z.shape, z.stride())
+    target = torch.zeros(z.shape[:1] + z.shape[2:], dtype=torch.int64)
+    with pytest.raises(ValueError, match="share memory"):
+        ak.anl_ce(z, target, inplace=True, backend=fused.name)
 
 
 @THERE
@@ -287,7 +344,7 @@ def test_the_reference_does_not_write_in_place():
         ak.anl_ce(torch.randn(3, 4), torch.tensor([0, 1, 2]), inplace=True, backend="reference")
 
 
-# ---- gradcheck, and what the fused backends refuse
+# ---- gradcheck (test_derivatives.py has the second derivatives)
 
 
 # The focal weight is detached, as in the authors' code: not the derivative of the value.
@@ -304,34 +361,6 @@ def test_gradcheck(one_backend, name):
     for keywords in (dict(), dict(reduction="none"), dict(recompute=True), dict(entropy_weight=0.5)):
         assert torch.autograd.gradcheck(
             lambda z, k=keywords: ak.robust_loss(z, target, criterion, backend=one_backend.name, **k), logits
-        )
-
-
-@pytest.mark.parametrize(
-    "keywords", [dict(), dict(recompute=True), dict(reduction="none"), dict(entropy_weight=0.5)], ids=str
-)
-@pytest.mark.parametrize(
-    "build",
-    [lambda: expression(ANL_CE), lambda: ak.RowLoss(lambda s: s.lse - s.target_logit)],
-    ids=["fused", "row_loss"],
-)
-def test_double_backward_names_the_way_out(cpu, keywords, build):
-    logits = torch.randn(4, 6, requires_grad=True)
-    loss = ak.robust_loss(logits, torch.tensor([0, 5, 2, 1]), build(), backend="cpu", **keywords).sum()
-    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    penalty = grad.square().sum()
-    with pytest.raises(RuntimeError, match="reference"):
-        penalty.backward(retain_graph=True)
-    with pytest.raises(RuntimeError):  # as with torch's own once_differentiable, not always by that name
-        torch.autograd.grad(penalty, logits)
-
-
-@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(reduction="none")], ids=str)
-def test_forward_mode_names_the_way_out(cpu, keywords):
-    target = torch.tensor([0, 5, 2, 1])
-    with pytest.raises(RuntimeError, match="reference"):
-        torch.func.jvp(
-            lambda z: ak.anl_ce(z, target, backend="cpu", **keywords).sum(), (torch.randn(4, 6),), (torch.ones(4, 6),)
         )
 
 
@@ -488,12 +517,43 @@ def test_checkpoint(backend, keywords):
     assert torch.equal(*grads)
 
 
-def test_saved_tensors_offloaded(backend):
+@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(entropy_weight=0.5)], ids=str)
+def test_saved_tensors_offloaded(backend, keywords):
     values, labels = helpers.rows_of_every_kind(9, torch.float32)
-    _, expected = calculate(values, labels, expression(ANL_CE), recompute=True, backend=backend.name)
+    _, expected = calculate(values, labels, expression(ANL_CE), backend=backend.name, **keywords)
     with torch.autograd.graph.save_on_cpu():
-        _, grad = calculate(values, labels, expression(ANL_CE), recompute=True, backend=backend.name)
+        _, grad = calculate(values, labels, expression(ANL_CE), backend=backend.name, **keywords)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(reduction="none")], ids=str)
+@pytest.mark.parametrize("loss", ["anl_ce", "row_loss"])
+def test_saved_tensor_hooks_see_all_that_is_kept(cpu, loss, keywords):
+    """What offloads or compresses activations gets hold of every tensor of the logits' size, the gradient too."""
+    criterion = expression(ANL_CE) if loss == "anl_ce" else ak.RowLoss(lambda s: s.neg_log_sum)
+    z, packed = torch.randn(64, 500, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.numel()) or t.clone(), lambda t: t):
+        out = criterion(z, torch.arange(64), backend="cpu", **keywords)
+    assert packed.count(z.numel()) == 1
+    (grad,) = torch.autograd.grad(out.sum(), z)
+    (expected,) = torch.autograd.grad(criterion(z, torch.arange(64), backend="cpu", **keywords).sum(), z)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_checkpoint_keeps_as_little_as_for_cross_entropy(cpu, use_reentrant):
+    """Between forward and backward nothing of the logits' size stays: neither they nor their gradient."""
+    w, x = torch.randn(1000, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    y = torch.arange(64)
+
+    def kept(loss):
+        function = lambda x, w: loss(x @ w.t(), y)
+        results = []
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            results.append(torch.utils.checkpoint.checkpoint(function, x, w, use_reentrant=use_reentrant))
+        return sum(e.self_cpu_memory_usage for e in profiler.key_averages())
+
+    assert kept(lambda z, y: ak.anl_ce(z, y, backend="cpu")) <= kept(torch.nn.functional.cross_entropy) + 4096
 
 
 @pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(entropy_weight=0.5)], ids=str)

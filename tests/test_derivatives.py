@@ -140,7 +140,9 @@ def test_a_spatial_batch_has_second_derivatives(cpu, loss):
 def test_learned_parameters_of_a_loss_have_second_derivatives(cpu):
     z = helpers.randn(5, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    loss = lambda z, a, backend: ak.RowLoss(lambda s: s.neg_log_sum * a - s.target_log_prob**2)(z, TARGET, backend=backend)
+    loss = lambda z, a, backend: ak.RowLoss(lambda s: s.neg_log_sum * a - s.target_log_prob**2)(
+        z, TARGET, backend=backend
+    )
     assert torch.autograd.gradgradcheck(lambda z, a: loss(z, a, "cpu"), (z, a))
 
 
@@ -157,7 +159,9 @@ def test_a_kept_gradient_is_the_kernels(cpu, monkeypatch):
     from anl_kernels.backends import reference
 
     calls = []
-    monkeypatch.setattr(reference, "robust_loss", lambda *a, original=reference.robust_loss: calls.append(1) or original(*a))
+    monkeypatch.setattr(
+        reference, "robust_loss", lambda *a, original=reference.robust_loss: calls.append(1) or original(*a)
+    )
     f, w = problem(LOSSES["anl_ce"](), "cpu", recompute=True)
     first, again = grad_of(f(w), w), grad_of(f(w), w, create_graph=True)
     assert torch.equal(first, again) and not calls

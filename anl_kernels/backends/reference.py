@@ -249,7 +249,7 @@ def _gradient(call, z, target, coefs):
 
 
 def gradient(call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:
-    """`row_grad` by operators that take any tensors, batched ones too; with p_j (log_q_j - sum_k p_k log_q_k) if given."""
+    """`row_grad` by operators that take any tensors, batched ones too. log_q adds p_j (log_q_j - sum_k p_k log_q_k)."""
     if logits.dim() == 1:
         return gradient(call, logits.unsqueeze(0), target.unsqueeze(0), coefs.unsqueeze(1), log_q).squeeze(0)
     z, coefs = logits.detach(), coefs.unsqueeze(2)
