@@ -134,11 +134,9 @@ def row_grad(kernels, call, logits, target, coefs, grad_output, entropy) -> Tens
 
 def _mark_overwritten(logits: Tensor) -> None:
     """Autograd's record that the logits are gone: what has saved them, and what uses them from now on, raises."""
-    whole = logits._base is None or logits._base.numel() == logits.numel()
-    try:  # Of a slice, autograd would take any use of the rest for a use of the slice.
-        if whole:
-            with torch.enable_grad():
-                _Overwritten.apply(logits)
+    try:
+        with torch.enable_grad():
+            _Overwritten.apply(logits)
     except RuntimeError:  # outputs of split, chunk, unbind and of some Functions cannot be marked
         pass
     torch.autograd.graph.increment_version(logits)
@@ -152,6 +150,8 @@ class _Overwritten(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        if not grad_output.any():  # what was used is another part of the tensor that these logits are a slice of
+            return grad_output
         raise RuntimeError(
             "logits were used after a loss with inplace=True had put their gradient into their memory: leave inplace "
             "out, or compute what needs the logits before the loss, or from a clone"

@@ -276,21 +276,21 @@ def test_inplace_notices_a_later_use_of_the_logits(one_fused, use, of_view):
 
 
 @THERE
-def test_inplace_of_slices_one_after_the_other(one_fused):
-    """A long batch in pieces: what becomes of one slice is no use of another."""
-    grads = []
-    leaf = torch.randn(6, 9)
+def test_inplace_of_a_slice_leaves_the_rest(one_fused):
+    """The rest of the tensor may be used; the slice, by whatever name, may not."""
+    grads, leaf = [], torch.randn(6, 9)
     for inplace in (False, True):
         z = leaf.clone().requires_grad_()
         hidden = z * 2
-        parts = [hidden[:2], hidden[2:5], hidden[5:]]
-        losses = [
-            ak.anl_ce(part, torch.arange(len(part)), inplace=inplace, backend=one_fused.name, reduction="sum")
-            for part in parts
-        ]
-        sum(losses).backward()
+        first, second = hidden[:, :5], hidden[:, 5:]
+        loss = ak.anl_ce(first, torch.arange(6) % 5, inplace=inplace, backend=one_fused.name)
+        (loss + torch.nn.functional.cross_entropy(second, torch.arange(6) % 4)).backward()
         grads.append(z.grad)
     torch.testing.assert_close(*grads)
+    hidden = leaf.clone().requires_grad_() * 2
+    loss = ak.anl_ce(hidden[:, :5], torch.arange(6) % 5, inplace=True, backend=one_fused.name)
+    with pytest.raises(RuntimeError, match="used after a loss with inplace=True"):
+        (loss + hidden[2, 3]).backward()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """torch.compile and the operators it sees: one graph, the same numbers, opcheck."""
 
+import contextlib
+
 import helpers
 import pytest
 import torch
@@ -127,6 +129,44 @@ def test_double_backward_names_the_way_out_when_compiled(cpu):
     (grad,) = torch.autograd.grad(compiled(logits, target), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="reference"):
         grad.sum().backward()
+
+
+# ---- compiled autograd: an eager forward pass, whose backward pass is traced
+
+
+TRACED = {
+    "default": (lambda: ak.ANLCELoss(5.0, 5.0), dict()),
+    "recompute": (lambda: ak.ANLFLLoss(), dict(recompute=True)),
+    "none": (lambda: ak.NCE() + ak.RCE(), dict(reduction="none", weight=torch.linspace(0.5, 2, 33))),
+    "entropy": (lambda: ak.NCE() + ak.NNCE(), dict(entropy_weight=0.5)),
+    "row_loss": (lambda: ak.RowLoss(lambda s: -s.target_log_prob / s.neg_log_sum), dict()),
+    "row_loss_entropy": (lambda: ak.RowLoss(lambda s: s.neg_log_sum), dict(entropy_weight=0.5)),
+    "inplace": (lambda: ak.NCE() + ak.RCE(), dict(inplace=True)),
+}
+
+
+@THERE
+@pytest.mark.parametrize("case", TRACED)
+def test_compiled_autograd_over_an_eager_forward(one_fused, case):
+    """The tracer sees operators, never the address of a tensor that is gone when the graph runs; twice, for caches."""
+    build, keywords = TRACED[case]
+    criterion = build()
+    criterion = getattr(criterion, "expression", criterion)
+    values, target = problem()
+    keywords = dict(helpers.handed_out_of(keywords), backend=one_fused.name)
+
+    def gradient(compiler):
+        logits = values.clone().requires_grad_()
+        loss = criterion(logits * 1.0, target, **keywords)
+        loss = (loss * torch.linspace(1, 2, len(values))).sum() if loss.dim() else loss * 2
+        with compiler:
+            loss.backward()
+        return logits.grad
+
+    expected = gradient(contextlib.nullcontext())
+    for _ in range(2):
+        compiler = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True))
+        torch.testing.assert_close(gradient(compiler), expected, **CLOSE)
 
 
 # ---- the operators
