@@ -248,6 +248,7 @@ int64_t row_loss(const Program& program, int dtype, const Triple& shape, Address
   call.program = program;
   call.weight = reinterpret_cast<const void*>(weight);
   call.coefs = reinterpret_cast<void*>(coefs);
+  require(loss, reduction == NONE ? num_rows(call) : 1, "the loss");
   const LabelCheck labels = check_labels(call);
   if (labels.first_bad >= 0) return labels.first_bad;
   const double denominator = reduction == MEAN ? labels.weight : 1.0;
@@ -269,6 +270,7 @@ int64_t row_stats(int dtype, const Triple& shape, Address logits, const Triple& 
   Call call = make_call(Op::STATS, dtype, shape, logits, logits_strides);
   set_target(call, target, target_type, ignore_index);
   call.program = make_program(min_prob, gamma, needs);
+  require(stats, num_rows(call), "the statistics");
   call.stats = reinterpret_cast<double*>(stats);
   const LabelCheck labels = check_labels(call);
   if (labels.first_bad >= 0) return labels.first_bad;
@@ -282,6 +284,7 @@ void slice_stats(int dtype, const Triple& shape, Address logits, const Triple& l
   set_target(call, target, INT64, ignore_index);
   call.program = make_program(min_prob, gamma, needs);
   call.lse = reinterpret_cast<const double*>(lse);
+  require(stats, num_rows(call), "the statistics");
   call.stats = reinterpret_cast<double*>(stats);
   launch(call);
 }
@@ -299,6 +302,8 @@ void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logi
 void column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
                  Address sums) {
   Call call = make_call(Op::COLUMN_SUMS, dtype, shape, logits, logits_strides);
+  require(coefs, num_rows(call), "the coefficients");
+  require(sums, call.num_classes, "the sums");
   call.coefs = reinterpret_cast<void*>(coefs);
   call.sums = reinterpret_cast<double*>(sums);
   for (int64_t k = 0; k < call.num_classes; ++k) call.sums[k] = 0.0;

@@ -1,5 +1,6 @@
-"""The compiled CPU kernels where something is wrong: no memory left, labels that change during a call."""
+"""The compiled CPU kernels where all is not well: no memory is left, labels change meanwhile, tensors hold nothing."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import candidates
 import helpers
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anl_kernels as ak
 from anl_kernels.backends import cpu as backend
@@ -237,3 +239,108 @@ def test_no_memory_is_an_exception_that_says_how_much_was_asked_for(cpu, threads
     assert first.startswith("anl_kernels: no memory for ") and int(first.split()[4]) >= 32 << 20
     assert "torch.set_num_threads" in first
     assert result.stderr == ""  # PyTorch logs what crosses its C functions
+
+
+# ---- tensors without memory of their own
+
+
+class Wrapper(torch.Tensor):
+    """A subclass with a shape, and nothing behind it."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), keywords=None):
+        raise AssertionError(f"{function} of a tensor that is only asked for its memory")
+
+
+def fake(like):
+    with FakeTensorMode():
+        return torch.empty(like.shape, dtype=like.dtype)
+
+
+def zero(like):
+    return torch._efficientzerotensor(like.shape, dtype=like.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize(
+    ("argument", "make", "kind"),
+    [
+        (argument, make, kind)
+        for argument in ("logits", "target", "weight", "grad", "coefs", "grad_output")
+        for make, kind in ((Wrapper, "Wrapper"), (fake, "FakeTensor"), (zero, "ZeroTensor"))
+        if argument != "logits" or make is not Wrapper  # whose results PyTorch makes like them
+    ],
+)
+def test_a_tensor_without_memory_is_refused_by_name(cpu, make, kind, argument):
+    given = dict(
+        logits=torch.randn(4, 6), target=torch.tensor([1, 0, 5, 2]), weight=torch.ones(6), grad=torch.ones(4, 6),
+        coefs=torch.ones(10, 4), grad_output=torch.ones(4),
+    )  # fmt: skip
+    given[argument] = make(given[argument])
+    x, target, coefs = given["logits"], given["target"], given["coefs"]
+    calls = {
+        "loss": lambda: backend.row_loss(call(), x, target, given["weight"], given["grad"], coefs),
+        "stats": lambda: backend.row_stats(call(), x, target),
+        "slice": lambda: backend.slice_stats(call(), x, target, None),
+        "gradient": lambda: backend.row_grad(call(), x, target, coefs, given["grad_output"], None),
+        "columns": lambda: backend.column_sums(x, coefs),
+    }
+    takes = {
+        "logits": calls, "target": ("loss", "stats", "slice", "gradient"), "weight": ("loss",), "grad": ("loss",),
+        "coefs": ("loss", "gradient", "columns"), "grad_output": ("gradient",),
+    }  # fmt: skip
+    for name in takes[argument]:
+        said = "the gradient" if argument == "grad" else argument
+        with pytest.raises(TypeError, match=f"{said} is a {kind} without memory"):
+            calls[name]()
+
+
+def test_no_rows_need_no_memory(cpu):
+    assert backend.row_loss(call(), torch.empty(0, 6), torch.empty(0, dtype=torch.int64), None, None, None).shape == (
+        0,
+    )
+    assert math.isnan(ak.cross_entropy(torch.empty(0, 6), torch.empty(0, dtype=torch.int64), backend="cpu"))
+
+
+def test_the_module_refuses_null_pointers_by_name(cpu):
+    x, y, loss = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+    coefs, table = torch.ones(10, 4), torch.zeros(13, 4, dtype=torch.float64)
+    shape, strides, at = (4, 6, 1), (6, 1, 0), torch.Tensor.data_ptr
+
+    def row_loss(x, y, loss, reduction):
+        cpu.row_loss(
+            cpu.Program(ANL_CE, 1e-7, 0.0), 0, shape, x, strides, 0, strides, y, 0, -100, 0, reduction, loss, 0, 0
+        )
+
+    def row_grad(x, grad, y, coefs, output, log_q, scale):
+        cpu.row_grad(
+            0, shape, x, strides, grad, strides, y, 0, 1e-7, 0.0, 0, coefs, output, 1, log_q, scale, False
+        )  # fmt: skip
+
+    def row_stats(x, y, table):
+        cpu.row_stats(0, shape, x, strides, y, 0, -100, 1e-7, 0.0, 0, table)
+
+    def refused(what):
+        return pytest.raises(ValueError, match=f"no memory is given for {what}")
+
+    for reduction in (0, 1, 2):
+        for i, what in enumerate(("the logits", "the target", "the loss")):
+            with refused(what):
+                row_loss(*(0 if j == i else at(t) for j, t in enumerate((x, y, loss))), reduction)
+    tensors = (x, x.clone(), y, coefs, loss, torch.ones(6), torch.ones(1))
+    names = ("the logits", "the gradient", "the target", "the coefficients", "grad_output", None, "the entropy's scale")
+    for i, what in enumerate(names):
+        if what:
+            with refused(what):
+                row_grad(*(0 if j == i else at(t) for j, t in enumerate(tensors)))
+    for i, what in enumerate(("the logits", "the target", "the statistics")):
+        with refused(what):
+            row_stats(*(0 if j == i else at(t) for j, t in enumerate((x, y, table))))
+    for i, what in enumerate(("the logits", "the coefficients", "the sums")):
+        pointers = [0 if j == i else at(t) for j, t in enumerate((x, coefs, table))]
+        with refused(what):
+            cpu.column_sums(0, shape, pointers[0], strides, *pointers[1:])
