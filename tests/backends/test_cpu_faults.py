@@ -300,10 +300,9 @@ def test_a_tensor_without_memory_is_refused_by_name(cpu, make, kind, argument):
 
 
 def test_no_rows_need_no_memory(cpu):
-    assert backend.row_loss(call(), torch.empty(0, 6), torch.empty(0, dtype=torch.int64), None, None, None).shape == (
-        0,
-    )
-    assert math.isnan(ak.cross_entropy(torch.empty(0, 6), torch.empty(0, dtype=torch.int64), backend="cpu"))
+    x, y = torch.empty(0, 6), torch.empty(0, dtype=torch.int64)
+    assert backend.row_loss(call(), x, y, None, None, None).shape == (0,)
+    assert math.isnan(ak.cross_entropy(x, y, backend="cpu"))
 
 
 def test_the_module_refuses_null_pointers_by_name(cpu):
