@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -37,17 +38,30 @@ inline Program make_program(const Terms& terms, double min_prob, double gamma) {
   return p;
 }
 
-inline Call make_call(Op op, int dtype, const Triple& shape, Address logits, const Triple& strides) {
+// The last resort: tensors that hold no memory are refused, by name, where their addresses are taken.
+inline void require(Address address, int64_t elements, const char* what) {
+  if (!address && elements > 0) throw std::invalid_argument(std::string("anl_kernels: no memory is given for ") + what);
+}
+
+inline int64_t num_rows(const Call& call) { return call.outer * call.inner; }
+
+inline Call call_of_shape(Op op, int dtype, const Triple& shape, const Triple& strides) {
   Call call = {};
   call.op = op;
   call.dtype = DType(dtype);
   call.outer = shape[0];
   call.num_classes = shape[1];
   call.inner = shape[2];
-  call.logits = reinterpret_cast<const void*>(logits);
   call.logits_strides = {strides[0], strides[1], strides[2]};
   call.grad_strides = call.logits_strides;
   call.loss_scale = 1.0;
+  return call;
+}
+
+inline Call make_call(Op op, int dtype, const Triple& shape, Address logits, const Triple& strides) {
+  Call call = call_of_shape(op, dtype, shape, strides);
+  require(logits, num_rows(call) * call.num_classes, "the logits");
+  call.logits = reinterpret_cast<const void*>(logits);
   return call;
 }
 
@@ -57,6 +71,7 @@ inline void set_grad(Call& call, Address grad, const Triple& strides) {
 }
 
 inline void set_target(Call& call, Address target, int target_type, int64_t ignore_index) {
+  require(target, num_rows(call), "the target");
   call.target = reinterpret_cast<const void*>(target);
   call.target_type = TargetType(target_type);
   call.ignore_index = ignore_index;
@@ -67,6 +82,10 @@ inline Call make_grad_call(int dtype, const Triple& shape, Address logits, const
                               double gamma, unsigned needs, Address coefs, Address grad_output,
                               int64_t grad_output_stride, Address log_q, Address entropy_scale) {
   Call call = make_call(Op::GRAD, dtype, shape, logits, logits_strides);
+  require(grad, num_rows(call) * call.num_classes, "the gradient");
+  require(coefs, num_rows(call), "the coefficients");
+  require(grad_output, num_rows(call), "grad_output");
+  require(entropy_scale, log_q != 0, "the entropy's scale");
   set_grad(call, grad, grad_strides);
   // Ignored rows are known by their coefficients.
   set_target(call, target, target_type, std::numeric_limits<int64_t>::min());

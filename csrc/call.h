@@ -73,14 +73,23 @@ auto by_storage(DType dtype, F f) {
 
 ANL_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What is read here may be something else when it is read again: another thread can write labels during a call. Hence
+// volatile on the CPU: the value that is looked at is the value that is used.
+#if defined(__CUDACC__)
+#define ANL_READ_ONCE
+#else
+#define ANL_READ_ONCE volatile
+#endif
 ANL_HD int64_t label_at(const Call& call, int64_t r) {
   switch (call.target_type) {
-    case INT64: return static_cast<const int64_t*>(call.target)[r];
-    case INT32: return static_cast<const int32_t*>(call.target)[r];
-    case INT16: return static_cast<const int16_t*>(call.target)[r];
-    default: return static_cast<const uint8_t*>(call.target)[r];
+    case INT64: return static_cast<const ANL_READ_ONCE int64_t*>(call.target)[r];
+    case INT32: return static_cast<const ANL_READ_ONCE int32_t*>(call.target)[r];
+    case INT16: return static_cast<const ANL_READ_ONCE int16_t*>(call.target)[r];
+    default: return static_cast<const ANL_READ_ONCE uint8_t*>(call.target)[r];
   }
 }
+
+ANL_HD bool is_class(const Call& call, int64_t y) { return y >= 0 && y < call.num_classes; }
 
 // Row r = o * inner + i begins here. Divisions are slow, and most calls have one outer index.
 ANL_HD int64_t row_offset(const Call& call, const Strides& s, int64_t r) {

@@ -25,6 +25,23 @@ def load(name: str, hint: str):
         return None, f"the compiled module anl_kernels.{name} does not load: {error}"
 
 
+def address(tensor: Tensor | None, name: str) -> int:
+    """Where `tensor` lies; 0, "not given" to a kernel, for None. TypeError for a tensor that holds no memory."""
+    if tensor is None:
+        return 0
+    return tensor.data_ptr() or _no_memory(tensor, name)
+
+
+def _no_memory(tensor: Tensor, name: str) -> int:
+    if tensor.numel() == 0:
+        return 0
+    kind = "ZeroTensor" if tensor._is_zerotensor() else type(tensor).__name__
+    raise TypeError(
+        f"{name} is a {kind} without memory of its own, and the compiled kernels need plain tensors: pass what it "
+        'stands for (its local tensor, or its values), or backend="reference"'
+    )
+
+
 def cannot_run(logits: Tensor, call, device_type: str) -> str | None:
     if logits.device.type != device_type:
         return f"the logits are on {logits.device}"
@@ -48,10 +65,10 @@ def row_grad(kernel, call, logits, target, coefs, grad_output, entropy, last) ->
         grad_output = grad_output.contiguous()
     log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
     kernel(
-        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, grad.data_ptr(), shape_and_strides(grad)[1],
-        target.data_ptr(), TARGETS[target.dtype], call.min_prob, call.gamma or 0.0, call.needs, coefs.data_ptr(),
-        grad_output.data_ptr(), step, 0 if log_q is None else log_q.data_ptr(),
-        0 if scale is None else scale.data_ptr(), last,
+        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(grad, "the gradient"),
+        shape_and_strides(grad)[1], address(target, "target"), TARGETS[target.dtype], call.min_prob, call.gamma or 0.0,
+        call.needs, address(coefs, "coefs"), address(grad_output, "grad_output"), step, address(log_q, "log_q"),
+        address(scale, "the entropy's scale"), last,
     )  # fmt: skip
     if call.inplace:
         torch.autograd.graph.increment_version(logits)

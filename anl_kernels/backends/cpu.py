@@ -11,7 +11,7 @@ from .. import autograd
 from ..layout import as_rows, bad_label, shape_and_strides
 from ..stats import IGNORED
 from . import compiled
-from .compiled import DTYPES, REDUCTIONS, TARGETS
+from .compiled import DTYPES, REDUCTIONS, TARGETS, address
 
 NAME = "cpu"
 PURPOSE = "fused C++ kernels on PyTorch's threads"
@@ -42,19 +42,17 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     dtype = logits.dtype
     acc = torch.float64 if dtype is torch.float64 else torch.float32
     rows, shape, strides = as_rows(logits)
-    if grad is None:
-        grad_ptr, grad_strides, fresh = 0, strides, False
-    else:
-        grad_ptr, grad_strides, fresh = grad.data_ptr(), shape_and_strides(grad)[1], not call.inplace
+    grad_strides, fresh = (strides, False) if grad is None else (shape_and_strides(grad)[1], not call.inplace)
     if not target.is_contiguous():
         target = target.contiguous()
     if weight is not None:
         weight = weight.to(acc).contiguous()
     loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
     bad = _cpu.row_loss(
-        call.program or _program(call), DTYPES[dtype], shape, rows.data_ptr(), strides, grad_ptr, grad_strides,
-        target.data_ptr(), TARGETS[target.dtype], call.ignore_index, 0 if weight is None else weight.data_ptr(),
-        REDUCTIONS[call.reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), fresh,
+        call.program or _program(call), DTYPES[dtype], shape, address(rows, "logits"), strides,
+        address(grad, "the gradient"), grad_strides, address(target, "target"), TARGETS[target.dtype],
+        call.ignore_index, address(weight, "weight"), REDUCTIONS[call.reduction], loss.data_ptr(),
+        address(coefs, "coefs"), fresh,
     )  # fmt: skip
     if bad >= 0:
         raise bad_label(int(target.view(-1)[bad]))
@@ -67,8 +65,8 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     target = target.contiguous()
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     bad = _cpu.row_stats(
-        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), TARGETS[target.dtype],
-        call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
+        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"),
+        TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
     )  # fmt: skip
     if bad >= 0:
         raise bad_label(int(target.view(-1)[bad]))
@@ -82,8 +80,8 @@ def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Ten
     lse = None if lse is None else lse.contiguous()
     table = logits.new_empty((4 if lse is None else 7, *target.shape), dtype=torch.float64)
     _cpu.slice_stats(
-        DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(), IGNORED, call.min_prob,
-        call.gamma or 0.0, call.needs, 0 if lse is None else lse.data_ptr(), table.data_ptr(),
+        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"), IGNORED,
+        call.min_prob, call.gamma or 0.0, call.needs, address(lse, "lse"), table.data_ptr(),
     )  # fmt: skip
     return table
 
@@ -92,7 +90,9 @@ def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
     """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
     rows, shape, strides = as_rows(logits)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
-    _cpu.column_sums(DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr())
+    _cpu.column_sums(
+        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(coefs, "coefs"), sums.data_ptr(),
+    )  # fmt: skip
     return sums
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import autograd, trust
 from ..layout import acc_dtype, as_rows, log_once, shape_and_strides
 from . import LaunchRefused, compiled
-from .compiled import DTYPES, REDUCTIONS, TARGETS
+from .compiled import DTYPES, REDUCTIONS, TARGETS, address
 
 NAME = "cuda"
 PURPOSE = "fused CUDA kernels for NVIDIA GPUs"
@@ -101,15 +101,15 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
     if target.numel() == 0:
         return loss.fill_(math.nan if call.reduction == "mean" else 0.0)
-    grad_ptr, grad_strides = (0, strides) if grad is None else (grad.data_ptr(), shape_and_strides(grad)[1])
+    grad_strides = strides if grad is None else shape_and_strides(grad)[1]
     target = target.contiguous()
     if weight is not None:
         weight = weight.to(acc).contiguous()
     _launch(
         _cuda.row_loss, _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape,
-        rows.data_ptr(), strides, grad_ptr, grad_strides, target.data_ptr(), TARGETS[target.dtype], call.ignore_index,
-        0 if weight is None else weight.data_ptr(), REDUCTIONS[call.reduction], loss.data_ptr(),
-        0 if coefs is None else coefs.data_ptr(), _where(logits, _protocols(call, logits)),
+        address(rows, "logits"), strides, address(grad, "the gradient"), grad_strides,
+        address(target, "target"), TARGETS[target.dtype], call.ignore_index, address(weight, "weight"),
+        REDUCTIONS[call.reduction], loss.data_ptr(), address(coefs, "coefs"), _where(logits, _protocols(call, logits)),
     )  # fmt: skip
     return loss
 
@@ -120,7 +120,7 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     target = target.contiguous()
     table = logits.new_empty((13, *target.shape), dtype=torch.float64)
     _launch(
-        _cuda.row_stats, DTYPES[logits.dtype], shape, rows.data_ptr(), strides, target.data_ptr(),
+        _cuda.row_stats, DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"),
         TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
         _where(logits, _protocols(call, logits)),
     )  # fmt: skip
@@ -134,8 +134,8 @@ def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
         return logits.new_zeros(shape[1], dtype=torch.float64)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
     _launch(
-        _cuda.column_sums, DTYPES[logits.dtype], shape, rows.data_ptr(), strides, coefs.data_ptr(), sums.data_ptr(),
-        _where(logits),
+        _cuda.column_sums, DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(coefs, "coefs"),
+        sums.data_ptr(), _where(logits),
     )  # fmt: skip
     return sums
 
@@ -155,7 +155,10 @@ def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
         return grad * factor
     shape, strides = shape_and_strides(grad)
     factor = factor.to(acc_dtype(grad.dtype))
-    _launch(_cuda.scale, DTYPES[grad.dtype], shape, grad.data_ptr(), strides, factor.data_ptr(), _where(grad))
+    _launch(
+        _cuda.scale, DTYPES[grad.dtype], shape, address(grad, "the gradient"), strides,
+        address(factor, "grad_output"), _where(grad),
+    )  # fmt: skip
     return grad
 
 

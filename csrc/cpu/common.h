@@ -28,12 +28,13 @@ ANL_INLINE double entropy_scale(const Call& call) {
   return call.log_q ? double(*static_cast<const T*>(call.entropy_scale)) : 0.0;
 }
 
-// Uninitialised memory for trivially copyable things, freed at the end of the scope.
+// Uninitialised memory for trivially copyable things, freed at the end of the scope. Throws if there is none.
 template <class X>
 struct Scratch {
   X* data;
   explicit Scratch(int64_t n) : data(nullptr) {
-    if (posix_memalign(reinterpret_cast<void**>(&data), 64, (n > 0 ? n : 1) * sizeof(X))) abort();
+    const size_t bytes = size_t(n > 0 ? n : 1) * sizeof(X);
+    if (posix_memalign(reinterpret_cast<void**>(&data), 64, bytes)) throw_no_memory(int64_t(bytes));
   }
   ~Scratch() { free(data); }
   Scratch(const Scratch&) = delete;
@@ -53,6 +54,11 @@ ANL_INLINE void write_ignored_statistics(const Call& call, int64_t r, int64_t nu
   double values[NUM_STATS];
   ignored_statistics(double(call.num_classes), call.program, values);
   for (int i = 0; i < NUM_STATS; ++i) call.stats[i * num_rows + r] = values[i];
+}
+
+// Of a row whose label is no class.
+ANL_INLINE void write_bad_statistics(const Call& call, int64_t r, int64_t num_rows) {
+  for (int i = 0; i < NUM_STATS; ++i) call.stats[i * num_rows + r] = i == STAT_VALID ? 1.0 : NaN;
 }
 
 }  // namespace

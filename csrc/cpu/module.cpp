@@ -3,6 +3,7 @@
 #include <math.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
@@ -10,6 +11,8 @@
 #endif
 
 #include <atomic>
+#include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -99,7 +102,43 @@ const TorchThreads* torch_threads() {
   return &threads;
 }
 
+// A loop over PyTorch's threads. Its C function takes no exceptions: they wait here until all threads are through.
+struct Region {
+  RangeFunction f;
+  void* context;
+  std::atomic<bool> begun{false}, failed{false};
+  std::exception_ptr failure;  // the first
+};
+
+void run_range(int64_t begin, int64_t end, void* pointer) {
+  Region& region = *static_cast<Region*>(pointer);
+  region.begun.store(true, std::memory_order_relaxed);
+  if (region.failed.load(std::memory_order_relaxed)) return;
+  try {
+    region.f(begin, end, region.context);
+  } catch (...) {
+    if (!region.failed.exchange(true)) region.failure = std::current_exception();
+  }
+}
+
+// pybind11 makes MemoryError of it.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(int64_t bytes) {
+    snprintf(message_, sizeof(message_),
+             "anl_kernels: no memory for %lld bytes of working space: free some memory, pass fewer rows at a time, or set "
+             "fewer threads (torch.set_num_threads), each of which has its own",
+             static_cast<long long>(bytes));
+  }
+  const char* what() const noexcept override { return message_; }
+
+ private:
+  char message_[256];
+};
+
 }  // namespace
+
+void throw_no_memory(int64_t bytes) { throw NoMemory(bytes); }
 
 int num_threads() {
   const TorchThreads* torch = torch_threads();
@@ -110,7 +149,14 @@ int num_threads() {
 void parallel_for(int64_t n, int64_t grain, RangeFunction f, void* context) {
   if (n <= 0) return;
   const TorchThreads* torch = n > grain ? torch_threads() : nullptr;
-  if (!torch || torch->parallel_for(0, n, grain, f, context) != 0) f(0, n, context);
+  if (!torch) return f(0, n, context);
+  Region region{f, context};
+  const bool refused = torch->parallel_for(0, n, grain, run_range, &region) != 0;
+  if (region.failure) std::rethrow_exception(region.failure);
+  if (!refused) return;
+  // Rows that are done cannot be done again: the gradient may lie where their logits were.
+  if (region.begun) throw std::runtime_error("anl_kernels: PyTorch's threads failed in the middle of a call");
+  f(0, n, context);
 }
 
 namespace {
@@ -161,18 +207,22 @@ LabelCheck check_labels(const Call& call, bool wide_weight) {
     valid += counts;
     bad += counts && (y < 0 || y >= K);
   }
-  for (int64_t r = 0; bad && result.first_bad < 0; ++r) {
-    const int64_t y = labels[r];
-    if (y != call.ignore_index && (y < 0 || y >= K)) result.first_bad = r;
+  // Another thread may write labels meanwhile: none is found twice, or indexes anything, without being looked at again.
+  for (int64_t r = 0; bad && r < n && result.first_bad < 0; ++r) {
+    const int64_t y = label_at(call, r);
+    if (y != call.ignore_index && !is_class(call, y)) result.first_bad = r;
   }
   if (bad || !call.weight) {
     result.weight = double(valid);
     return result;
   }
-  for (int64_t r = 0; r < n; ++r) {
-    const int64_t y = labels[r];
+  for (int64_t r = 0; r < n && result.first_bad < 0; ++r) {
+    const int64_t y = label_at(call, r);
     if (y == call.ignore_index) continue;
-    result.weight += wide_weight ? static_cast<const double*>(call.weight)[y] : static_cast<const float*>(call.weight)[y];
+    if (is_class(call, y))
+      result.weight += wide_weight ? static_cast<const double*>(call.weight)[y] : static_cast<const float*>(call.weight)[y];
+    else
+      result.first_bad = r;
   }
   return result;
 }
@@ -198,6 +248,7 @@ int64_t row_loss(const Program& program, int dtype, const Triple& shape, Address
   call.program = program;
   call.weight = reinterpret_cast<const void*>(weight);
   call.coefs = reinterpret_cast<void*>(coefs);
+  require(loss, reduction == NONE ? num_rows(call) : 1, "the loss");
   const LabelCheck labels = check_labels(call);
   if (labels.first_bad >= 0) return labels.first_bad;
   const double denominator = reduction == MEAN ? labels.weight : 1.0;
@@ -219,6 +270,7 @@ int64_t row_stats(int dtype, const Triple& shape, Address logits, const Triple& 
   Call call = make_call(Op::STATS, dtype, shape, logits, logits_strides);
   set_target(call, target, target_type, ignore_index);
   call.program = make_program(min_prob, gamma, needs);
+  require(stats, num_rows(call), "the statistics");
   call.stats = reinterpret_cast<double*>(stats);
   const LabelCheck labels = check_labels(call);
   if (labels.first_bad >= 0) return labels.first_bad;
@@ -232,6 +284,7 @@ void slice_stats(int dtype, const Triple& shape, Address logits, const Triple& l
   set_target(call, target, INT64, ignore_index);
   call.program = make_program(min_prob, gamma, needs);
   call.lse = reinterpret_cast<const double*>(lse);
+  require(stats, num_rows(call), "the statistics");
   call.stats = reinterpret_cast<double*>(stats);
   launch(call);
 }
@@ -249,6 +302,8 @@ void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logi
 void column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
                  Address sums) {
   Call call = make_call(Op::COLUMN_SUMS, dtype, shape, logits, logits_strides);
+  require(coefs, num_rows(call), "the coefficients");
+  require(sums, call.num_classes, "the sums");
   call.coefs = reinterpret_cast<void*>(coefs);
   call.sums = reinterpret_cast<double*>(sums);
   for (int64_t k = 0; k < call.num_classes; ++k) call.sums[k] = 0.0;

@@ -63,8 +63,8 @@ class Rows {
         continue;
       }
       const int64_t y = label_at(call_, r);
-      if (y == call_.ignore_index) {
-        ignore(r);
+      if (y == call_.ignore_index || !is_class(call_, y)) {
+        total += unread(r, y == call_.ignore_index);
         continue;
       }
       row_[n_] = r;
@@ -113,11 +113,20 @@ class Rows {
     for (int i = 0; i < NUM_COEFS; ++i) static_cast<T*>(call_.coefs)[i * num_rows_ + r] = T(values[i]);
   }
 
-  void ignore(int64_t r) const {
-    if (call_.op == Op::STATS) return write_ignored_statistics(call_, r, num_rows_);
-    if (call_.row_loss) static_cast<T*>(call_.row_loss)[r] = T(0);
-    write_coefs(r, RowState{}, 0.0);
-    fill(r, T(0));
+  // A row whose logits are not read: ignored, or NaN by a label that is no class. Returns its loss.
+  double unread(int64_t r, bool ignored) const {
+    const double value = ignored ? 0.0 : NaN;
+    if (call_.op == Op::STATS) {
+      if (ignored)
+        write_ignored_statistics(call_, r, num_rows_);
+      else
+        write_bad_statistics(call_, r, num_rows_);
+      return value;
+    }
+    if (call_.row_loss) static_cast<T*>(call_.row_loss)[r] = T(value);
+    write_coefs(r, RowState{}, value);
+    fill(r, T(value));
+    return value;
   }
 
   // Where the exps of the row in slot i are, or null.
@@ -412,7 +421,9 @@ class Rows {
     s.bw = x[COEF_BW] * go;
     s.cw = x[COEF_CW] * go;
     s.target = x[COEF_TARGET] * go;
-    write_gradient(r, s, label_at(call_, r), nullptr, nullptr);
+    const int64_t y = label_at(call_, r);
+    if (!is_class(call_, y)) return fill(r, T(NaN));
+    write_gradient(r, s, y, nullptr, nullptr);
   }
 
   const Call& call_;

@@ -108,14 +108,14 @@ class Tiles {
   }
 
   // Labels, -1 where the row is ignored (or not there); the logits of such lanes become zeros, whatever they were.
-  // A target that is no class of these (SLICE_STATS) is -2.
+  // A target that is no class of these is -2: SLICE_STATS, or a label that makes its row NaN.
   I load_labels() const {
     I y;
     bool dead = false;
     for (int j = 0; j < W; ++j) {
       const int64_t label = j < n_ ? label_at(call_, row_ + j) : call_.ignore_index;
       const bool live = j < n_ && label != call_.ignore_index;
-      y[j] = !live ? -1 : label < 0 || label >= K_ ? -2 : typename Traits<T>::Int(label);
+      y[j] = !live ? -1 : !is_class(call_, label) ? -2 : typename Traits<T>::Int(label);
       dead |= !live;
     }
     if (dead) clear(y == -1);
@@ -237,7 +237,7 @@ class Tiles {
   First first_sweep(I y) const {
     First f = first_sums(y);
     // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
-    const I bad = (f.gap != f.gap) | (f.x_y == T(-INF)) | (f.x_y != f.x_y);
+    const I bad = (f.gap != f.gap) | (f.x_y == T(-INF)) | (f.x_y != f.x_y) | (y == -2);
     f.x_y = bad ? set1(T(NaN)) : f.x_y;
     f.tail = bad ? set1(T(NaN)) : f.tail;
     return f;
@@ -310,10 +310,9 @@ class Tiles {
       return 0.0;
     }
     Coefficients<M> g;
-    const I live = y >= 0;
+    const I live = y != -1;
     V weight = {};
-    for (int j = 0; j < n_; ++j)
-      if (y[j] >= 0) weight[j] = T(class_weight<T>(call_, y[j]));
+    for (int j = 0; j < n_; ++j) weight[j] = y[j] < 0 ? T(1) : T(class_weight<T>(call_, y[j]));
     V loss = evaluate<M>(prog_, s, g);
     loss = live ? loss * weight : V{};
     const V scale = weight * T(call_.loss_scale);
@@ -341,6 +340,9 @@ class Tiles {
     Coefficients<M> g;
     V* fields[7] = {&g.a, &g.b, &g.a_above, &g.c, &g.bw, &g.cw, &g.target};
     for (int j = 0; j < 7; ++j) *fields[j] = live ? x[COEF_A + j] * go : V{};
+    const I bad = live & (y == -2);
+    g.target = bad ? set1(T(NaN)) : g.target;
+    x[COEF_INV_SUM] = bad ? set1(T(NaN)) : x[COEF_INV_SUM];
     gradient(y, x[COEF_MAX], x[COEF_LOG_SUM], x[COEF_INV_SUM], g, prog_.needs, true, static_cast<const T*>(call_.log_q));
     if (call_.log_q && any(~live)) clear(~live);  // log_q may be NaN: no row was valid
     return 0.0;
@@ -413,7 +415,7 @@ class Tiles {
     V values[NUM_STATS];
     all_statistics<M>(prog_, s, f.max, values);
     for (int j = 0; j < n_; ++j) {
-      if (y[j] < 0) {
+      if (y[j] == -1) {
         write_ignored_statistics(call_, row_ + j, num_rows_);
         continue;
       }

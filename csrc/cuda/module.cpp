@@ -138,6 +138,7 @@ std::string row_loss(const Program& program, int dtype, const Triple& shape, Add
   call.program = program;
   call.weight = reinterpret_cast<const void*>(weight);
   call.coefs = reinterpret_cast<void*>(coefs);
+  require(loss, reduction == NONE ? num_rows(call) : 1, "the loss");
   if (reduction == NONE) call.row_loss = reinterpret_cast<void*>(loss);
   return run(call, Reduction(reduction), loss, where);
 }
@@ -148,6 +149,7 @@ std::string row_stats(int dtype, const Triple& shape, Address logits, const Trip
   Call call = make_call(Op::STATS, dtype, shape, logits, logits_strides);
   set_target(call, target, target_type, ignore_index);
   call.program = make_program(min_prob, gamma, needs);
+  require(stats, num_rows(call), "the statistics");
   call.stats = reinterpret_cast<double*>(stats);
   return run(call, NONE, 0, where);
 }
@@ -164,12 +166,16 @@ std::string row_grad(int dtype, const Triple& shape, Address logits, const Tripl
 std::string column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
                         Address sums, const Where& where) {
   Call call = make_call(Op::COLUMN_SUMS, dtype, shape, logits, logits_strides);
+  require(coefs, num_rows(call), "the coefficients");
+  require(sums, call.num_classes, "the sums");
   call.coefs = reinterpret_cast<void*>(coefs);
   call.sums = reinterpret_cast<double*>(sums);
   return run(call, NONE, 0, where);
 }
 
 void scale(int dtype, const Triple& shape, Address grad, const Triple& strides, Address factor, const Where& where) {
+  require(grad, shape[0] * shape[1] * shape[2], "the gradient");
+  require(factor, 1, "the factor");
   Scaling s = {reinterpret_cast<void*>(grad), DType(dtype), {}, {}, reinterpret_cast<const void*>(factor)};
   for (int i = 0; i < 3; ++i) {
     s.size[i] = shape[i];
@@ -234,7 +240,7 @@ py::dict info() {
 
 // How a loss of this shape would run on a device: for tests and the table of kernels.
 py::dict plan_for(int dtype, const Triple& shape, const Triple& strides, int device, unsigned protocols) {
-  Call call = make_call(Op::LOSS, dtype, shape, 0, strides);
+  Call call = call_of_shape(Op::LOSS, dtype, shape, strides);
   fold_rows(call);
   const OnDevice on(device);
   Limits limits = limits_of(on.index());
