@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 
 from . import registry, slices
 from .autograd import loss_of_table
-from .derivatives import by_formulas, is_usual
+from .derivatives import is_usual
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, resolved
 from .stats import coefficients, softmax_coefs
 
@@ -167,7 +167,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     """`functional.robust_loss` of this rank's slice of the logits, (N, K_r, ...) or (K_r,)."""
     mine, failure = None, None
     try:
-        _check_alone(logits, target, call)
+        _check_alone(logits, target, weight, call)
         kernels = registry.choose(logits, call)
         differentiate = logits.requires_grad and torch.is_grad_enabled()
         if call.inplace and differentiate and logits.is_leaf:
@@ -187,19 +187,22 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     return loss.squeeze(0) if single and call.reduction == "none" else loss
 
 
-def _check_alone(logits: Tensor, target: Tensor, call) -> None:
+def _check_alone(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> None:
     """What a rank can know of its arguments by itself."""
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         check_inputs(logits, target, None, call.min_prob)
     size = logits.shape[min(1, logits.dim() - 1)]
     check_inputs(_of_all_classes(logits, max(size, 2)), target, None, 0.0)
-    check_eager(logits, target)
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    check_eager(logits, target, weight)
 
 
 def check_eager(*tensors: Tensor | None) -> None:
     if not is_concrete(*tensors):
         raise RuntimeError("class_group is for eager calls of plain tensors: not under torch.compile or torch.func")
-    if forward_ad._current_level >= 0 and by_formulas(*tensors):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise RuntimeError(ONLY_ONCE)
 
 
