@@ -189,6 +189,8 @@ def _check_types(input, weight, bias, target, class_weight, max_chunk_bytes) -> 
     for name, x in tensors.items():
         if not isinstance(x, Tensor) and (x is not None or name in ("input", "weight", "target")):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x is not None and (x.is_nested or x.layout is not torch.strided):
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if class_weight is not None and not class_weight.is_floating_point():
         raise TypeError(f"class_weight must be floating point, got {class_weight.dtype}")
     if class_weight is not None and class_weight.requires_grad:

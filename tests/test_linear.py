@@ -492,6 +492,9 @@ def bad_calls():
     yield dict(class_weight=[1.0] * CLASSES), TypeError, "class_weight must be a tensor"
     yield dict(class_weight=torch.ones(CLASSES, dtype=torch.int64)), TypeError, "class_weight must be floating point"
     yield dict(class_weight=torch.ones(CLASSES, device="meta")), ValueError, "class_weight is on meta"
+    yield dict(input=x.to_sparse()), TypeError, "input must be a dense tensor"
+    yield dict(weight=w.to_sparse()), TypeError, "weight must be a dense tensor"
+    yield dict(class_weight=torch.ones(CLASSES).to_sparse()), TypeError, "class_weight must be a dense tensor"
     yield dict(max_chunk_bytes=1e6), TypeError, "max_chunk_bytes must be an int"
     yield dict(max_chunk_bytes=True), TypeError, "max_chunk_bytes must be an int"
 
