@@ -21,13 +21,13 @@ from torch.autograd import Function, forward_ad
 
 from . import registry, slices
 from .autograd import loss_of_table
-from .derivatives import by_formulas
+from .derivatives import is_usual
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, resolved
 from .stats import coefficients, softmax_coefs
 
 ONLY_ONCE = (
-    "with class_group a loss is differentiated once and in reverse mode: for second derivatives and forward mode "
-    "gather the logits of all classes and leave class_group out"
+    "with class_group a loss is differentiated once and in reverse mode: for second derivatives, forward mode and many "
+    "gradients at once (is_grads_batched) gather the logits of all classes and leave class_group out"
 )
 
 
@@ -89,12 +89,20 @@ def header(size: int, dtype: torch.dtype, target: Tensor, weight: Tensor | None,
     )  # fmt: skip
 
 
-def agree(group, device: torch.device, mine: Header | None, call) -> Slice:
-    """This rank's slice, from the headers of all ranks. Raises on every rank if one failed (None) or they differ."""
+def agree(group, tensor, mine: Header | None) -> Slice:
+    """This rank's slice, from the headers of all ranks. Raises on every rank if one failed (None) or they differ.
+
+    tensor: the logits or the head's input, or whatever was given in its place.
+    """
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise ValueError("class_group must be a torch.distributed process group that this rank belongs to")
-    if "cpu:" in dist.get_backend_config(group):  # a GPU's ranks then talk without waiting for their streams
+        raise ValueError(
+            f"class_group must be a torch.distributed process group that this rank belongs to, got {group!r}"
+        )
+    kinds = dist.get_backend_config(group)
+    if "cpu:" in kinds:  # a GPU's ranks then talk without waiting for their streams
         device = torch.device("cpu")
+    else:
+        device = tensor.device if isinstance(tensor, Tensor) else torch.device(kinds.split(":")[0])
     numbers = torch.tensor(mine or Header(1, *[0] * (len(Header._fields) - 1)), device=device)
     ranks = [Header(*numbers) for numbers in gathered(numbers, group).tolist()]
     failed = [rank for rank, header in enumerate(ranks) if header.failed]
@@ -159,7 +167,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     """`functional.robust_loss` of this rank's slice of the logits, (N, K_r, ...) or (K_r,)."""
     mine, failure = None, None
     try:
-        _check_alone(logits, target, call)
+        _check_alone(logits, target, weight, call)
         kernels = registry.choose(logits, call)
         differentiate = logits.requires_grad and torch.is_grad_enabled()
         if call.inplace and differentiate and logits.is_leaf:
@@ -168,7 +176,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
         mine = header(size, logits.dtype, target, weight, call, differentiate)
     except Exception as error:
         failure = error
-    share = agree(call.class_group, logits.device, mine, call)
+    share = agree(call.class_group, logits, mine)
     if failure is not None:
         raise failure
     check_inputs(_of_all_classes(logits, share.classes), target, weight, call.min_prob)
@@ -179,15 +187,28 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     return loss.squeeze(0) if single and call.reduction == "none" else loss
 
 
-def _check_alone(logits: Tensor, target: Tensor, call) -> None:
+def _check_alone(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> None:
     """What a rank can know of its arguments by itself."""
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         check_inputs(logits, target, None, call.min_prob)
     size = logits.shape[min(1, logits.dim() - 1)]
     check_inputs(_of_all_classes(logits, max(size, 2)), target, None, 0.0)
-    if not is_concrete(logits, target):
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    check_eager(logits, target, weight)
+
+
+def check_eager(*tensors: Tensor | None) -> None:
+    if not is_concrete(*tensors):
         raise RuntimeError("class_group is for eager calls of plain tensors: not under torch.compile or torch.func")
-    if forward_ad._current_level >= 0 and by_formulas(logits):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise RuntimeError(ONLY_ONCE)
+
+
+def check_once(*cotangents: Tensor) -> None:
+    """Raises, on every rank and before they talk, where a backward pass is more than the gradient of one loss."""
+    if torch.is_grad_enabled() or not all(map(is_usual, cotangents)):
         raise RuntimeError(ONLY_ONCE)
 
 
@@ -212,9 +233,9 @@ class SliceStats(Function):
 
     @staticmethod
     def backward(ctx, partials, g):
-        if torch.is_grad_enabled():
-            raise RuntimeError(ONLY_ONCE)
         logits, target, table = ctx.saved_tensors
+        partials, g = resolved(partials), resolved(g)
+        check_once(partials, g)
         call, share = ctx.call, ctx.share
         coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
         labels = slices.local_labels(target, target != call.ignore_index, share.start, share.size)
@@ -266,10 +287,11 @@ def of_dtensors(logits, target, weight, class_group, inplace):
     return logits.to_local(), target, weight, group
 
 
-def replicated(name: str, tensor):
+def replicated(name: str, tensor, remedy: str | None = None):
     """The local tensor of a replicated DTensor; other tensors as they are."""
     if not is_dtensor(tensor):
         return tensor
     if any(not placement.is_replicate() for placement in tensor.placements):
-        raise ValueError(f"a DTensor {name} must be replicated, got {tensor.placements}: give {name}.full_tensor()")
+        remedy = remedy or f"give {name}.full_tensor()"
+        raise ValueError(f"a DTensor {name} must be replicated, got {tensor.placements}: {remedy}")
     return resolved(tensor.to_local())

@@ -8,22 +8,27 @@ matrix. Tiles of small softmax are not skipped: for normalized losses their grad
 `_InForward` makes the gradient in forward, with three products in all. `_Statistics` keeps the rows' statistics alone
 and makes the logits again in backward: four products, and any loss; by tiles of classes, if a few whole rows would not
 fit into a chunk, or with classes split over processes, five where a loss needs the second sweep.
+
+Second derivatives and forward mode go by the reference formulas, of all the logits.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import class_parallel, functional, registry, slices
 from .autograd import _keeps_graph, loss_of_table
 from .backends import LaunchRefused, reference
 from .class_parallel import Slice
-from .layout import acc_dtype, bad_label, check_inputs, is_concrete, log_once
+from .derivatives import BATCHED_ONCE, by_formulas, differentiable, is_usual, times
+from .layout import WITH_MEMORY, acc_dtype, bad_label, check_inputs, is_concrete, log_once, resolved
 from .stats import coefficients, mean_as_sum, softmax_coefs
 from .terms import NCE, NFL, NNCE, NNFL, Algebra
 
@@ -70,9 +75,9 @@ def linear_robust_loss(
             and class_weight are the same on all ranks. The gradient by input is that of all classes, the same on every
             rank: it is summed over them in backward.
         max_chunk_bytes: the memory for a chunk of logits: 256 MiB on a CPU, 1 GiB elsewhere, if None. Besides it there
-            are the gradients (dW in float32 until the end), O(N + K) numbers and, for half precision, 16 MiB.
-        reduction, entropy_weight, min_prob, backend, batch_group: as in robust_loss. backend="reference" keeps all
-            logits, and can be differentiated twice.
+            are the gradients (dW in float32 until the end), O(N + K) numbers and, for half precision, 16 MiB. Second
+            derivatives, forward mode and backend="reference" keep all logits.
+        reduction, entropy_weight, min_prob, backend, batch_group: as in robust_loss.
 
     Returns:
         The loss: float32 (float64 for float64 logits), a scalar, or target's shape with "none".
@@ -81,17 +86,23 @@ def linear_robust_loss(
     """
     options = (ignore_index, reduction, entropy_weight, min_prob, False, recompute, backend)
     call = functional.checked_call(loss, *options, class_group, batch_group)
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        raise TypeError("input and weight must be tensors")
-    if not (is_concrete(input) and is_concrete(weight)):
-        if class_group is not None:
-            raise RuntimeError("class_group is for eager calls: not under torch.compile or torch.func")
-        log_once("anl_kernels: under torch.compile and torch.func a linear head's logits are made in full")
-        return _unfused(input, weight, bias, target, loss, class_weight, call)
-    share, kernels, failure = None, None, None
+    given = (input, weight, target, bias, class_weight)
+    if has_torch_function(given):
+        values = (bias, class_weight, *options[:4], recompute, backend, class_group, batch_group, max_chunk_bytes)
+        keywords = dict(zip(linear_robust_loss.__kwdefaults__, values))
+        return handle_torch_function(linear_robust_loss, given, input, weight, target, loss, **keywords)
+    if class_group is not None:
+        class_parallel.check_eager()
+    share, kernels, dtype, failure = None, None, None, None
     try:
+        _check_types(input, weight, bias, target, class_weight, max_chunk_bytes)
+        input, weight, bias, target, class_weight = _in_memory(input, weight, bias, target, class_weight)
+        if class_group is not None:
+            class_parallel.check_eager(input, weight, bias, target, class_weight)
+        elif _is_transformed(input, weight, bias, target, class_weight):
+            return _unfused(input, weight, bias, target, loss, class_weight, call)
         dtype = _dtype(input, weight, bias)
-        _check(input, weight, bias, target, class_weight, max_chunk_bytes)
+        _check(input, weight, bias, target, class_weight)
         kernels = registry.choose(_logits_shape(input, dtype, max(2, len(weight))), call)
         check_inputs(_logits_shape(input, dtype, max(2, len(weight)), target.numel()), target.reshape(-1), None, 0.0)
     except Exception as error:
@@ -165,30 +176,70 @@ def _dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """What F.linear would compute in, here and now."""
     given = [x for x in (input, weight, bias) if x is not None]
     device = input.device.type
-    if torch.is_autocast_enabled(device) and not any(x.dtype is torch.float64 for x in given):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not for meta tensors
+    if autocast and not any(x.dtype is torch.float64 for x in given):
         return torch.get_autocast_dtype(device)
     if len({x.dtype for x in given}) > 1:
         raise TypeError(f"input, weight and bias must have one dtype, got {', '.join(str(x.dtype) for x in given)}")
     return input.dtype
 
 
-def _check(input, weight, bias, target, class_weight, max_chunk_bytes) -> None:
+def _check_types(input, weight, bias, target, class_weight, max_chunk_bytes) -> None:
+    tensors = dict(input=input, weight=weight, target=target, bias=bias, class_weight=class_weight)
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and (x is not None or name in ("input", "weight", "target")):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x is not None and (x.is_nested or x.layout is not torch.strided):
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    if class_weight is not None and not class_weight.is_floating_point():
+        raise TypeError(f"class_weight must be floating point, got {class_weight.dtype}")
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError("class_weight is a constant of the loss, but it requires grad: pass class_weight.detach()")
+    if max_chunk_bytes is not None and (isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int)):
+        raise TypeError(f"max_chunk_bytes must be an int, got {type(max_chunk_bytes).__name__}")
+    if max_chunk_bytes is not None and max_chunk_bytes <= 0:
+        raise ValueError(f"max_chunk_bytes must be a positive int, got {max_chunk_bytes}")
+
+
+def _in_memory(input, weight, bias, target, class_weight) -> list:
+    """The tensors with their values in memory; of those that wrap others, only DTensors are taken off."""
+    named = dict(input=input, weight=weight, bias=bias, target=target, class_weight=class_weight)
+    tracing = torch.compiler.is_compiling()  # the compiler has its own view of lazy tensors
+    is_lazy = lambda x: x is not None and not tracing and (x.is_neg() or x._is_zerotensor())
+    if not any(type(x) not in WITH_MEMORY or is_lazy(x) for x in named.values()):
+        return list(named.values())
+    hints = dict(
+        input="give input.to_local(), with batch_group where the ranks have different rows",
+        weight="give weight.full_tensor() (FSDP), or weight.to_local() with class_group=mesh.get_group() where the "
+        "classes are split over it",
+    )
+    hints["bias"] = hints["weight"].replace("weight", "bias")
+    return [class_parallel.replicated(name, resolved(x), hints.get(name)) for name, x in named.items()]
+
+
+def _is_transformed(*tensors) -> bool:
+    """Whether PyTorch must see the formulas, and so all the logits."""
+    if is_concrete(*tensors):
+        return forward_ad._current_level >= 0 and by_formulas(*tensors[:3])
+    transforms = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    when = "under torch.compile and torch.func" if transforms else "for tensor subclasses, dispatch modes and tracing"
+    log_once(f"anl_kernels: {when} a linear head's logits are made in full")
+    return True
+
+
+def _check(input, weight, bias, target, class_weight) -> None:
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must be (..., D) and weight (K, D), got {tuple(input.shape)}, {tuple(weight.shape)}")
-    if not isinstance(target, Tensor) or target.shape != input.shape[:-1]:
-        got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+    if target.shape != input.shape[:-1]:
         raise ValueError(
-            f"target must have input's shape without the last dimension, {tuple(input.shape[:-1])}, got {got}"
+            f"target must have input's shape without the last dimension, {tuple(input.shape[:-1])}, "
+            f"got {tuple(target.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias), ("target", target), ("class_weight", class_weight)):
         if x is not None and x.device != input.device:
             raise ValueError(f"input is on {input.device}, but {name} is on {x.device}: move one of them")
-    if class_weight is not None and (not class_weight.is_floating_point() or class_weight.requires_grad):
-        raise ValueError("class_weight must be floating point, and a constant: it cannot require grad")
-    if max_chunk_bytes is not None and not (isinstance(max_chunk_bytes, int) and max_chunk_bytes > 0):
-        raise ValueError(f"max_chunk_bytes must be a positive int, got {max_chunk_bytes!r}")
 
 
 def _agree(input, weight, bias, target, class_weight, call, dtype, max_chunk_bytes, failure) -> Slice:
@@ -197,7 +248,7 @@ def _agree(input, weight, bias, target, class_weight, call, dtype, max_chunk_byt
         grads = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (input, weight, bias)]
         settings = (input.shape[-1], max_chunk_bytes, grads)
         mine = class_parallel.header(len(weight), dtype, target, class_weight, call, *settings)
-    share = class_parallel.agree(call.class_group, input.device, mine, call)
+    share = class_parallel.agree(call.class_group, input, mine)
     if failure is not None:
         raise failure
     return share
@@ -381,12 +432,41 @@ def _head(matrices: _Matrices, labels: Tensor, class_weight: Tensor | None, job:
     return loss_of_table(table, sums, labels, class_weight, call, acc_dtype(job.dtype), job.share.classes)
 
 
+def _eagerly(backward):
+    """`backward`, left to Python where compiled autograd would trace it: chunks take turns in one piece of memory."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        run_it = torch.compiler.disable(backward) if torch.compiler.is_compiling() else backward
+        return run_it(ctx, *grads)
+
+    return run
+
+
+def _of_needed(job, matrices: _Matrices, needs, of_logits):
+    """(formulas, inputs): `of_logits` of all the logits, as a function of those matrices that need a gradient."""
+
+    def formulas(*inputs):
+        given = iter(inputs)
+        chosen = [next(given) if need else x for x, need in zip(matrices, needs)]
+        with torch.autocast(matrices.hidden.device.type, enabled=False):
+            return of_logits(F.linear(*(None if x is None else x.to(job.dtype) for x in chosen)))
+
+    return formulas, [x for x, need in zip(matrices, needs) if need]
+
+
+def _spread(grads, needs) -> list:
+    """The gradients of what needs one, with None for what does not."""
+    grads = iter(grads)
+    return [next(grads) if need else None for need in needs]
+
+
 class _InForward(Function):
     """The sum of the rows' losses ("none": each of them, without a gradient), the gradients made on the way."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, class_weight, job):
-        kernels, losses = job.kernels, []
+        ctx.job, kernels, losses = job, job.kernels, []
         needs = ctx.needs_input_grad[:3]
         call = job.call.variant(inplace=True) if any(needs) else job.call
         with torch.autocast(hidden.device.type, enabled=False):
@@ -397,7 +477,9 @@ class _InForward(Function):
                     losses.append(kernels.row_loss(call, logits, labels[slice(*rows)], class_weight, grad, None))
                     if any(needs):
                         products.add(grad, rows, tile)
-            ctx.grads, ctx.kernels = products.finished(), kernels
+            grads = products.finished()
+        # The matrices are for second derivatives.
+        ctx.save_for_backward(hidden, weight, bias, labels, class_weight, *(g for g in grads if g is not None))
         acc = acc_dtype(job.dtype)
         if call.reduction == "none":
             return torch.cat(losses) if losses else hidden.new_empty(0, dtype=acc)
@@ -407,12 +489,22 @@ class _InForward(Function):
         return total.to(acc)
 
     @staticmethod
+    @_eagerly
     def backward(ctx, grad_output):
-        keep = _keeps_graph()
-        grads = [None if grad is None else ctx.kernels.scaled(grad, grad_output, keep) for grad in ctx.grads]
-        if not keep:  # autograd may take the memory as .grad
-            ctx.grads = None
-        return *grads, None, None, None
+        hidden, weight, bias, labels, class_weight, *grads = ctx.saved_tensors
+        job, needs, usual = ctx.job, ctx.needs_input_grad[:3], is_usual(grad_output)
+        again = torch.is_grad_enabled()
+        if usual:  # autograd may take the memory as .grad, unless the graph is kept
+            keep = again or _keeps_graph()
+            grads = [job.kernels.scaled(grad, grad_output.detach(), keep) for grad in grads]
+        if again:
+            of_logits = lambda logits: reference.robust_loss(logits, labels, class_weight, job.call)
+            formulas, inputs = _of_needed(job, _Matrices(hidden, weight, bias), needs, of_logits)
+            seed = grad_output if usual else torch.ones((), dtype=acc_dtype(job.dtype), device=labels.device)
+            grads = differentiable([grad.detach() for grad in grads], formulas, inputs, [seed])
+        if not usual:
+            grads = [times(grad, grad_output, 1) for grad in grads]
+        return *_spread(grads, needs), None, None, None
 
 
 class _Statistics(Function):
@@ -439,19 +531,47 @@ class _Statistics(Function):
         return table, sums
 
     @staticmethod
+    @_eagerly
     def backward(ctx, partials, g):
         *matrices, labels, table = ctx.saved_tensors
-        job, call = ctx.job, ctx.job.call
-        coefs = coefficients(table, partials, call, acc_dtype(job.dtype))
-        with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
-            products = _Products(_Matrices(*matrices), job, ctx.needs_input_grad[:3])
-            for rows in products.rows():
-                some = slice(*rows)
-                chunk = (labels[some], coefs[:, some].contiguous(), g if call.entropy_weight else None)
-                for tile, grad in _gradients(job, _tiles(products, rows), *chunk):
-                    products.add(grad, rows, tile)
-            grads = products.finished()
+        job, call, needs = ctx.job, ctx.job.call, ctx.needs_input_grad[:3]
+        matrices = _Matrices(*matrices)
+        cotangents = [resolved(partials), resolved(g)] if call.entropy_weight else [resolved(partials)]
+        if job.share.group is not None:
+            class_parallel.check_once(*cotangents)
+        if not all(map(is_usual, cotangents)):
+            if torch.is_grad_enabled():
+                raise RuntimeError(BATCHED_ONCE)
+            return *_batched_gradients(job, matrices, labels, table, *cotangents, needs=needs), None, None
+        grads = _gradients(job, matrices, labels, table, *cotangents, needs=needs)
+        if torch.is_grad_enabled():
+            of_logits = lambda logits: reference.row_stats(logits, labels, call)
+            formulas, inputs = _of_needed(job, matrices, needs, of_logits)
+            grads = _spread(differentiable([x for x in grads if x is not None], formulas, inputs, cotangents), needs)
         return *grads, None, None
+
+
+def _gradients(job, matrices, labels, table, partials, g=None, *, needs):
+    """The gradients by the matrices, from those by the table and the column sums of p (g), chunk by chunk."""
+    with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
+        coefs = coefficients(table, partials, job.call, acc_dtype(job.dtype))
+        products = _Products(matrices, job, needs)
+        for rows in products.rows():
+            some = slice(*rows)
+            for tile, grad in _by_tiles(job, _tiles(products, rows), labels[some], coefs[:, some].contiguous(), g):
+                products.add(grad, rows, tile)
+        return products.finished()
+
+
+def _batched_gradients(job, matrices, labels, table, partials, g=None, *, needs):
+    """The same for many gradients at once (is_grads_batched), of all the logits: each would be a matrix of its own."""
+    with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
+        acc = acc_dtype(job.dtype)
+        hidden, weight, bias = (None if x is None else x.detach().to(job.dtype) for x in matrices)
+        coefs = coefficients(table, partials, job.call, acc)
+        grad = reference.gradient(job.call, F.linear(hidden, weight, bias), labels, coefs, g).to(acc)
+        makers = (lambda: grad @ weight.to(acc), lambda: grad.transpose(0, 1) @ hidden.to(acc), lambda: grad.sum(0))
+        return [make().to(x.dtype) if need else None for make, x, need in zip(makers, matrices, needs)]
 
 
 def _tiles(products: _Products, rows):
@@ -475,7 +595,7 @@ def _table(job: _Job, labels: Tensor, tiles) -> Tensor:
     return class_parallel.row_table(job.kernels, job.call, job.share, labels, starts)
 
 
-def _gradients(job: _Job, tiles, labels: Tensor, coefs: Tensor, g: Tensor | None):
+def _by_tiles(job: _Job, tiles, labels: Tensor, coefs: Tensor, g: Tensor | None):
     """((begin, end), gradient) of the tiles of some rows, from their coefficients; g: of the column sums of p."""
     kernels, call, share = job.kernels, job.call, job.share
     inplace = call.variant(inplace=True)

@@ -314,6 +314,98 @@ def check_dtensor(ranks):
     raises(ValueError, "class group", lambda: ak.anl_fl(logits, target, class_group=ranks.groups[4]))
 
 
+def check_dtensor_arguments(ranks):
+    """Class weights and labels as DTensors, or still under way in a collective; labels in 8 bits; what is refused."""
+    from torch.distributed import _functional_collectives as collectives
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    group, mesh = ranks.groups[4], init_device_mesh("cpu", (4,))
+    sharded = lambda x: distribute_tensor(x, mesh, [Shard(min(1, x.dim() - 1))])
+    replicated = lambda x: distribute_tensor(x, mesh, [Replicate()])
+    under_way = lambda x: collectives.all_gather_tensor(x.chunk(4)[ranks.rank].contiguous(), 0, mesh)
+    classes = 200
+    values = torch.randn(8, classes, generator=helpers.generator(3)).double()
+    target, weight = torch.tensor([156, 0, 199, 3, 156, 57, -100, 100]), torch.linspace(0.1, 2, classes)
+    few_bits = torch.where(target == -100, 255, target).to(torch.uint8)
+    mine = values.chunk(4, 1)[ranks.rank]
+    for keywords in (dict(), dict(reduction="none"), dict(entropy_weight=0.5)):
+        expected = with_gradient(lambda z: ak.anl_fl(z, target, weight=weight, **keywords), values)
+        for make in (replicated, under_way):
+            for labels, ignore_index in ((target, -100), (few_bits, 255)):
+                options = dict(weight=make(weight), ignore_index=ignore_index, **keywords)
+                got = with_gradient(lambda z: ak.anl_fl(z, make(labels), class_group=group, **options), mine)
+                assert_close(got[0], expected[0], torch.float64)
+                assert_close(got[1], expected[1].chunk(4, 1)[ranks.rank], torch.float64, 4 * expected[1])
+                got = with_gradient(lambda z: ak.anl_fl(z, make(labels), **options), sharded(values))
+                assert_close(got[0], expected[0], torch.float64)
+                assert_close(got[1].full_tensor(), expected[1], torch.float64, 4 * expected[1])
+    call = lambda z, **k: ak.anl_fl(z, target, **k)
+    raises(ValueError, "weight.full_tensor()", lambda: call(sharded(values), weight=sharded(weight)))
+    raises(ValueError, "weight.full_tensor()", lambda: call(mine, weight=sharded(weight), class_group=group))
+    raises(ValueError, "target.full_tensor()", lambda: ak.anl_fl(sharded(values), sharded(target)))
+    raises(ValueError, "overwrite a leaf", lambda: call(sharded(values).requires_grad_(), inplace=True))
+    leaf = sharded(values).requires_grad_()
+    expected = with_gradient(call, values)
+    call(leaf * 1.0, inplace=True).backward()
+    assert_close(leaf.grad.full_tensor(), expected[1], torch.float64, 4 * expected[1])
+
+
+# ---- one derivative, and on every rank the same one
+
+
+def check_one_derivative(ranks):
+    """Second derivatives, forward mode and batched gradients: an error on every rank before any of them talks."""
+    group, sizes = ranks.groups[4], SIZES[4][1]
+    values, target = helpers.batch(CLASSES, torch.float64)
+    mine = values.split(sizes, 1)[ranks.rank].clone().requires_grad_()
+    g = helpers.generator(1)
+    hidden = torch.randn(24, 8, generator=g).double().requires_grad_()
+    weight = torch.randn(CLASSES, 8, generator=g).double().split(sizes)[ranks.rank].clone().requires_grad_()
+    losses = (expression(EXPRESSIONS["anl_fl"]), row_loss_expression(EXPRESSIONS["anl_fl"]))
+    for keywords in (dict(), dict(reduction="none"), dict(entropy_weight=0.4), dict(backend="reference")):
+        calls = [(lambda z: ak.robust_loss(z, target, losses[0], class_group=group, **keywords), mine)]
+        for limit in (None, 640):
+            for loss in losses:
+                options = dict(class_group=group, max_chunk_bytes=limit, **keywords)
+                calls.append((lambda w: ak.linear_robust_loss(hidden, w, target, loss, **options), weight))
+        for f, leaf in calls:
+            total = lambda z: f(z).sum()
+            raises(RuntimeError, "once", lambda: torch.autograd.grad(total(leaf), leaf, create_graph=True))
+            raises(RuntimeError, "once", lambda: torch.autograd.functional.hvp(total, leaf, torch.ones_like(leaf)))
+            seeds = torch.ones(2).double()
+            raises(RuntimeError, "once", lambda: torch.autograd.grad(total(leaf), leaf, seeds, is_grads_batched=True))
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))
+                raises(RuntimeError, "once", lambda: f(dual))
+            raises(RuntimeError, "eager", lambda: torch.func.grad(total)(leaf.detach()))
+    assert call_works(group)
+
+
+def call_works(group):
+    return ak.nce(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), class_group=group).isfinite()
+
+
+def check_checkpoint(ranks):
+    """What is saved is made again in backward, by the same collectives on every rank."""
+    from torch.utils.checkpoint import checkpoint
+
+    group, sizes = ranks.groups[4], SIZES[4][1]
+    values, target = helpers.batch(CLASSES, torch.float64)
+    mine = values.split(sizes, 1)[ranks.rank].clone()
+    g = helpers.generator(1)
+    hidden, weight = torch.randn(24, 8, generator=g).double(), torch.randn(CLASSES, 8, generator=g).double()
+    weight = weight.split(sizes)[ranks.rank].clone()
+    for keywords in (dict(), dict(entropy_weight=0.4)):
+        for f, *leaves in (
+            (lambda z: ak.anl_fl(z, target, class_group=group, **keywords), mine),
+            (lambda x, w: ak.linear_anl_ce(x, w, target, class_group=group, **keywords), hidden, weight),
+        ):
+            expected = with_gradient(f, *leaves)
+            got = with_gradient(lambda *given: checkpoint(f, *given, use_reentrant=False), *leaves)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
 # ---- calls that do not fit together: an error on every rank, and none of them waits for another
 
 
@@ -351,6 +443,10 @@ def check_disagreement(ranks):
     raises(*other(TypeError, "class indices"), lambda: call(y=target.float() if odd else target))
     raises(*other(ValueError, "input must be"), lambda: head(w=weight[:, :2] if odd else weight))
     raises(*other(ValueError, "overwrite a leaf"), lambda: call(values.clone().requires_grad_(), inplace=odd))
+    raises(*other(TypeError, "logits must be a tensor"), lambda: call([1.0] if odd else values))
+    raises(*other(TypeError, "weight must be a tensor"), lambda: call(weight=[1.0] if odd else None))
+    raises(*other(TypeError, "weight must be a tensor"), lambda: head(w=None if odd else weight))
+    raises(*other(TypeError, "max_chunk_bytes"), lambda: head(max_chunk_bytes=0.5 if odd else None))
     # And what is wrong on all of them.
     raises(IndexError, "out of bounds", lambda: call(y=target + 15))
     raises(IndexError, "out of bounds", lambda: head(y=target + 15))
