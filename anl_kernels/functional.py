@@ -80,8 +80,9 @@ def robust_loss(
         reduction: "mean", "sum" or "none".
         entropy_weight: the factor of the batch entropy term R = log K + sum_j q_j log q_j (not with "none"; class
             weights do not enter q).
-        min_prob: the clamp of NNCE, NNFL and RCE; K * min_prob must stay below 1.
-        inplace: the gradient overwrites the logits' storage; they must not be used again.
+        min_prob: the clamp of NNCE, NNFL and RCE; with these K * min_prob must stay below 1.
+        inplace: the gradient overwrites the logits' storage; they must not be used again. Autograd notices most later
+            uses (README has the list).
         recompute: True: forward keeps O(N) numbers and backward reads the logits again. False: forward makes the
             gradient. None: True for float16, where a GradScaler's factor must come before rounding.
         backend: "auto", or a name of `backends()`; ANL_KERNELS_BACKEND overrides "auto".
@@ -101,8 +102,8 @@ def robust_loss(
         ValueError: shapes, devices, K < 2, K * min_prob >= 1, two focal exponents in one sum, an option's value; calls
             that differ between the ranks of class_group, on all of them.
         TypeError: dtypes, or an argument of the wrong type.
-        RuntimeError: the backend asked for cannot run the call, or the loss is differentiated twice or in forward mode
-            on a backend other than "reference".
+        RuntimeError: the backend asked for cannot run the call; in backward, with create_graph=True, the gradient was
+            made in forward and so has no derivative (recompute=True keeps what it takes).
 
     Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
     """
