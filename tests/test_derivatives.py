@@ -121,6 +121,19 @@ def test_a_gradient_made_in_forward_is_never_differentiated_in_silence(cpu, rout
         ROUTES[route](*problem(LOSSES["anl_ce"](), "cpu"))
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("keeps", ["recompute", "entropy"])
+def test_a_compiled_gradient_is_never_differentiated_in_silence(cpu, keeps, compiler):
+    """PyTorch compiles no double backward: it says so, or the operators do. (Not in functional.hessian, whatever it is
+    given: it takes the missing graph of a compiled function for zeros.)"""
+    for route in ("penalty", "mixed", "backward_of_inputs", "hidden_layer", "hvp", "forward_mode"):
+        torch.compiler.reset()
+        f, w = problem(LOSSES["anl_ce"](), "cpu", **KEEPS[keeps])
+        with pytest.raises((RuntimeError, NotImplementedError), match="reference|double backward|forward mode"):
+            (ROUTES | FUNC_ROUTES)[route](torch.compile(f, backend=compiler), w)
+
+
 @pytest.mark.parametrize("route", FUNC_ROUTES)
 def test_transforms_know_the_order_of_the_derivative(cpu, route):
     compare(FUNC_ROUTES[route], LOSSES["anl_ce"](), dict())
