@@ -108,9 +108,8 @@ class FusedLoss(Function):
         if again and call.inplace:  # the formulas will want the logits
             call = call.variant(inplace=False)
         seed = grad_output if usual else torch.ones_like(coefs[0]) if call.reduction == "none" else coefs.new_ones(())
-        if entropy:
-            entropy[1] = entropy[1] * seed.detach()
-        grad = row_grad(ctx.kernels, call, logits.detach(), target, coefs, seed.detach(), entropy or None)
+        entropy = (entropy[0], entropy[1] * seed.detach()) if entropy else None
+        grad = row_grad(ctx.kernels, call, logits.detach(), target, coefs, seed.detach(), entropy)
         if again:
             formulas = lambda z: reference.robust_loss(z, target, weight, call)
             (grad,) = differentiable([grad], formulas, [logits], [seed])
