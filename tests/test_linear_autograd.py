@@ -83,6 +83,15 @@ def test_a_gradient_penalty(kind, chunks, loss):
     assert_as_the_reference(penalty, LOSSES[loss](), KINDS[kind], CHUNKS[chunks])
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_a_gradient_penalty_with_ignored_rows_among_the_others(monkeypatch, chunks):
+    """As on a GPU, where they stay in the products as zeros."""
+    kept = lambda x, labels, call: (x.masked_fill((labels == call.ignore_index).unsqueeze(1), 0.0), None, labels)
+    monkeypatch.setattr(linear, "_kept_rows", kept)
+    for kind in KINDS.values():
+        assert_as_the_reference(penalty, LOSSES["anl_ce"](), kind, CHUNKS[chunks])
+
+
 @pytest.mark.parametrize("chunks", ["some", "recompute", "tiles"])
 @pytest.mark.parametrize("route", [*ROUTES, *FUNC_ROUTES])
 def test_every_route_to_a_second_derivative(route, chunks):
