@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 import anl_kernels
 
@@ -38,31 +39,30 @@ class Problem:
     """A loss of these logits, run forward, backward or both. An overwriting one finds its logits restored, untimed."""
 
     def __init__(self, function: Callable, logits: Tensor, target: Tensor, overwrites: bool = False):
-        self.function, self.target, self.kept = function, target, logits.detach()
-        # What is overwritten must be no leaf, as a model's logits are none.
-        leaf = (self.kept.clone() if overwrites else self.kept).requires_grad_()
-        self.logits = leaf.clone() if overwrites else leaf
-        self.overwrites, self.loss = overwrites, None
+        self.function, self.target, self.overwrites, self.loss = function, target, overwrites, None
+        self.leaf = self.logits = logits.detach().requires_grad_()
+        self.restore()
 
     def restore(self) -> None:
-        with torch.no_grad():
-            self.logits.copy_(self.kept)
+        if self.overwrites:  # what is overwritten must be no leaf, as a model's logits are none
+            self.logits = None
+            self.logits = self.leaf.clone()
+        self.edge = get_gradient_edge(self.logits)  # the tensor itself stands for its overwritten self afterwards
 
     def forward(self) -> Tensor:
         return self.function(self.logits, self.target)
 
     def prepare_backward(self) -> None:
         self.loss = None
-        if self.overwrites:
-            self.restore()
+        self.restore()
         self.loss = self.forward()
 
     def backward(self) -> Tensor:
-        return torch.autograd.grad(self.loss, self.logits)[0]
+        return torch.autograd.grad(self.loss, self.edge)[0]
 
     def both(self) -> tuple[Tensor, Tensor]:
         loss = self.forward()
-        return loss.detach(), torch.autograd.grad(loss, self.logits)[0]
+        return loss.detach(), torch.autograd.grad(loss, self.edge)[0]
 
     def run(self, phase: str) -> Run:
         if phase == "backward":
