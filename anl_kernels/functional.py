@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import os
 from collections.abc import Iterable
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from . import class_parallel, registry
 from .layout import acc_dtype, check_inputs
-from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
+from .stats import ABOVE, ABOVE_MASS, FOCAL_ABOVE
+from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, coefficient, number
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_KEPT = 256  # expressions by their parameters; calls by their keywords
@@ -22,9 +24,9 @@ class Call:
     """The checked keywords of a call, and what the kernels need to know of its expression."""
 
     __slots__ = (
-        "backend", "batch_group", "built_in", "class_group", "deferred", "entropy_weight", "expression", "gamma",
-        "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction", "terms",
-        "variants",
+        "backend", "batch_group", "built_in", "clamp", "class_group", "deferred", "entropy_weight", "expression",
+        "gamma", "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction",
+        "terms", "variants",
     )  # fmt: skip
 
     @property
@@ -114,7 +116,7 @@ def robust_loss(
         call = _known_call(expression, options)
     if class_group is not None:
         return class_parallel.robust_loss(logits, target, weight, call)
-    check_inputs(logits, target, weight, call.min_prob)
+    check_inputs(logits, target, weight, call.clamp)
     return registry.choose(logits, call).robust_loss(logits, target, weight, call)
 
 
@@ -126,6 +128,7 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
         call = checked_call(expression, *options)
+        call.expression = expression.without_calls()
         if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
         expression.calls[options] = call
@@ -150,8 +153,16 @@ def checked_call(
         expression = Expression(expression.terms_of())
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if type(ignore_index) is not int:
+        if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
+            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+        ignore_index = operator.index(ignore_index)
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be True or False, got {inplace!r}")
+    if not (recompute is None or isinstance(recompute, bool)):
+        raise TypeError(f"recompute must be True, False or None, got {recompute!r}")
+    if backend != "auto" and backend not in registry._MODULES:
+        registry._named(backend, "backend", None, call=None)  # the error that says which there are
     entropy_weight = number("entropy_weight", entropy_weight)
     min_prob = number("min_prob", min_prob)
     if not 0.0 < min_prob < 1.0:
@@ -160,16 +171,28 @@ def checked_call(
         raise ValueError(f"entropy_weight must be finite, got {entropy_weight}")
     if entropy_weight != 0.0 and reduction == "none":
         raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
+    _check_group("class_group", class_group)
+    _check_group("batch_group", batch_group)
     call = Call()
     call.expression = expression
     call.terms = [(term.kind, coef, *term.parameters) for coef, term in expression.terms]
     call.built_in, call.needs, call.gamma = expression.built_in, expression.needs, expression.gamma
     call.ignore_index, call.reduction, call.min_prob = ignore_index, reduction, min_prob
+    # What K classes are checked with: of 1/K or more it would clamp a uniform row, where a loss has a clamp at all.
+    call.clamp = min_prob if call.needs & (ABOVE | ABOVE_MASS | FOCAL_ABOVE) else 0.0
     call.entropy_weight, call.batch_group, call.class_group = entropy_weight, batch_group, class_group
-    call.inplace, call.recompute, call.backend = bool(inplace), recompute, backend
+    call.inplace, call.recompute, call.backend = inplace, recompute, backend
     call.deferred = bool(recompute) or reduction == "none" or entropy_weight != 0.0
     call.program, call.modules, call.variants = None, {}, {}  # filled by the backends and the choice among them
     return call
+
+
+def _check_group(name: str, group) -> None:
+    if group is None or (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        return
+    raise TypeError(
+        f"{name} must be a torch.distributed process group that this rank belongs to, got {type(group).__name__}"
+    )
 
 
 _SHARED = """
@@ -191,7 +214,10 @@ def _loss(function):
 
 
 def _kept(build):
-    """Keeps the expressions `build` makes, with their kernels' programs, by their parameters."""
+    """Keeps the expressions `build` makes, with their kernels' programs, by their parameters.
+
+    Only sums of built-in terms with numbers: they hold nothing of the caller's.
+    """
     known = {}
 
     def kept(*parameters):
@@ -199,12 +225,14 @@ def _kept(build):
             return build(*parameters)
         try:
             return known[parameters]
-        except KeyError:
-            expression = build(*parameters)
+        except (KeyError, TypeError):  # TypeError: no hash, so it is no number
+            pass
+        expression = build(*parameters)
+        if expression.built_in:
             if len(known) >= MAX_KEPT:
                 known.clear()
             known[parameters] = expression
-            return expression
+        return expression
 
     return kept
 
@@ -220,8 +248,9 @@ def _one(term_class, *parameters) -> Expression:
 
 
 @_kept
-def _pair(alpha, first, beta, second, *parameters) -> Expression:
-    return alpha * first(*parameters) + beta * second(*parameters)
+def _pair(_alpha, alpha, first, _beta, beta, second, *parameters) -> Expression:  # with types, to tell True from 1
+    alpha, beta = coefficient("alpha", alpha), coefficient("beta", beta)
+    return Expression(((alpha, first(*parameters)), (beta, second(*parameters))))
 
 
 @_loss
@@ -232,7 +261,7 @@ def anl_ce(logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 
     min_prob in NNCE. Published (alpha, beta): MNIST 1, 1; CIFAR-10 5, 5; CIFAR-100 10, 1; WebVision 20, 1, each with an
     L1 penalty on the parameters (`l1_penalty`).
     """
-    return robust_loss(logits, target, _pair(alpha, NCE, beta, NNCE), **options)
+    return robust_loss(logits, target, _pair(type(alpha), alpha, NCE, type(beta), beta, NNCE), **options)
 
 
 @_loss
@@ -243,7 +272,7 @@ def anl_fl(
 
     The focal weights (1 - p)^gamma are detached, as in the authors' code.
     """
-    return robust_loss(logits, target, _pair(alpha, NFL, beta, NNFL, gamma), **options)
+    return robust_loss(logits, target, _pair(type(alpha), alpha, NFL, type(beta), beta, NNFL, gamma), **options)
 
 
 @_loss
@@ -305,12 +334,12 @@ def sce(
     logits: Tensor, target: Tensor, *, alpha: float = 0.1, beta: float = 1.0, floor: float = 1e-4, **options
 ) -> Tensor:
     """Symmetric cross entropy: alpha CE + beta RCE. Wang et al., ICCV 2019 (CIFAR-10: 0.1, 1; CIFAR-100: 6, 0.1)."""
-    return robust_loss(logits, target, _sce(alpha, beta, floor), **options)
+    return robust_loss(logits, target, _sce(type(alpha), alpha, type(beta), beta, floor), **options)
 
 
 @_kept
-def _sce(alpha, beta, floor) -> Expression:
-    return alpha * CE() + beta * RCE(floor)
+def _sce(_alpha, alpha, _beta, beta, floor) -> Expression:
+    return Expression(((coefficient("alpha", alpha), CE()), (coefficient("beta", beta), RCE(floor))))
 
 
 @_loss
