@@ -60,6 +60,7 @@ def robust_loss(
     backend: str = "auto",
     class_group=None,
     batch_group=None,
+    input: Tensor | None = None,
 ) -> Tensor:
     """The loss `expression` (a term or a weighted sum of terms) of every row of logits, reduced.
 
@@ -92,6 +93,7 @@ def robust_loss(
             DTensors, sharded along the classes, need no class_group: their gradient is a DTensor.
         batch_group: a torch.distributed process group whose ranks' rows share q and the denominator of "mean". The
             gradient is such that the average over ranks (DDP) is that of one process with all rows.
+        input: another name of logits, F.cross_entropy's.
 
     Returns:
         The loss: float32 (float64 for float64 logits), a scalar, or target's shape with "none". An ignored row is 0;
@@ -107,6 +109,10 @@ def robust_loss(
 
     Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
     """
+    if input is not None:
+        if logits is not None:
+            raise TypeError("the logits are given twice: as logits and as input")
+        logits = input
     options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
     if type(logits) is not Tensor and class_parallel.is_dtensor(logits):
         logits, target, class_group = class_parallel.of_dtensor(logits, target, class_group)
@@ -118,6 +124,10 @@ def robust_loss(
         return class_parallel.robust_loss(logits, target, weight, call)
     check_inputs(logits, target, weight, call.clamp)
     return registry.choose(logits, call).robust_loss(logits, target, weight, call)
+
+
+robust_loss.__signature__ = inspect.signature(robust_loss)
+robust_loss.__defaults__ = (None, None, None)  # logits may come as input; what is missing is no tensor, or no loss
 
 
 def _known_call(expression: Algebra, options: tuple) -> Call:
@@ -190,7 +200,7 @@ def checked_call(
 def _check_group(name: str, group) -> None:
     if group is None or (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
         return
-    raise TypeError(
+    raise ValueError(
         f"{name} must be a torch.distributed process group that this rank belongs to, got {type(group).__name__}"
     )
 
@@ -201,15 +211,16 @@ _SHARED = """
         logits: (N, K), (K,) or (N, K, d1, ...), float16, bfloat16, float32 or float64.
         target: (N,), () or (N, d1, ...), class indices.
         weight, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group,
-            batch_group: the keywords of `robust_loss`, whose documentation has shapes, results and errors."""
+            batch_group, input: the keywords of `robust_loss`, whose documentation has shapes, results and errors."""
 
 
 def _loss(function):
-    """Documents the keywords that `function` hands on to robust_loss."""
+    """Documents the keywords that `function` hands on to robust_loss, and leaves it what is missing (see `input`)."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = [p for p in inspect.signature(robust_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
     function.__signature__ = inspect.Signature(own + shared, return_annotation=Tensor)
     function.__doc__ = function.__doc__.rstrip() + _SHARED
+    function.__defaults__ = (None, None)
     return function
 
 

@@ -8,7 +8,7 @@ from .functional import _pair, checked_call, robust_loss
 from .terms import NCE, NFL, NNCE, NNFL, Algebra, Expression, Factor, coefficient
 
 # The keywords of robust_loss that are attributes, with their defaults, in the order of checked_call.
-OPTIONS = {name: default for name, default in robust_loss.__kwdefaults__.items() if name != "weight"}
+OPTIONS = {name: default for name, default in robust_loss.__kwdefaults__.items() if name not in ("weight", "input")}
 
 
 class RobustLoss(nn.Module):

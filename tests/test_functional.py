@@ -51,6 +51,7 @@ SHARED = {
     "backend": "auto",
     "class_group": None,
     "batch_group": None,
+    "input": None,
 }
 CALLS = [(name, parameters, terms) for name, cases in FUNCTIONS.items() for parameters, terms in cases]
 
@@ -151,6 +152,25 @@ def test_a_term_alone_is_an_expression(one_backend):
     )
 
 
+@pytest.mark.parametrize("name", [*FUNCTIONS, "robust_loss"])
+def test_the_logits_may_be_called_input(name):
+    """As F.cross_entropy calls them; the signature stays that of logits and target."""
+    function = getattr(ak, name)
+    more = {"expression": ak.NCE()} if name == "robust_loss" else {}
+    expected = function(LOGITS, TARGET, **more)
+    assert torch.equal(function(input=LOGITS, target=TARGET, **more), expected)
+    assert torch.equal(function(logits=LOGITS, target=TARGET, **more), expected)
+    for wrong, message in (
+        (dict(input=LOGITS, logits=LOGITS, target=TARGET), "twice"),
+        (dict(input=LOGITS), "target must be a tensor"),
+        (dict(target=TARGET), "logits must be a tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            function(**wrong, **more)
+    parameters = inspect.signature(function).parameters
+    assert parameters["logits"].default is parameters["target"].default is inspect.Parameter.empty
+
+
 # ---- keywords that are checked
 
 
@@ -172,9 +192,9 @@ LOGITS, TARGET = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), 
         (dict(ignore_index=True), TypeError, "ignore_index"),
         (dict(ignore_index=1.0), TypeError, "ignore_index"),
         (dict(ignore_index=torch.tensor(1)), TypeError, "ignore_index"),
-        (dict(class_group="world"), TypeError, "class_group must be a torch.distributed process group .* got str"),
-        (dict(batch_group="world"), TypeError, "batch_group must be a torch.distributed process group .* got str"),
-        (dict(batch_group=0), TypeError, "batch_group must be a torch.distributed process group .* got int"),
+        (dict(class_group="world"), ValueError, "class_group must be a torch.distributed process group .* got str"),
+        (dict(batch_group="world"), ValueError, "batch_group must be a torch.distributed process group .* got str"),
+        (dict(batch_group=0), ValueError, "batch_group must be a torch.distributed process group .* got int"),
         (dict(backend="nonsense"), ValueError, "no such backend"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
