@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from . import __version__
+
 COMMANDS = {
     "info": "what can run here, and what would",
     "check": "compare every backend with float64 on this machine",
@@ -16,6 +18,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m anl_kernels", description="Robust losses for noisy labels.")
+    parser.add_argument("--version", action="version", version=f"anl_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
     chosen = argv[0] if argv else None

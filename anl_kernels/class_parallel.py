@@ -179,7 +179,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     share = agree(call.class_group, logits, mine)
     if failure is not None:
         raise failure
-    check_inputs(_of_all_classes(logits, share.classes), target, weight, call.min_prob)
+    check_inputs(_of_all_classes(logits, share.classes), target, weight, call.clamp)
     single, target = logits.dim() == 1, target.long()  # 8 and 16 bits do not hold every class, nor ignore_index
     rows, labels = (logits.unsqueeze(0), target.unsqueeze(0)) if single else (logits, target)
     table, sums = SliceStats.apply(rows, labels, call, kernels, share)
@@ -190,7 +190,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
 def _check_alone(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> None:
     """What a rank can know of its arguments by itself."""
     if not isinstance(logits, Tensor) or logits.dim() == 0:
-        check_inputs(logits, target, None, call.min_prob)
+        check_inputs(logits, target, None, call.clamp)
     size = logits.shape[min(1, logits.dim() - 1)]
     check_inputs(_of_all_classes(logits, max(size, 2)), target, None, 0.0)
     if weight is not None and not isinstance(weight, Tensor):

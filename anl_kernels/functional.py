@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import os
 from collections.abc import Iterable
 
@@ -13,7 +14,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import class_parallel, registry
 from .layout import WITH_MEMORY, acc_dtype, check_inputs, resolved
-from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, number
+from .stats import ABOVE, ABOVE_MASS, FOCAL_ABOVE
+from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, coefficient, number
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_KEPT = 256  # expressions by their parameters; calls by their keywords
@@ -23,9 +25,9 @@ class Call:
     """The checked keywords of a call, and what the kernels need to know of its expression."""
 
     __slots__ = (
-        "backend", "batch_group", "built_in", "class_group", "deferred", "entropy_weight", "expression", "gamma",
-        "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction", "terms",
-        "variants",
+        "backend", "batch_group", "built_in", "clamp", "class_group", "deferred", "entropy_weight", "expression",
+        "gamma", "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction",
+        "terms", "variants",
     )  # fmt: skip
 
     @property
@@ -59,6 +61,7 @@ def robust_loss(
     backend: str = "auto",
     class_group=None,
     batch_group=None,
+    input: Tensor | None = None,
 ) -> Tensor:
     """The loss `expression` (a term or a weighted sum of terms) of every row of logits, reduced.
 
@@ -92,6 +95,7 @@ def robust_loss(
             DTensors, sharded along the classes, need no class_group: their gradient is a DTensor.
         batch_group: a torch.distributed process group whose ranks' rows share q and the denominator of "mean". The
             gradient is such that the average over ranks (DDP) is that of one process with all rows.
+        input: another name of logits, F.cross_entropy's.
 
     Returns:
         The loss: float32 (float64 for float64 logits), a scalar, or target's shape with "none". An ignored row is 0;
@@ -107,6 +111,10 @@ def robust_loss(
 
     Active negative loss: Ye et al., NeurIPS 2023; journal version arXiv 2412.02373.
     """
+    if input is not None:
+        if logits is not None:
+            raise TypeError("the logits are given twice: as logits and as input")
+        logits = input
     options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
     compiling = torch.compiler.is_compiling()
     known = type(logits) in WITH_MEMORY and type(target) in WITH_MEMORY and type(weight) in WITH_MEMORY
@@ -123,8 +131,12 @@ def robust_loss(
         call = _known_call(expression, options)
     if class_group is not None:
         return class_parallel.robust_loss(logits, target, weight, call)
-    check_inputs(logits, target, weight, call.min_prob)
+    check_inputs(logits, target, weight, call.clamp)
     return registry.choose(logits, call).robust_loss(logits, target, weight, call)
+
+
+robust_loss.__signature__ = inspect.signature(robust_loss)
+robust_loss.__defaults__ = (None, None, None)  # logits may come as input; what is missing is no tensor, or no loss
 
 
 def _known_call(expression: Algebra, options: tuple) -> Call:
@@ -135,6 +147,7 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
         call = checked_call(expression, *options)
+        call.expression = expression.without_calls()
         if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
         expression.calls[options] = call
@@ -159,8 +172,16 @@ def checked_call(
         expression = Expression(expression.terms_of())
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if type(ignore_index) is not int:
+        if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
+            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+        ignore_index = operator.index(ignore_index)
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be True or False, got {inplace!r}")
+    if not (recompute is None or isinstance(recompute, bool)):
+        raise TypeError(f"recompute must be True, False or None, got {recompute!r}")
+    if backend != "auto" and backend not in registry._MODULES:
+        registry._named(backend, "backend", None, call=None)  # the error that says which there are
     entropy_weight = number("entropy_weight", entropy_weight)
     min_prob = number("min_prob", min_prob)
     if not 0.0 < min_prob < 1.0:
@@ -169,16 +190,28 @@ def checked_call(
         raise ValueError(f"entropy_weight must be finite, got {entropy_weight}")
     if entropy_weight != 0.0 and reduction == "none":
         raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
+    _check_group("class_group", class_group)
+    _check_group("batch_group", batch_group)
     call = Call()
     call.expression = expression
     call.terms = [(term.kind, coef, *term.parameters) for coef, term in expression.terms]
     call.built_in, call.needs, call.gamma = expression.built_in, expression.needs, expression.gamma
     call.ignore_index, call.reduction, call.min_prob = ignore_index, reduction, min_prob
+    # What K classes are checked with: of 1/K or more it would clamp a uniform row, where a loss has a clamp at all.
+    call.clamp = min_prob if call.needs & (ABOVE | ABOVE_MASS | FOCAL_ABOVE) else 0.0
     call.entropy_weight, call.batch_group, call.class_group = entropy_weight, batch_group, class_group
-    call.inplace, call.recompute, call.backend = bool(inplace), recompute, backend
+    call.inplace, call.recompute, call.backend = inplace, recompute, backend
     call.deferred = bool(recompute) or reduction == "none" or entropy_weight != 0.0
     call.program, call.modules, call.variants = None, {}, {}  # filled by the backends and the choice among them
     return call
+
+
+def _check_group(name: str, group) -> None:
+    if group is None or (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        return
+    raise ValueError(
+        f"{name} must be a torch.distributed process group that this rank belongs to, got {type(group).__name__}"
+    )
 
 
 _SHARED = """
@@ -187,20 +220,24 @@ _SHARED = """
         logits: (N, K), (K,) or (N, K, d1, ...), float16, bfloat16, float32 or float64.
         target: (N,), () or (N, d1, ...), class indices.
         weight, ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend, class_group,
-            batch_group: the keywords of `robust_loss`, whose documentation has shapes, results and errors."""
+            batch_group, input: the keywords of `robust_loss`, whose documentation has shapes, results and errors."""
 
 
 def _loss(function):
-    """Documents the keywords that `function` hands on to robust_loss."""
+    """Documents the keywords that `function` hands on to robust_loss, and leaves it what is missing (see `input`)."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = [p for p in inspect.signature(robust_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
     function.__signature__ = inspect.Signature(own + shared, return_annotation=Tensor)
     function.__doc__ = function.__doc__.rstrip() + _SHARED
+    function.__defaults__ = (None, None)
     return function
 
 
 def _kept(build):
-    """Keeps the expressions `build` makes, with their kernels' programs, by their parameters."""
+    """Keeps the expressions `build` makes, with their kernels' programs, by their parameters.
+
+    Only sums of built-in terms with numbers: they hold nothing of the caller's.
+    """
     known = {}
 
     def kept(*parameters):
@@ -208,12 +245,14 @@ def _kept(build):
             return build(*parameters)
         try:
             return known[parameters]
-        except KeyError:
-            expression = build(*parameters)
+        except (KeyError, TypeError):  # TypeError: no hash, so it is no number
+            pass
+        expression = build(*parameters)
+        if expression.built_in:
             if len(known) >= MAX_KEPT:
                 known.clear()
             known[parameters] = expression
-            return expression
+        return expression
 
     return kept
 
@@ -229,8 +268,9 @@ def _one(term_class, *parameters) -> Expression:
 
 
 @_kept
-def _pair(alpha, first, beta, second, *parameters) -> Expression:
-    return alpha * first(*parameters) + beta * second(*parameters)
+def _pair(_alpha, alpha, first, _beta, beta, second, *parameters) -> Expression:  # with types, to tell True from 1
+    alpha, beta = coefficient("alpha", alpha), coefficient("beta", beta)
+    return Expression(((alpha, first(*parameters)), (beta, second(*parameters))))
 
 
 @_loss
@@ -241,7 +281,7 @@ def anl_ce(logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 
     min_prob in NNCE. Published (alpha, beta): MNIST 1, 1; CIFAR-10 5, 5; CIFAR-100 10, 1; WebVision 20, 1, each with an
     L1 penalty on the parameters (`l1_penalty`).
     """
-    return robust_loss(logits, target, _pair(alpha, NCE, beta, NNCE), **options)
+    return robust_loss(logits, target, _pair(type(alpha), alpha, NCE, type(beta), beta, NNCE), **options)
 
 
 @_loss
@@ -252,7 +292,7 @@ def anl_fl(
 
     The focal weights (1 - p)^gamma are detached, as in the authors' code.
     """
-    return robust_loss(logits, target, _pair(alpha, NFL, beta, NNFL, gamma), **options)
+    return robust_loss(logits, target, _pair(type(alpha), alpha, NFL, type(beta), beta, NNFL, gamma), **options)
 
 
 @_loss
@@ -314,12 +354,12 @@ def sce(
     logits: Tensor, target: Tensor, *, alpha: float = 0.1, beta: float = 1.0, floor: float = 1e-4, **options
 ) -> Tensor:
     """Symmetric cross entropy: alpha CE + beta RCE. Wang et al., ICCV 2019 (CIFAR-10: 0.1, 1; CIFAR-100: 6, 0.1)."""
-    return robust_loss(logits, target, _sce(alpha, beta, floor), **options)
+    return robust_loss(logits, target, _sce(type(alpha), alpha, type(beta), beta, floor), **options)
 
 
 @_kept
-def _sce(alpha, beta, floor) -> Expression:
-    return alpha * CE() + beta * RCE(floor)
+def _sce(_alpha, alpha, _beta, beta, floor) -> Expression:
+    return Expression(((coefficient("alpha", alpha), CE()), (coefficient("beta", beta), RCE(floor))))
 
 
 @_loss

@@ -114,7 +114,7 @@ def linear_robust_loss(
     else:
         share = _agree(input, weight, bias, target, class_weight, call, dtype, max_chunk_bytes, failure)
     labels = target.reshape(-1).long()  # 8 and 16 bits do not hold every class, nor ignore_index
-    check_inputs(_logits_shape(input, dtype, share.classes, len(labels)), labels, None, min_prob)
+    check_inputs(_logits_shape(input, dtype, share.classes, len(labels)), labels, None, call.clamp)
     if class_weight is not None and class_weight.shape != (share.classes,):
         raise ValueError(
             f"class_weight must be ({share.classes},), one number a class; got {tuple(class_weight.shape)}"

@@ -17,18 +17,100 @@ from torch import Tensor
 
 from .stats import DERIVED, FOCAL_STATISTICS, PRIMARY, Statistics, needs_of, one_minus_exp
 
+MAX_TERMS = 16  # of a sum that the compiled modules know; a longer one is computed as any loss is
 
-def number(name: str, value) -> float:
+
+def number(name: str, value, what: str = "a number") -> float:
     """`value` as a float, or a TypeError that names the parameter."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
     return float(value)
 
 
-class Algebra:
-    """Sums and multiples of losses: `5 * NCE() + 5 * NNCE()`. The result is an `Expression`; one kernel runs it."""
+def coefficient(name: str, value) -> float | Factor:
+    """What a loss is multiplied by: a number, or a tensor with one element, through which gradients flow."""
+    what = "a number or a tensor with one element"
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            got = f"a tensor of shape {tuple(value.shape)}"
+            raise ValueError(f"{name} must be {what}, got {got} (class weights are the keyword weight)")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be {what}, floating point, got {value.dtype}")
+        return Factor(1.0, (value,))
+    found = number(name, value, what)
+    if torch.compiler.is_compiling() and not _is_static(found):
+        # A number that changes between calls. An operator would be compiled for every value; the product is not.
+        return Factor(1.0, (torch.ones((), dtype=torch.float64, device="cpu") * found,))
+    if not -math.inf < found < math.inf:
+        raise ValueError(f"{name} must be finite, got {found}")
+    return found
 
-    def terms_of(self) -> tuple[tuple[float, Term], ...]:
+
+def _is_static(value: float) -> bool:
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import, but a compiler has
+
+    return has_static_value(value)
+
+
+class Factor:
+    """A number times tensors, and divided by others. Multiplied where a loss is computed: the tensors may learn."""
+
+    def __init__(self, number: float, tensors: tuple[Tensor, ...] = (), divisors: tuple[Tensor, ...] = ()):
+        self.number, self.tensors, self.divisors = number, tensors, divisors
+
+    def inverse(self) -> Factor:
+        return Factor(1.0 / self.number, self.divisors, self.tensors)
+
+    def times(self, rows: Tensor) -> Tensor:
+        rows = self.number * rows
+        for tensor in self.tensors:
+            rows = rows * tensor.reshape(()).to(rows.dtype)
+        for tensor in self.divisors:
+            rows = rows / tensor.reshape(()).to(rows.dtype)
+        return rows
+
+    def _key(self):  # tensors are the same if they are one: their values change
+        return self.number, tuple(map(id, self.tensors)), tuple(map(id, self.divisors))
+
+    def __eq__(self, other):
+        return isinstance(other, Factor) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __repr__(self):
+        parts = [] if self.number == 1.0 else [f"{self.number:g}"]
+        text = " * ".join([*parts, *(repr(tensor.detach()) for tensor in self.tensors)]) or "1"
+        return text + "".join(f" / {tensor.detach()!r}" for tensor in self.divisors)
+
+
+def _product(a: float | Factor, b: float | Factor) -> float | Factor:
+    if not (isinstance(a, Factor) or isinstance(b, Factor)):
+        return a * b
+    a, b = (x if isinstance(x, Factor) else Factor(x) for x in (a, b))
+    return Factor(a.number * b.number, a.tensors + b.tensors, a.divisors + b.divisors)
+
+
+class Algebra:
+    """Sums and multiples of losses: `5 * NCE() + 5 * NNCE()`. The result is an `Expression`; one kernel runs it.
+
+    A factor may be a tensor with one element, also one that learns: it gets its gradient.
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave their product with a loss to the loss
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """A tensor's product with a loss is the loss's: under torch.compile the operators ask here, and never there."""
+        name = getattr(function, "__name__", "")
+        if name in ("mul", "__mul__", "__rmul__"):
+            tensor, loss = args if isinstance(args[1], Algebra) else (args[1], args[0])
+            return loss.__mul__(tensor)
+        if name in ("__rdiv__", "__rtruediv__"):
+            return args[1].__truediv__(args[0])
+        return NotImplemented
+
+    def terms_of(self) -> tuple[tuple[float | Factor, Term], ...]:
         raise NotImplementedError
 
     def __call__(self, logits: Tensor, target: Tensor, **options) -> Tensor:
@@ -51,13 +133,16 @@ class Algebra:
     def __mul__(self, factor):
         if isinstance(factor, Algebra):
             raise TypeError("losses add and scale; the product of two losses is written as a RowLoss")
-        factor = number("the factor of a loss", factor)
-        return Expression(tuple((factor * coef, term) for coef, term in self.terms_of()))
+        return self._scaled(coefficient("the factor of a loss", factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor):
-        return self * (1.0 / number("the divisor of a loss", divisor))
+        divisor = coefficient("the divisor of a loss", divisor)
+        return self._scaled(divisor.inverse() if isinstance(divisor, Factor) else 1.0 / divisor)
+
+    def _scaled(self, factor: float | Factor) -> Expression:
+        return Expression(tuple((_product(factor, coef), term) for coef, term in self.terms_of()))
 
     def __neg__(self):
         return self * -1.0
@@ -69,19 +154,30 @@ def _is_zero(value) -> bool:
 
 @dataclass(frozen=True)
 class Expression(Algebra):
-    """A weighted sum of terms, ((coef, term), ...)."""
+    """A weighted sum of terms, ((coef, term), ...). Equal terms are one, with the sum of their numbers."""
 
-    terms: tuple[tuple[float, Term], ...]
+    terms: tuple[tuple[float | Factor, Term], ...] = ()  # torch 2.10 hashes what it has yet to fill
 
     def __post_init__(self):
-        gammas = sorted({term.gamma for _, term in self.terms if term.gamma is not None})
+        if not self.terms:
+            raise ValueError("a sum of losses needs at least one")
+        terms = _merged(self.terms)
+        gammas = sorted({term.gamma for _, term in terms if term.gamma is not None})
         if len(gammas) > 1:
             raise ValueError(f"one call has one focal exponent, but the terms of {self!r} ask for gamma = {gammas}")
+        known = all(term.kind is not None and not isinstance(coef, Factor) for coef, term in terms)
         set_once = object.__setattr__
+        set_once(self, "terms", terms)
         set_once(self, "gamma", gammas[0] if gammas else None)
-        set_once(self, "built_in", all(term.kind is not None for _, term in self.terms))
-        set_once(self, "needs", needs_of(name for _, term in self.terms for name in term.reads))
+        set_once(self, "built_in", known and len(terms) <= MAX_TERMS)
+        set_once(self, "needs", needs_of(name for _, term in terms for name in term.reads))
         set_once(self, "calls", {})  # checked keywords of earlier calls: functional.robust_loss keeps them here
+
+    def without_calls(self) -> Expression:
+        """The same, for the calls that are kept here: would they hold this one, only gc could free it."""
+        other = object.__new__(Expression)
+        other.__dict__.update(self.__dict__, calls={})
+        return other
 
     def terms_of(self):
         return self.terms
@@ -89,12 +185,14 @@ class Expression(Algebra):
     def value(self, s: Statistics) -> Tensor:
         total = None
         for coef, term in self.terms:
-            part = coef * term.value(s)
+            rows = term.value(s)
+            part = coef.times(rows) if isinstance(coef, Factor) else coef * rows
             total = part if total is None else total + part
         return total
 
     def __repr__(self):
-        return " + ".join(f"{coef:g} * {term!r}" for coef, term in self.terms)
+        shown = [(repr(coef) if isinstance(coef, Factor) else f"{coef:g}", term) for coef, term in self.terms]
+        return " + ".join(f"{coef} * {term!r}" for coef, term in shown)
 
     def __getstate__(self):
         return self.terms
@@ -102,6 +200,19 @@ class Expression(Algebra):
     def __setstate__(self, terms):
         object.__setattr__(self, "terms", terms)
         self.__post_init__()
+
+
+def _merged(terms):
+    """`terms` with equal ones added, where their coefficients are numbers."""
+    found = []
+    for coef, term in terms:
+        for place, (other_coef, other) in enumerate(found):
+            if not (isinstance(coef, Factor) or isinstance(other_coef, Factor)) and term.is_as(other):
+                found[place] = (other_coef + coef, other)
+                break
+        else:
+            found.append((coef, term))
+    return tuple(found)
 
 
 class Term(Algebra):
@@ -120,6 +231,12 @@ class Term(Algebra):
 
     def terms_of(self):
         return ((1.0, self),)
+
+    def is_as(self, other: Term) -> bool:
+        """Whether both have the same value; of terms that only PyTorch knows, whether they are one."""
+        if self.kind is None or self.kind != other.kind:
+            return self is other
+        return self.gamma == other.gamma and self.parameters == other.parameters
 
     def _check(self, name: str, low: float, include: bool = False) -> None:
         value = number(f"{type(self).__name__}'s {name}", getattr(self, name))
@@ -317,7 +434,7 @@ class AEL(Term):
 
 
 class _Probe(Statistics):
-    """Statistics of a few made-up rows that remember what was read of them."""
+    """Statistics of a made-up row that remember what was read of them."""
 
     def __init__(self, gamma: float):
         super().__init__(1e-7, gamma)
@@ -326,7 +443,7 @@ class _Probe(Statistics):
     def _make(self, name):
         self.seen.add(name)
         made_up = {"lse": 2.0, "target_logit": 1.0, "target_log_prob": -1.0}
-        return torch.full((2,), made_up.get(name, 4.0), dtype=torch.float64)
+        return torch.full((1,), made_up.get(name, 4.0), dtype=torch.float64)  # (1,) goes with tensors of any length
 
 
 class RowLoss(Term):
@@ -337,7 +454,7 @@ class RowLoss(Term):
             derivatives are taken by autograd, also those by tensors that f holds (learned parameters). The statistics
             are float64 on the fused backends.
         gamma: the exponent of the focal weights, if f reads one of the focal statistics.
-        needs: the names of the statistics that f reads. Found by calling f once on made-up rows if not given, which
+        needs: the names of the statistics that f reads. Found by calling f once on a made-up row if not given, which
             misses what f reads only under some condition.
 
     It adds and scales like the built-in losses.
@@ -367,12 +484,18 @@ class RowLoss(Term):
 
 
 def _probe(f, gamma) -> tuple[str, ...]:
-    """The statistics f reads. f may fail on made-up rows (it may hold tensors of another length): then all of them."""
+    """The statistics f reads. f may fail on a made-up row (it may hold tensors of many): then all of them."""
     probe = _Probe(0.5 if gamma is None else gamma)  # the exponent may come from another term of the sum
     try:
         with torch.no_grad():
-            f(probe)
+            f(probe)  # where torch.compile fails here: say what f reads, RowLoss(f, needs=[...])
     except Exception:
         focal = () if gamma is None else ("focal_sum", "focal_above_sum")
         return (*(name for name in PRIMARY if name not in FOCAL_STATISTICS), *focal)
     return tuple(name for name in (*PRIMARY, *DERIVED) if name in probe.seen)
+
+
+# What torch.load(weights_only=True) may make: terms hold numbers, and a RowLoss a function that has to be allowed too.
+torch.serialization.add_safe_globals(
+    [CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, RowLoss, Expression, Factor]
+)

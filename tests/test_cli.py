@@ -108,6 +108,24 @@ def test_demo(tmp_path, capsys):
     assert "ANL-CE+entropy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("command", "option"), [("bench", "--json"), ("demo", "--output")])
+@pytest.mark.parametrize("name", ["no/such/folder/file.png", "."])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, capsys, command, option, name):
+    if command == "demo":
+        pytest.importorskip("sklearn"), pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as end:
+        main([command, option, str(tmp_path / name)])
+    output = capsys.readouterr()
+    assert end.value.code == 2
+    assert option in output.err and "folder" in output.err and output.out == ""
+
+
+def test_demo_refuses_what_is_no_plot(tmp_path, capsys):
+    pytest.importorskip("sklearn"), pytest.importorskip("matplotlib")
+    assert main(["demo", "--output", str(tmp_path / "plot.txt")]) == 2
+    assert "png" in capsys.readouterr().err
+
+
 # ---- check on a GPU that is emulated
 
 HERE = torch.device("cpu")

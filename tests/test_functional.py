@@ -3,12 +3,15 @@
 import inspect
 
 import helpers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import THERE, single
 
 import anl_kernels as ak
+from anl_kernels import functional
+from anl_kernels.functional import checked_call
 
 # function -> (its own parameters, the oracle's terms for them)
 FUNCTIONS = {
@@ -48,6 +51,7 @@ SHARED = {
     "backend": "auto",
     "class_group": None,
     "batch_group": None,
+    "input": None,
 }
 CALLS = [(name, parameters, terms) for name, cases in FUNCTIONS.items() for parameters, terms in cases]
 
@@ -146,3 +150,118 @@ def test_a_term_alone_is_an_expression(one_backend):
         ak.robust_loss(logits, target, ak.MAE(), backend=one_backend.name),
         ak.mae(logits, target, backend=one_backend.name),
     )
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "robust_loss"])
+def test_the_logits_may_be_called_input(name):
+    """As F.cross_entropy calls them; the signature stays that of logits and target."""
+    function = getattr(ak, name)
+    more = {"expression": ak.NCE()} if name == "robust_loss" else {}
+    expected = function(LOGITS, TARGET, **more)
+    assert torch.equal(function(input=LOGITS, target=TARGET, **more), expected)
+    assert torch.equal(function(logits=LOGITS, target=TARGET, **more), expected)
+    for wrong, message in (
+        (dict(input=LOGITS, logits=LOGITS, target=TARGET), "twice"),
+        (dict(input=LOGITS), "target must be a tensor"),
+        (dict(target=TARGET), "logits must be a tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            function(**wrong, **more)
+    parameters = inspect.signature(function).parameters
+    assert parameters["logits"].default is parameters["target"].default is inspect.Parameter.empty
+
+
+# ---- keywords that are checked
+
+
+def call(expression=None, **keywords):
+    values = dict(ignore_index=-100, reduction="mean", entropy_weight=0.0, min_prob=1e-7, inplace=False)
+    values |= dict(recompute=None, backend="auto", class_group=None, batch_group=None)
+    return checked_call(expression or ak.NCE(), **{**values, **keywords})
+
+
+LOGITS, TARGET = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        (dict(recompute="yes"), TypeError, "recompute must be True, False or None, got 'yes'"),
+        (dict(recompute=1), TypeError, "recompute"),
+        (dict(inplace="no"), TypeError, "inplace must be True or False, got 'no'"),
+        (dict(ignore_index=True), TypeError, "ignore_index"),
+        (dict(ignore_index=1.0), TypeError, "ignore_index"),
+        (dict(ignore_index=torch.tensor(1)), TypeError, "ignore_index"),
+        (dict(class_group="world"), ValueError, "class_group must be a torch.distributed process group .* got str"),
+        (dict(batch_group="world"), ValueError, "batch_group must be a torch.distributed process group .* got str"),
+        (dict(batch_group=0), ValueError, "batch_group must be a torch.distributed process group .* got int"),
+        (dict(backend="nonsense"), ValueError, "no such backend"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_a_keyword_s_value_is_checked(keywords, error, message):
+    with pytest.raises(error, match=message):
+        ak.anl_ce(LOGITS, TARGET, **keywords)
+    with pytest.raises(error, match=message):
+        ak.ANLCELoss(**keywords)  # when it is made
+
+
+@pytest.mark.parametrize("function", [ak.anl_ce, ak.anl_fl, ak.sce])
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_coefficient_is_a_finite_number_or_one_element(function, name):
+    function(LOGITS, TARGET, **{name: 1})  # kept: what equals it is checked all the same
+    for wrong in (True, np.True_, None, "1", [1.0], torch.tensor(1)):
+        with pytest.raises(TypeError, match=f"{name} must be a number or a tensor with one element"):
+            function(LOGITS, TARGET, **{name: wrong})
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            function(LOGITS, TARGET, **{name: wrong})
+    with pytest.raises(ValueError, match=rf"{name} must be .* got a tensor of shape \(5,\) .*keyword weight"):
+        function(LOGITS, TARGET, **{name: torch.ones(5)})
+
+
+def test_ignore_index_is_any_integer():
+    for two in (np.int64(2), np.uint8(2)):
+        assert torch.equal(ak.nce(LOGITS, TARGET, ignore_index=two), ak.nce(LOGITS, TARGET, ignore_index=2))
+        assert type(call(ignore_index=two).ignore_index) is int
+
+
+CLAMPED = [ak.NNCE(), ak.NNFL(), ak.RCE(), ak.NCE() + ak.NNCE(), ak.RowLoss(lambda s: s.above_mass)]
+UNCLAMPED = [ak.CE(), ak.NCE(), ak.NFL(), ak.MAE(), ak.GCE(), ak.RowLoss(lambda s: s.target_prob)]
+
+
+@pytest.mark.parametrize("loss", [*CLAMPED, *UNCLAMPED], ids=repr)
+def test_the_clamp_is_checked_only_where_a_loss_has_one(one_backend, loss):
+    """K * min_prob >= 1: ten million classes and the default, or these three."""
+    clamp = call(loss, min_prob=0.5).clamp
+    logits, target = LOGITS[:, :3].contiguous(), TARGET.clamp(max=2)
+    if loss in CLAMPED:
+        assert clamp == 0.5
+        with pytest.raises(ValueError, match="min_prob"):
+            loss(logits, target, min_prob=0.5, backend=one_backend.name)
+        return
+    assert clamp == 0.0
+    result = helpers.calculate(logits, target, loss, min_prob=0.5, backend=one_backend.name)
+    torch.testing.assert_close(result, helpers.calculate(logits, target, loss, backend=one_backend.name))
+
+
+def test_many_classes_without_a_clamp():
+    logits = torch.zeros(1, 20_000_000, dtype=torch.bfloat16)
+    target = torch.tensor([7])
+    torch.testing.assert_close(ak.cross_entropy(logits, target), torch.tensor(2e7).log())
+    with pytest.raises(ValueError, match="min_prob"):
+        ak.nnce(logits, target)
+
+
+def test_nothing_of_the_caller_s_is_kept():
+    """A loss is kept by its numbers; one with a function or a tensor is not kept at all."""
+    kept = inspect.getclosurevars(functional._pair).nonlocals["known"]
+    before = len(kept)
+    ak.anl_ce(LOGITS, TARGET, alpha=torch.tensor(2.5))
+    assert len(kept) == before
+    ak.anl_ce(LOGITS, TARGET, alpha=2.53125)
+    assert len(kept) == before + 1
+    terms = inspect.getclosurevars(functional._expression_of).nonlocals["known"]
+    before = len(terms)
+    ak.RowLoss(lambda s: s.lse)(LOGITS, TARGET)
+    assert len(terms) == before

@@ -354,7 +354,7 @@ def test_autocast_computes_as_linear(chunks):
 
 def count_rows(monkeypatch, name):
     kernels = ak.registry.choose(
-        torch.empty(0, 2), ak.functional.checked_call(ak.NCE(), -100, "mean", 0.0, 1e-7, *[None] * 2, "auto")
+        torch.empty(0, 2), ak.functional.checked_call(ak.NCE(), -100, "mean", 0.0, 1e-7, False, None, "auto")
     )
     seen, original = [], getattr(kernels, name)
     monkeypatch.setattr(

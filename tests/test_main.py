@@ -37,6 +37,13 @@ def test_check_passes():
             assert f"backend {backend.name}" in result.stdout
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"anl_kernels {ak.__version__}\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--nothing"]], ids=str)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import workloads
-from .common import environment, progress, table
+from .common import environment, output_file, progress, table
 from .contenders import LOSSES, PHASES, Contender, contenders, promised_allocations, promised_bytes, truth, verdict
 from .timing import interleaved, peak_resident, profile
 from .workloads import Workload
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (slow to start)")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--seconds", type=float, help="for the rounds of one shape (20; --quick 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the results with device, versions and date")
+    parser.add_argument(
+        "--json", metavar="FILE", type=output_file, help="write the results with device, versions and date"
+    )
     parser.add_argument("--strict", action="store_true", help="exit 1 on a wrong or failed result or too much memory")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib
 import os
@@ -33,6 +34,18 @@ def table(rows: list[list], headers: list[str], **options) -> str:
 def progress(total: int, unit: str, quiet: bool = False):
     """A progress bar on stderr; none where stderr is no terminal."""
     return need("tqdm", "cli").tqdm(total=total, unit=unit, leave=False, disable=True if quiet else None)
+
+
+def output_file(text: str) -> str:
+    """The type of an argument that names a file to write: what stands in its way is said before anything is done."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write {text!r} in")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return text
 
 
 def processor() -> str:

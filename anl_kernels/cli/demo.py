@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import anl_kernels as ak
 
-from .common import need, progress, table
+from .common import need, output_file, progress, table
 
 TRAINED_ON = 1297
 BATCH, LEARNING_RATE, MOMENTUM, CLIP = 128, 0.01, 0.9, 5.0
@@ -197,7 +198,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--losses", metavar="LIST", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one a core)")
-    parser.add_argument("--output", default="anl_kernels_demo.png", metavar="FILE", help="the plot, a PNG")
+    parser.add_argument(
+        "--output", default="anl_kernels_demo.png", metavar="FILE", type=output_file, help="the plot, a PNG"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,6 +210,10 @@ def run(args: argparse.Namespace) -> int:
         losses = [name for name in SETTINGS if name in args.losses.split(",")]
         if not losses:
             sys.exit(f"anl_kernels: --losses takes names of {', '.join(SETTINGS)}.")
+    known = need("matplotlib.backend_bases", "demo").FigureCanvasBase.filetypes
+    if Path(args.output).suffix[1:].lower() not in ("", *known):
+        print(f"anl_kernels: --output {args.output}: a plot is one of {', '.join(known)}.", file=sys.stderr)
+        return 2
     if args.seeds < 1 or args.epochs < 1 or args.workers < 1:
         sys.exit("anl_kernels: --seeds, --epochs and --workers must be at least 1.")
     jobs = [Job(n, loss, s, args.epochs, args.backend) for s in range(args.seeds) for n in NOISES for loss in losses]
