@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import cuda_on_host.build
@@ -140,6 +141,51 @@ def test_a_label_out_of_bounds_is_a_row_of_nan(device, shape, label):
                     grad[others].cpu().double(), oracle.as_rows(clean_grad)[others.cpu()], rtol=1e-4, atol=1e-7
                 )
     assert clean_loss.isfinite()
+
+
+def checked_call(**changes):
+    """What the backend's functions read of a checked call."""
+    values = dict(terms=((0, 1.0, 0.0, 0.0),), min_prob=1e-7, gamma=None, needs=0, ignore_index=-100, reduction="none")
+    return types.SimpleNamespace(**{"inplace": False, "explicit": True, **values, **changes})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_labels_changed_between_forward_and_backward_touch_their_own_rows_alone(device, shape):
+    rows, classes = math.prod(shape) // shape[1], shape[1]
+    logits = helpers.randn(shape, generator=helpers.generator(0))
+    target = helpers.randint(classes, (rows,), generator=helpers.generator(1)).view(shape[0], *shape[2:])
+    coefs = ak.layout.new_coefs(logits, target)
+    cuda.row_loss(checked_call(), logits, target, None, None, coefs)
+    expected = oracle.as_rows(cuda.row_grad(checked_call(), logits, target, coefs, None, None))
+    for label in (classes, 2**40, -7, -(2**62)):
+        changed = target.clone()
+        changed.view(-1)[rows // 2] = label
+        grad = oracle.as_rows(cuda.row_grad(checked_call(), logits, changed, coefs, None, None))
+        others = torch.arange(rows) != rows // 2
+        assert torch.equal(grad[others], expected[others])
+
+
+@pytest.mark.parametrize("argument", ["logits", "target", "weight", "grad", "coefs", "grad_output"])
+def test_a_tensor_without_memory_is_refused_by_name(module, argument):
+    x, target, coefs, output = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), torch.ones(10, 4), torch.ones(4)
+    given = dict(logits=x, target=target, weight=torch.ones(6), grad=x.clone(), coefs=coefs, grad_output=output)
+    given[argument] = torch._efficientzerotensor(given[argument].shape, dtype=given[argument].dtype)
+    x, target, weight, grad, coefs, output = given.values()
+    said = {"grad": "the gradient"}.get(argument, argument)
+    with pytest.raises(TypeError, match=f"{said} is a ZeroTensor without memory"):
+        if argument == "grad_output":
+            cuda.row_grad(checked_call(), x, target, coefs, output, None)
+        else:
+            cuda.row_loss(checked_call(), x, target, weight, grad, coefs)
+
+
+def test_the_module_refuses_null_pointers_by_name(module):
+    x, y, out = torch.randn(4, 6).data_ptr(), torch.zeros(4, dtype=torch.int64).data_ptr(), torch.zeros(4).data_ptr()
+    program, where = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0), module.Where(-1, 0, lambda size: 0)
+    at = ((4, 6, 1), (6, 1, 0))
+    for logits, target, loss, what in ((0, y, out, "the logits"), (x, 0, out, "the target"), (x, y, 0, "the loss")):
+        with pytest.raises(ValueError, match=f"no memory is given for {what}"):
+            module.row_loss(program, 0, at[0], logits, at[1], 0, at[1], target, 0, -100, 0, 0, loss, 0, where)
 
 
 @pytest.mark.parametrize("classes", [10, 700, 3000])
