@@ -14,7 +14,25 @@ from torch import Tensor
 from . import class_parallel, registry
 from .layout import acc_dtype, check_inputs
 from .stats import ABOVE, ABOVE_MASS, FOCAL_ABOVE
-from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, coefficient, number
+from .terms import (
+    AEL,
+    AGCE,
+    AUL,
+    CE,
+    FL,
+    GCE,
+    MAE,
+    NCE,
+    NFL,
+    NNCE,
+    NNFL,
+    RCE,
+    Algebra,
+    Expression,
+    RowLoss,
+    coefficient,
+    number,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_KEPT = 256  # expressions by their parameters; calls by their keywords
@@ -133,7 +151,7 @@ robust_loss.__defaults__ = (None, None, None)  # logits may come as input; what 
 def _known_call(expression: Algebra, options: tuple) -> Call:
     """The call of these keywords: checked when they are first seen, then kept with the expression."""
     if type(expression) is not Expression and isinstance(expression, Algebra):
-        expression = _expression_of(expression)
+        expression = expression.kept() if isinstance(expression, RowLoss) else _expression_of(expression)
     try:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
