@@ -100,7 +100,7 @@ def robust_loss(
         reduction: "mean", "sum" or "none".
         entropy_weight: the factor of the batch entropy term R = log K + sum_j q_j log q_j (not with "none"; class
             weights do not enter q).
-        min_prob: the clamp of NNCE, NNFL and RCE; K * min_prob must stay below 1.
+        min_prob: the clamp of NNCE, NNFL and RCE, for which K * min_prob must stay below 1.
         inplace: the gradient overwrites the logits' storage; they must not be used again.
         recompute: True: forward keeps O(N) numbers and backward reads the logits again. False: forward makes the
             gradient. None: True for float16, where a GradScaler's factor must come before rounding.
@@ -288,7 +288,8 @@ def anl_ce(logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 
 
     NCE = log p_y / sum_j log p_j, NNCE = 1 - (T + log p_y) / sum_j (T + log p_j), T = -log(min_prob), p clamped to
     min_prob in NNCE. Published (alpha, beta): MNIST 1, 1; CIFAR-10 5, 5; CIFAR-100 10, 1; WebVision 20, 1, each with an
-    L1 penalty on the parameters (`l1_penalty`).
+    L1 penalty on the parameters (`l1_penalty`). alpha and beta are numbers, or tensors with one element, which get
+    their gradient.
     """
     return robust_loss(logits, target, _pair(type(alpha), alpha, NCE, type(beta), beta, NNCE), **options)
 
