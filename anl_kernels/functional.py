@@ -15,7 +15,25 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import class_parallel, registry
 from .layout import WITH_MEMORY, acc_dtype, check_inputs, resolved
 from .stats import ABOVE, ABOVE_MASS, FOCAL_ABOVE
-from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Algebra, Expression, coefficient, number
+from .terms import (
+    AEL,
+    AGCE,
+    AUL,
+    CE,
+    FL,
+    GCE,
+    MAE,
+    NCE,
+    NFL,
+    NNCE,
+    NNFL,
+    RCE,
+    Algebra,
+    Expression,
+    RowLoss,
+    coefficient,
+    number,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 MAX_KEPT = 256  # expressions by their parameters; calls by their keywords
@@ -83,7 +101,7 @@ def robust_loss(
         reduction: "mean", "sum" or "none".
         entropy_weight: the factor of the batch entropy term R = log K + sum_j q_j log q_j (not with "none"; class
             weights do not enter q).
-        min_prob: the clamp of NNCE, NNFL and RCE; with these K * min_prob must stay below 1.
+        min_prob: the clamp of NNCE, NNFL and RCE, for which K * min_prob must stay below 1.
         inplace: the gradient overwrites the logits' storage; they must not be used again. Autograd notices most later
             uses (README has the list).
         recompute: True: forward keeps O(N) numbers and backward reads the logits again. False: forward makes the
@@ -117,8 +135,10 @@ def robust_loss(
         logits = input
     options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
     compiling = torch.compiler.is_compiling()
-    known = type(logits) in WITH_MEMORY and type(target) in WITH_MEMORY and type(weight) in WITH_MEMORY
-    if not (known and (compiling or not (logits.is_neg() or (weight is not None and weight.is_neg())))):
+    plain = type(logits) in WITH_MEMORY and type(target) in WITH_MEMORY and (compiling or not logits.is_neg())
+    if weight is not None:
+        plain = plain and type(weight) in WITH_MEMORY and (compiling or not weight.is_neg())
+    if not plain:
         given = (logits, target, weight)
         if has_torch_function(given):
             keywords = dict(zip(robust_loss.__kwdefaults__, (weight, *options, class_group, batch_group)))
@@ -142,7 +162,7 @@ robust_loss.__defaults__ = (None, None, None)  # logits may come as input; what 
 def _known_call(expression: Algebra, options: tuple) -> Call:
     """The call of these keywords: checked when they are first seen, then kept with the expression."""
     if type(expression) is not Expression and isinstance(expression, Algebra):
-        expression = _expression_of(expression)
+        expression = expression.kept() if isinstance(expression, RowLoss) else _expression_of(expression)
     try:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
@@ -279,7 +299,8 @@ def anl_ce(logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 
 
     NCE = log p_y / sum_j log p_j, NNCE = 1 - (T + log p_y) / sum_j (T + log p_j), T = -log(min_prob), p clamped to
     min_prob in NNCE. Published (alpha, beta): MNIST 1, 1; CIFAR-10 5, 5; CIFAR-100 10, 1; WebVision 20, 1, each with an
-    L1 penalty on the parameters (`l1_penalty`).
+    L1 penalty on the parameters (`l1_penalty`). alpha and beta are numbers, or tensors with one element, which get
+    their gradient.
     """
     return robust_loss(logits, target, _pair(type(alpha), alpha, NCE, type(beta), beta, NNCE), **options)
 

@@ -35,7 +35,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-WITH_MEMORY = (Tensor, torch.nn.Parameter, type(None))
+WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 
 def resolved(tensor):
@@ -59,7 +59,7 @@ def resolved(tensor):
 def is_concrete(*tensors: Tensor | None) -> bool:
     """Whether `tensors` have memory to work on: no compiler, no fake tensors or tracing, no functorch transform."""
     for tensor in tensors:
-        if type(tensor) not in WITH_MEMORY:
+        if tensor is not None and type(tensor) not in WITH_MEMORY:
             return False
     return (
         not torch.compiler.is_compiling()

@@ -205,8 +205,8 @@ def _in_memory(input, weight, bias, target, class_weight) -> list:
     """The tensors with their values in memory; of those that wrap others, only DTensors are taken off."""
     named = dict(input=input, weight=weight, bias=bias, target=target, class_weight=class_weight)
     tracing = torch.compiler.is_compiling()  # the compiler has its own view of lazy tensors
-    is_lazy = lambda x: x is not None and not tracing and (x.is_neg() or x._is_zerotensor())
-    if not any(type(x) not in WITH_MEMORY or is_lazy(x) for x in named.values()):
+    is_lazy = lambda x: not tracing and (x.is_neg() or x._is_zerotensor())
+    if not any(x is not None and (type(x) not in WITH_MEMORY or is_lazy(x)) for x in named.values()):
         return list(named.values())
     hints = dict(
         input="give input.to_local(), with batch_group where the ranks have different rows",

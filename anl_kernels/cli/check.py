@@ -137,8 +137,9 @@ def compare(loss: Loss, backend: str, logits: Tensor, target: Tensor, expected: 
         leaf = Source.apply(leaf)
     if loss.entropy_weight:
         keywords["entropy_weight"] = loss.entropy_weight
+    edge = torch.autograd.graph.get_gradient_edge(leaf)  # of the logits as they are before they are overwritten
     value = loss.ours(leaf, target.to(device), **keywords)
-    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    (grad,) = torch.autograd.grad(value.sum(), edge)
     value, grad = value.to(logits.device), grad.to(logits.device)
     scale = 1.0 if way == "none" else 1.0 / target.numel()
     want_value = expected.rows if way == "none" else expected.rows.mean() + loss.entropy_weight * expected.entropy
