@@ -144,14 +144,6 @@ def test_a_fallback_is_logged_once(cpu):
     assert result.stdout.strip().endswith("reference")
 
 
-def test_a_sum_of_many_terms_explicitly_on_cpu(cpu):
-    many = ak.GCE(q=0.5)
-    for i in range(1, 60):
-        many = many + ak.GCE(q=i / 100)
-    with pytest.raises((RuntimeError, ValueError), match="terms"):
-        ak.robust_loss(LOGITS, TARGET, many, backend="cpu")
-
-
 def test_without_the_compiled_module():
     """ANL_KERNELS_NO_EXT's package: everything runs on the reference, and says why."""
     code = (
