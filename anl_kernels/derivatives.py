@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from .layout import log_once
+from .layout import is_compiling, is_transformed, log_once
 
 ONLY_ONCE = (
     "this loss made its gradient in forward and keeps no logits, so that the gradient cannot be differentiated again "
@@ -85,9 +85,9 @@ def times(gradient: Tensor, grad_output: Tensor, class_dim: int) -> Tensor:
 
 def is_usual(grad: Tensor) -> bool:
     """Whether a kernel can read what autograd hands to a backward pass: no batched gradient, no subclass."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return type(grad) is Tensor and not (grad.is_neg() or grad._is_zerotensor() or is_batched(grad))
+    return type(grad) is Tensor and not (
+        is_compiling() or is_transformed() or is_batched(grad) or grad.is_neg() or grad._is_zerotensor()
+    )
 
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True

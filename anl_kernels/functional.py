@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import class_parallel, registry
-from .layout import WITH_MEMORY, acc_dtype, check_inputs, resolved
+from .layout import WITH_MEMORY, acc_dtype, check_inputs, is_compiling, resolved
 from .stats import ABOVE, ABOVE_MASS, FOCAL_ABOVE
 from .terms import (
     AEL,
@@ -134,7 +134,7 @@ def robust_loss(
             raise TypeError("the logits are given twice: as logits and as input")
         logits = input
     options = (ignore_index, reduction, entropy_weight, min_prob, inplace, recompute, backend)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     plain = type(logits) in WITH_MEMORY and type(target) in WITH_MEMORY and (compiling or not logits.is_neg())
     if weight is not None:
         plain = plain and type(weight) in WITH_MEMORY and (compiling or not weight.is_neg())

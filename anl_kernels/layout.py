@@ -61,12 +61,14 @@ def is_concrete(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and type(tensor) not in WITH_MEMORY:
             return False
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    return not (is_compiling() or is_transformed() or _dispatch_modes() or _tracing_state())
+
+
+# Names of their own, since small calls notice the way from `torch` to each.
+is_compiling = torch.compiler.is_compiling
+is_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def check_inputs(logits: Tensor, target: Tensor, weight: Tensor | None, min_prob: float) -> None:

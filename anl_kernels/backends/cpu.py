@@ -50,9 +50,9 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
     bad = _cpu.row_loss(
         call.program or _program(call), DTYPES[dtype], shape, address(rows, "logits"), strides,
-        0 if grad is None else grad.data_ptr(), grad_strides, address(target, "target"), TARGETS[target.dtype],
+        address(grad, "the gradient"), grad_strides, address(target, "target"), TARGETS[target.dtype],
         call.ignore_index, address(weight, "weight"), REDUCTIONS[call.reduction], loss.data_ptr(),
-        0 if coefs is None else coefs.data_ptr(), fresh,
+        address(coefs, "coefs"), fresh,
     )  # fmt: skip
     if bad >= 0:
         raise bad_label(int(target.view(-1)[bad]))
