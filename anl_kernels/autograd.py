@@ -23,7 +23,7 @@ from .derivatives import (
     times,
 )
 from .entropy import batch_entropy, world_size
-from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten, resolved
+from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten, refuse_leaf, resolved
 from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -36,8 +36,8 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
     if forward_ad._current_level >= 0 and by_formulas(logits):
         return reference.robust_loss(logits, target, weight, call)
     differentiate = logits.requires_grad and torch.is_grad_enabled()
-    if call.inplace and differentiate and logits.is_leaf:
-        raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for logits that a layer made")
+    if call.inplace and differentiate:
+        refuse_leaf(logits)
     if not call.built_in:
         return stats_loss(kernels, logits, target, weight, call)
     if call.batch_group is not None and call.reduction == "mean":

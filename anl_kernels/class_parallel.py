@@ -22,7 +22,7 @@ from torch.autograd import Function, forward_ad
 from . import registry, slices
 from .autograd import loss_of_table
 from .derivatives import is_usual
-from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, resolved
+from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
 from .stats import coefficients, softmax_coefs
 
 ONLY_ONCE = (
@@ -170,8 +170,8 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
         _check_alone(logits, target, weight, call)
         kernels = registry.choose(logits, call)
         differentiate = logits.requires_grad and torch.is_grad_enabled()
-        if call.inplace and differentiate and logits.is_leaf:
-            raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for a layer's logits")
+        if call.inplace and differentiate:
+            refuse_leaf(logits)
         size = logits.shape[min(1, logits.dim() - 1)]
         mine = header(size, logits.dtype, target, weight, call, differentiate)
     except Exception as error:
@@ -272,8 +272,8 @@ def of_dtensors(logits, target, weight, class_group, inplace):
 
     if class_group is not None:
         raise ValueError("DTensor logits bring their own class group: leave class_group out, or give logits.to_local()")
-    if inplace and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for logits that a layer made")
+    if inplace and torch.is_grad_enabled():
+        refuse_leaf(logits)
     dim, mesh, group = min(1, logits.dim() - 1), logits.device_mesh, None
     for axis, placement in enumerate(logits.placements):
         if placement == Replicate():

@@ -161,6 +161,13 @@ def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
     return logits.new_empty((10, *target.shape), dtype=acc_dtype(logits.dtype))
 
 
+def refuse_leaf(logits: Tensor) -> None:
+    """Raises if to overwrite these logits would overwrite a leaf that requires grad, such as a parameter."""
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError("inplace=True would overwrite a leaf that requires grad: it is for logits that a layer made")
+
+
 def overwritten(logits: Tensor) -> Tensor:
     """The logits' memory, to hold the gradient; ValueError if it cannot."""
     if logits.dim() > 2 and shape_and_strides(logits)[0] is None:
