@@ -293,6 +293,7 @@ def test_inplace_of_a_slice_leaves_the_rest(one_fused):
         (loss + hidden[2, 3]).backward()
 
 
+@THERE
 @pytest.mark.parametrize(
     "logits",
     [

@@ -5,7 +5,7 @@ import logging
 import helpers
 import pytest
 import torch
-from helpers import EXPRESSIONS, expression
+from helpers import EXPRESSIONS, THERE, expression
 
 import anl_kernels as ak
 from anl_kernels import layout
@@ -83,7 +83,7 @@ def problem(criterion, backend, **keywords):
     factor = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
 
     def f(w):
-        loss = criterion(x @ w.sin(), TARGET, min_prob=1e-3, backend=backend, **keywords)
+        loss = criterion(x @ w.sin(), TARGET.to(x.device), min_prob=1e-3, backend=backend, **keywords)
         return (loss * factor).sum() if loss.dim() else loss * 1.5
 
     return f, w
@@ -108,6 +108,7 @@ def test_second_derivatives_with_every_keyword(cpu, route, keeps):
     compare(ROUTES.get(route) or FUNC_ROUTES[route], LOSSES["anl_ce"](), KEEPS[keeps])
 
 
+@THERE
 @pytest.mark.parametrize("loss", ["anl_ce", "row_loss"])
 @pytest.mark.parametrize("route", ["penalty", "hvp"])
 def test_second_derivatives_on_every_backend(fused, route, loss):

@@ -477,7 +477,7 @@ def bad_calls():
     yield dict(class_weight=torch.ones(3)), ValueError, "class_weight must be"
     yield dict(class_weight=torch.ones(CLASSES, requires_grad=True)), ValueError, "constant"
     yield dict(max_chunk_bytes=0), ValueError, "max_chunk_bytes"
-    yield dict(min_prob=0.5), ValueError, "min_prob"
+    yield dict(min_prob=0.5, loss=ak.NNCE()), ValueError, "min_prob"
     yield dict(reduction="median"), ValueError, "reduction"
     yield dict(entropy_weight=1.0, reduction="none"), ValueError, "entropy"
     yield dict(backend="nonsense"), ValueError, "no such backend"

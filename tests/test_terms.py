@@ -335,6 +335,7 @@ FACTORED = {
 }
 
 
+@THERE
 @pytest.mark.parametrize("build", FACTORED.values(), ids=FACTORED)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_a_learned_factor_gets_its_gradient(one_backend, build, shape):
@@ -356,6 +357,7 @@ def test_a_learned_factor_gets_its_gradient(one_backend, build, shape):
     torch.testing.assert_close(again.detach(), build(3.0)(z, y), rtol=1e-12, atol=0)
 
 
+@THERE
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (3, 5, 2)], ids=str)
 def test_a_factor_does_not_change_the_loss_s_dtype_and_shape(one_backend, shape):
     logits = torch.randn(shape)

@@ -113,6 +113,8 @@ def local(tensor):
 @pytest.mark.parametrize("kind", RIGHT)
 def test_tensors_that_hold_their_values_elsewhere(one_fused, kind, role, loss):
     """Each argument in turn; and what comes back is what the plain tensor gives, in whatever tensor."""
+    if one_fused.on_gpu:
+        pytest.skip("the process group is one of CPUs")
     given = arguments()
     if kind == "negated" and role == "target":
         pytest.skip("integers have no lazy minus sign")
