@@ -40,9 +40,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(linear, "TILE_ROWS", 16)
 
 
-def problem():
+def problem(seed=0):
     """[input, weight, bias], which require grad, and a target of which some rows are ignored."""
-    g = helpers.generator(0)
+    g = helpers.generator(seed)
     leaves = [torch.randn(s, generator=g).double() for s in ((ROWS, WIDTH), (CLASSES, WIDTH), (CLASSES,))]
     target = torch.randint(CLASSES, (ROWS,), generator=g)
     target[2::7] = -100
@@ -303,8 +303,8 @@ def test_compiled_autograd_over_an_eager_forward(kind, way):
     """Backward is not traced: its chunks take turns in one piece of memory."""
     torch._dynamo.reset()
     for chunks in ("one", "recompute", "tiles"):
-        for _ in range(2):
-            leaves, target = problem()
+        for seed in range(2):
+            leaves, target = problem(seed)
             loss = loss_of(LOSSES["anl_ce"](), target, **KINDS[kind], **CHUNKS[chunks])(*leaves)
             expected = torch.autograd.grad(loss, leaves, retain_graph=True)
             with way(loss) as backward:
