@@ -23,7 +23,17 @@ from .derivatives import (
     times,
 )
 from .entropy import batch_entropy, world_size
-from .layout import acc_dtype, is_concrete, new_coefs, new_grad, overwritten, refuse_leaf, resolved
+from .layout import (
+    acc_dtype,
+    is_compiling,
+    is_concrete,
+    is_transformed,
+    new_coefs,
+    new_grad,
+    overwritten,
+    refuse_leaf,
+    resolved,
+)
 from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -59,8 +69,8 @@ def _transformed(kernels, logits, target, weight, call):
             "inplace=True overwrites the memory of plain tensors in an eager call: not under torch.compile, torch.func "
             "or a TorchDispatchMode, and not of a tensor subclass"
         )
-    functorch = torch._C._are_functorch_transforms_active()
-    if functorch and torch.compiler.is_compiling():  # an operator has no rules for torch.func
+    functorch = is_transformed()
+    if functorch and is_compiling():  # an operator has no rules for torch.func
         if call.backend not in ("auto", "reference"):
             raise RuntimeError(f"backend={call.backend!r} does not run torch.func transforms under torch.compile")
         return reference.robust_loss(logits, target, weight, call)
@@ -122,7 +132,7 @@ _fused_loss = super(Function, FusedLoss).apply
 
 def row_grad(kernels, call, logits, target, coefs, grad_output, entropy) -> Tensor:
     """The backend's row_grad, or its operator where compiled autograd traces a backward pass."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return kernels.row_grad(call, logits, target, coefs, grad_output, entropy)
     from . import ops
 
@@ -142,6 +152,8 @@ def _mark_overwritten(logits: Tensor) -> None:
 
 
 class _Overwritten(Function):
+    """Stands in the graph for logits whose memory holds their gradient: what flows back to them is an error."""
+
     @staticmethod
     def forward(ctx, logits):
         ctx.mark_dirty(logits)
@@ -206,7 +218,7 @@ class RowStats(Function):
         logits, target, table = ctx.saved_tensors
         call = ctx.call.variant(inplace=False) if ctx.call.inplace and torch.is_grad_enabled() else ctx.call
         log_q = log_q if call.entropy_weight else None
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return RowGrad.forward(logits, target, table, partials, log_q, call, ctx.kernels), None, None, None
         partials = resolved(partials)
         if is_batched(partials) or type(partials) is not Tensor:

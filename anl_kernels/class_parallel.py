@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from . import registry, slices
 from .autograd import loss_of_table
-from .derivatives import is_usual
+from .derivatives import is_dual, is_usual
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
 from .stats import coefficients, softmax_coefs
 
@@ -201,8 +201,7 @@ def _check_alone(logits: Tensor, target: Tensor, weight: Tensor | None, call) ->
 def check_eager(*tensors: Tensor | None) -> None:
     if not is_concrete(*tensors):
         raise RuntimeError("class_group is for eager calls of plain tensors: not under torch.compile or torch.func")
-    given = [tensor for tensor in tensors if tensor is not None]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+    if is_dual(*tensors):
         raise RuntimeError(ONLY_ONCE)
 
 

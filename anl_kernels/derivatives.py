@@ -17,19 +17,24 @@ BATCHED_ONCE = (
     'backend="reference"'
 )
 _SLOWER = (
-    "anl_kernels: second derivatives and forward mode go by the reference formulas, which keep tens of bytes a logit; "
-    "first derivatives stay with the kernels"
+    "anl_kernels: second derivatives and forward mode go by the reference formulas, which keep tens of bytes per "
+    "logit; first derivatives stay with the kernels"
 )
+
+
+def is_dual(*tensors: Tensor | None) -> bool:
+    """Whether forward mode is on for one of `tensors`."""
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def by_formulas(*tensors: Tensor | None) -> bool:
     """Whether a call must be made of formulas: it is differentiated in forward mode, or twice by torch.func."""
-    if forward_ad._current_level >= 0:
-        tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in tensors if tensor is not None]
-        if any(tangent is not None for tangent in tangents):
-            log_once(_SLOWER)
-            return True
-    if torch._C._are_functorch_transforms_active():
+    if is_dual(*tensors):
+        log_once(_SLOWER)
+        return True
+    if is_transformed():
         kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack()]
         transform = torch._C._functorch.TransformType
         if transform.Jvp in kinds or kinds.count(transform.Grad) > 1:
@@ -48,6 +53,8 @@ def differentiable(gradients, formulas, inputs, cotangents):
 
 
 class Gradient(Function):
+    """Hands on gradients that are made already; its own backward pass is that of the formulas' gradient."""
+
     @staticmethod
     def forward(ctx, formulas, num_inputs, gradients, *tensors):
         ctx.formulas, ctx.num_inputs = formulas, num_inputs
@@ -60,7 +67,8 @@ class Gradient(Function):
         return None, None, None, *second_vjp(ctx.formulas, tensors[:n], tensors[n:], grads)
 
 
-_gradient = super(Function, Gradient).apply  # under torch.func too: it is given no tensor that a transform has wrapped
+# Function.apply would ask for torch.func's rules where a transform is active; no tensor given here is wrapped by one.
+_gradient = super(Function, Gradient).apply
 
 
 def second_vjp(formulas, inputs, cotangents, grads):
@@ -77,7 +85,7 @@ def second_vjp(formulas, inputs, cotangents, grads):
 
 
 def times(gradient: Tensor, grad_output: Tensor, class_dim: int) -> Tensor:
-    """A gradient made for grad_output = 1, times grad_output, a number or one a row, by PyTorch's operators."""
+    """A gradient made for grad_output = 1, times grad_output, a number or one per row, by PyTorch's operators."""
     if grad_output.dim():
         grad_output = grad_output.unsqueeze(class_dim)
     return (gradient * grad_output).to(gradient.dtype)

@@ -139,11 +139,12 @@ def robust_loss(
     if weight is not None:
         plain = plain and type(weight) in WITH_MEMORY and (compiling or not weight.is_neg())
     if not plain:
-        given = (logits, target, weight)
-        if has_torch_function(given):
-            keywords = dict(zip(robust_loss.__kwdefaults__, (weight, *options, class_group, batch_group)))
-            return handle_torch_function(robust_loss, given, logits, target, expression, **keywords)
-        logits, target, weight = map(resolved, given)
+        if not compiling:  # a compiler looks into subclasses by itself, and the operators see to lazy tensors
+            given = (logits, target, weight)
+            if has_torch_function(given):
+                keywords = dict(zip(robust_loss.__kwdefaults__, (weight, *options, class_group, batch_group)))
+                return handle_torch_function(robust_loss, given, logits, target, expression, **keywords)
+            logits, target, weight = map(resolved, given)
         logits, target, weight, class_group = class_parallel.of_dtensors(logits, target, weight, class_group, inplace)
     if compiling or batch_group is not None or class_group is not None:
         call = checked_call(expression, *options, class_group, batch_group)
@@ -156,7 +157,7 @@ def robust_loss(
 
 
 robust_loss.__signature__ = inspect.signature(robust_loss)
-robust_loss.__defaults__ = (None, None, None)  # logits may come as input; what is missing is no tensor, or no loss
+robust_loss.__defaults__ = (None, None, None)  # logits may come as `input`; a missing target is then named below
 
 
 def _known_call(expression: Algebra, options: tuple) -> Call:
@@ -167,7 +168,7 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
         return expression.calls[options]
     except (AttributeError, KeyError, TypeError):
         call = checked_call(expression, *options)
-        call.expression = expression.without_calls()
+        call.expression = expression.without_calls()  # no cycle, which only the garbage collector would free
         if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
         expression.calls[options] = call
@@ -200,8 +201,8 @@ def checked_call(
         raise TypeError(f"inplace must be True or False, got {inplace!r}")
     if not (recompute is None or isinstance(recompute, bool)):
         raise TypeError(f"recompute must be True, False or None, got {recompute!r}")
-    if backend != "auto" and backend not in registry._MODULES:
-        registry._named(backend, "backend", None, call=None)  # the error that says which there are
+    if backend != "auto":
+        registry.check_name(backend, "backend")
     entropy_weight = number("entropy_weight", entropy_weight)
     min_prob = number("min_prob", min_prob)
     if not 0.0 < min_prob < 1.0:
@@ -217,7 +218,7 @@ def checked_call(
     call.terms = [(term.kind, coef, *term.parameters) for coef, term in expression.terms]
     call.built_in, call.needs, call.gamma = expression.built_in, expression.needs, expression.gamma
     call.ignore_index, call.reduction, call.min_prob = ignore_index, reduction, min_prob
-    # What K classes are checked with: of 1/K or more it would clamp a uniform row, where a loss has a clamp at all.
+    # K * clamp must stay below 1, or a uniform row would be clamped; 0 for a loss that clamps nothing.
     call.clamp = min_prob if call.needs & (ABOVE | ABOVE_MASS | FOCAL_ABOVE) else 0.0
     call.entropy_weight, call.batch_group, call.class_group = entropy_weight, batch_group, class_group
     call.inplace, call.recompute, call.backend = inplace, recompute, backend
@@ -244,7 +245,7 @@ _SHARED = """
 
 
 def _loss(function):
-    """Documents the keywords that `function` hands on to robust_loss, and leaves it what is missing (see `input`)."""
+    """Documents the keywords that `function` hands on to robust_loss. Its logits may come as `input`."""
     own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = [p for p in inspect.signature(robust_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
     function.__signature__ = inspect.Signature(own + shared, return_annotation=Tensor)

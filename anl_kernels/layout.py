@@ -64,7 +64,7 @@ def is_concrete(*tensors: Tensor | None) -> bool:
     return not (is_compiling() or is_transformed() or _dispatch_modes() or _tracing_state())
 
 
-# Names of their own, since small calls notice the way from `torch` to each.
+# Looked up once: a small call asks all of them, and would notice the attribute lookups.
 is_compiling = torch.compiler.is_compiling
 is_transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import class_parallel, functional, registry, slices
@@ -220,7 +220,7 @@ def _in_memory(input, weight, bias, target, class_weight) -> list:
 def _is_transformed(*tensors) -> bool:
     """Whether PyTorch must see the formulas, and so all the logits."""
     if is_concrete(*tensors):
-        return forward_ad._current_level >= 0 and by_formulas(*tensors[:3])
+        return by_formulas(*tensors[:3])
     transforms = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     when = "under torch.compile and torch.func" if transforms else "for tensor subclasses, dispatch modes and tracing"
     log_once(f"anl_kernels: {when} a linear head's logits are made in full")

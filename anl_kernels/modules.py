@@ -38,7 +38,7 @@ class RobustLoss(nn.Module):
             if name not in OPTIONS:
                 raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
         if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 1):
-            raise TypeError("weight must be a floating point tensor (K,), one number a class")
+            raise TypeError("weight must be a floating point tensor (K,), one number per class")
         for name, default in OPTIONS.items():
             setattr(self, name, options.get(name, default))
         self.register_buffer("weight", weight)

@@ -99,10 +99,14 @@ def choose(logits: Tensor, call):
     return call.modules[key]
 
 
-def _named(name: str, asked_by: str, logits: Tensor, call):
+def check_name(name: str, asked_by: str) -> None:
     if name not in _MODULES:
         known = ", ".join(map(repr, _MODULES))
         raise ValueError(f"{asked_by}={name!r}: there is no such backend; there are {known} and 'auto'")
+
+
+def _named(name: str, asked_by: str, logits: Tensor, call):
+    check_name(name, asked_by)
     reason = _cannot_run(_MODULES[name], logits, call)
     if reason is not None:
         raise RuntimeError(f"{asked_by}={name!r} cannot run this call: {reason}")

@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 from helpers import EXPRESSIONS, THERE, expression
+from torch.testing._internal.two_tensor import TwoTensor
 
 import anl_kernels as ak
 from anl_kernels import ops
@@ -129,6 +130,16 @@ def test_double_backward_names_the_way_out_when_compiled(cpu):
     (grad,) = torch.autograd.grad(compiled(logits, target), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="reference"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("of", ["logits", "target"])
+def test_compiled_with_a_wrapper_subclass(cpu, of):
+    given = dict(zip(("logits", "target"), problem()))
+    expected = ak.anl_ce(**given, backend="cpu")
+    given[of] = TwoTensor(given[of], given[of].clone())
+    compiled = torch.compile(lambda z, y: ak.anl_ce(z, y, backend="cpu"), fullgraph=True, backend="aot_eager")
+    loss = compiled(**dict(zip("zy", given.values())))
+    torch.testing.assert_close(getattr(loss, "a", loss), expected)
 
 
 # ---- compiled autograd: an eager forward pass, whose backward pass is traced

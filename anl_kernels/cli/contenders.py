@@ -47,7 +47,7 @@ class Problem:
         if self.overwrites:  # what is overwritten must be no leaf, as a model's logits are none
             self.logits = None
             self.logits = self.leaf.clone()
-        self.edge = get_gradient_edge(self.logits)  # the tensor itself stands for its overwritten self afterwards
+        self.edge = get_gradient_edge(self.logits)  # an in-place loss gives the tensor a new place in the graph
 
     def forward(self) -> Tensor:
         return self.function(self.logits, self.target)
