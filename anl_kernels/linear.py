@@ -433,7 +433,7 @@ def _head(matrices: _Matrices, labels: Tensor, class_weight: Tensor | None, job:
 
 
 def _eagerly(backward):
-    """`backward`, left to Python where compiled autograd would trace it: chunks take turns in one piece of memory."""
+    """`backward`, left to Python where compiled autograd would trace it: its graph would break at every kernel."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):
