@@ -1,0 +1,209 @@
+"""Breaks one line at a time and asks whether the tests notice.
+
+    python tests/mutants.py [--only TEXT] [--list] [--again] [--write FILE]
+
+The mutants are in tests/mutations, one module a language; the memory orders of CUDA's kernels have a program of their own
+(cuda_on_host/mutate_barriers.py). Each is applied to a copy of the sources, with the compiled modules built anew where
+it is C++, and its tests run there until one fails. Outcomes are kept by content in build/mutants.json, so that only what
+changed is run again. A survivor is an error unless the mutant says why nothing can notice it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "build" / "mutants.json"
+SHARED = ("conftest.py", "candidates.py", "helpers.py", "oracle.py")  # what all tests are made of
+SECONDS = 600  # a mutant whose tests take longer hangs
+
+
+class Mutant(NamedTuple):
+    """One broken line."""
+
+    file: str  # below the repository's root
+    old: str  # stands in it once
+    new: str
+    tests: str  # pytest's arguments
+    survives: str = ""  # why nothing can notice
+
+    @property
+    def name(self):
+        return f"{self.file}: {short(self.old)} -> {short(self.new)}"
+
+    def apply(self, root):
+        text = (root / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file} has this {text.count(self.old)} times, not once: {self.old}")
+        (root / self.file).write_text(text.replace(self.old, self.new))
+
+    @property
+    def digest(self):
+        """Of the mutant, the file that it breaks and the tests that it runs."""
+        paths = [ROOT / self.file, *(ROOT / "tests" / name for name in SHARED), *test_files(self.tests)]
+        texts = [path.read_bytes() for path in dict.fromkeys(paths)]
+        return hashlib.sha256(repr((self[:4], texts)).encode()).hexdigest()
+
+
+def short(text):
+    return re.sub(r"\s+", " ", text.strip()) or "nothing"
+
+
+def test_files(tests):
+    return [ROOT / word.split("::")[0] for word in shlex.split(tests) if word.split("::")[0].endswith(".py")]
+
+
+def all_mutants():
+    from mutations import cpu, cuda, python, triton
+
+    return [Mutant(*mutant) for module in (python, cpu, cuda, triton) for mutant in module.MUTANTS]
+
+
+class Copy:
+    """The sources and the compiled modules in a folder of their own."""
+
+    def __init__(self, folder):
+        self.root = Path(folder)
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+        )
+        files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+        for source in [*files, *(ROOT / "anl_kernels").glob("*.so")]:
+            if source.is_file():
+                target = self.root / source.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+        (self.root / "build").mkdir()
+        for cache in ("cuda_on_host", "cuda_gates"):  # by content: both may use them
+            (ROOT / "build" / cache).mkdir(parents=True, exist_ok=True)
+            (self.root / "build" / cache).symlink_to(ROOT / "build" / cache)
+        self.environment = {**os.environ, "PYTHONPATH": str(self.root), "ANL_KERNELS_NO_CUDA": "1", "CXXFLAGS": "-O1"}
+        self.is_built = False
+
+    def run(self, *command):
+        command = [sys.executable, *command]
+        return subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=SECONDS
+        )
+
+    def build(self):
+        """anl_kernels._cpu; what a change does not reach is not compiled again."""
+        result = self.run("setup.py", "--quiet", "build_ext", "--inplace")
+        if result.returncode:
+            raise RuntimeError(f"does not compile: {result.stderr[-2000:]}")
+        self.is_built = True
+
+    def outcome_of(self, tests):
+        """None: all pass; otherwise the test that fails."""
+        try:
+            result = self.run("-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(tests))
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        if result.returncode == 0:
+            if " passed" not in result.stdout:
+                raise RuntimeError(f"no test ran: pytest {tests}\n{result.stdout[-2000:]}")
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) (?:.*/)?(\S+?\.py::\w+)", result.stdout, re.MULTILINE)
+        if result.returncode == 1 and failed:
+            return failed[1]
+        if result.returncode < 0:
+            return f"crash, signal {-result.returncode}"
+        raise RuntimeError(
+            f"pytest {tests} ends with {result.returncode}\n{result.stdout[-3000:]}{result.stderr[-2000:]}"
+        )
+
+    def outcome(self, mutant):
+        path = self.root / mutant.file
+        original, compiled = path.read_text(), mutant.file.startswith(("csrc/cpu/", "csrc/row_math.h", "csrc/call.h"))
+        if compiled and not self.is_built:
+            self.build()
+        try:
+            mutant.apply(self.root)
+            if compiled:
+                self.build()
+            return self.outcome_of(mutant.tests)
+        finally:
+            path.write_text(original)
+            if compiled:
+                self.build()
+
+
+def run_all(chosen, again):
+    """[(mutant, its outcome)]; control: without a mutant every test passes."""
+    kept = {} if again or not KEPT.exists() else json.loads(KEPT.read_text())
+    with tempfile.TemporaryDirectory(prefix="anl_mutants_") as folder:
+        copy = None
+        for mutant in tqdm(chosen, unit="mutant"):
+            if mutant.digest not in kept:
+                copy = copy or Copy(folder)
+                control = Mutant(mutant.file, "", "", mutant.tests)
+                if control.digest not in kept:
+                    failed = copy.outcome_of(mutant.tests)
+                    if failed:
+                        raise RuntimeError(f"fails without a mutant: {failed} (pytest {mutant.tests})")
+                    kept[control.digest] = None
+                kept[mutant.digest] = copy.outcome(mutant)
+                KEPT.parent.mkdir(exist_ok=True)
+                KEPT.write_text(json.dumps(kept, indent=0))
+            yield mutant, kept[mutant.digest]
+
+
+def verdict(mutant, outcome):
+    if outcome:
+        return f"killed by {outcome}" if "::" in outcome else f"killed: {outcome}"
+    return f"survives: {mutant.survives}" if mutant.survives else "SURVIVES"
+
+
+def report(outcomes):
+    killed = sum(outcome is not None for _, outcome in outcomes)
+    rows = [
+        (*(f"`{cut(text)}`" for text in (m.file, short(m.old), short(m.new))), verdict(m, outcome))
+        for m, outcome in outcomes
+    ]
+    table = tabulate([[str(cell).replace("|", "\\|") for cell in row] for row in rows], HEADINGS, tablefmt="github")
+    return (
+        f"{killed} of {len(outcomes)} mutants are killed ({100 * killed / max(1, len(outcomes)):.0f} %).\n\n{table}\n"
+    )
+
+
+HEADINGS = ("file", "line", "mutated", "outcome")
+
+
+def cut(text, length=90):
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="mutants with this in their name")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--again", action="store_true", help="forget what is kept")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the table as Markdown")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in all_mutants() if options.only in mutant.name]
+    if options.list:
+        return print(*(mutant.name for mutant in chosen), sep="\n")
+    outcomes = []
+    for mutant, outcome in run_all(chosen, options.again):
+        outcomes.append((mutant, outcome))
+        tqdm.write(f"{mutant.name}: {verdict(mutant, outcome)}")
+    print(report(outcomes))
+    if options.write:
+        options.write.write_text(f"# Mutants\n\n`python tests/mutants.py`: {report(outcomes)}")
+    return any(outcome is None and not mutant.survives for mutant, outcome in outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
