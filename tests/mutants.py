@@ -2,10 +2,10 @@
 
     python tests/mutants.py [--only TEXT] [--list] [--again] [--write FILE]
 
-The mutants are in tests/mutations, one module a language; the memory orders of CUDA's kernels have a program of their own
-(cuda_on_host/mutate_barriers.py). Each is applied to a copy of the sources, with the compiled modules built anew where
-it is C++, and its tests run there until one fails. Outcomes are kept by content in build/mutants.json, so that only what
-changed is run again. A survivor is an error unless the mutant says why nothing can notice it.
+The mutants are in tests/mutations, one module a language; the memory orders of CUDA's kernels have a program of their
+own (cuda_on_host/mutate_barriers.py). Each is applied to a copy of the sources, with the compiled modules built anew
+where it is C++, and its tests run there until one fails. Outcomes are kept by content in build/mutants.json, so that
+only what changed is run again. A survivor is an error unless the mutant says why nothing can notice it.
 """
 
 import argparse
