@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 from contextlib import contextmanager
+from functools import lru_cache
 from unittest import mock
 
 import cuda_on_host.build
@@ -13,7 +14,7 @@ CPU_ISAS = ("avx512", "avx2", "baseline")
 TRITON_PATHS = ("tile", "loop", "split", "launches")  # launches: split where no protocol is trusted
 # The kernels compiled for the CPU, as on devices that do not exist; launches: where no protocol is trusted.
 CUDA_HOSTS = ("host", "host-sm80", "host-warp", "host-launches")
-FEW_CASES = ("host-warp", "host-launches")  # the same Python and kernels once more: what differs is in few cases
+SAME_KERNELS = ("host-warp", "host-launches")  # what differs is in few cases
 # A backend joins the conformance suite by its name here: (id, variant), where a
 # variant is the CPU's instruction set, or the kernel that Triton is made to take.
 CANDIDATES = [
@@ -48,6 +49,7 @@ def runnable_isas():
     return sorted(runnable, key=CPU_ISAS.index)
 
 
+@lru_cache
 def variants(name):
     """The variants of a backend that run here; None: it has none, or runs as it is."""
     if name == "cpu":
@@ -71,10 +73,16 @@ class Backend:
         self.device = GPU if self.on_gpu else "cpu"  # where its tensors live
         self.interpreted = self.name == "triton" and GPU != "cuda"  # a thousand times slower
         self.forced = self.name == "triton" and variant is not None  # each path compiles every kernel anew
-        self.limited = self.interpreted or self.forced or variant in FEW_CASES
+        self.limited = self.interpreted or self.forced or variant in SAME_KERNELS  # has few cases in every tier
+        self.repeats = self.forced and variant == "launches"  # "split" in launches of its own
 
     def __repr__(self):
         return self.identity
+
+    @property
+    def few_cases(self):
+        """Whether it is a further variant of a backend, which by default has few cases."""
+        return self.variant != variants(self.name)[0]
 
     def few(self, cases, count=2):
         """All `cases`; where that would take too long, the first and the last, `count` in all."""

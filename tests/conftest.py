@@ -6,7 +6,6 @@ there, and the tests marked so. Fresh memory is full of NaN while a test runs (p
 
 import importlib.util
 import os
-import types
 
 import devices
 import pytest
@@ -19,84 +18,48 @@ if devices.GPU != "cuda":  # before Triton is imported: its kernels then run on 
 if devices.EMULATED:
     devices.emulate()
 
-from candidates import BACKENDS, ONCE, Backend, cpu_module
+import tiers
+from candidates import cpu_module
+
+
+def pytest_addoption(parser):
+    tiers.add_options(parser)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreted(**values): the parameters that slow kernels are tested with")
-    config.addinivalue_line("markers", "forced: Triton takes a path that it would not choose itself")
+    tiers.add_markers(config)
     config.addinivalue_line("markers", "not_emulated(why): what only a real GPU has")
+    config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
     if devices.GPU != "cuda" and importlib.util.find_spec("triton"):
         speed_up_interpreter()
     torch.set_num_threads(1)  # small tensors; what needs threads asks for them
-    config.addinivalue_line("markers", "unpoisoned: fresh memory is left as the allocator gives it")
 
 
 def pytest_report_header():
     import anl_kernels
 
-    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, GPU: {devices.GPU}, backends: {BACKENDS}"
+    return f"anl_kernels: {os.path.dirname(anl_kernels.__file__)}, GPU: {devices.GPU}, backends: {tiers.BACKENDS}"
 
 
-NO_CASES = types.SimpleNamespace(params={})
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+    if name.startswith("test") and not tiers.takes_any(obj, collector.config):
+        return []
+
+
+def pytest_generate_tests(metafunc):
+    tiers.parametrize(metafunc)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses
 def pytest_collection_modifyitems(config, items):
-    taken = without_repetition([item for item in items if interpreter_takes(item)])
+    taken = tiers.select(config, items)
     kept = set(taken)
     dropped = [item for item in items if item not in kept]
     items[:] = taken
     config.hook.pytest_deselected(items=dropped)
     for item in items:
-        used = [v for v in getattr(item, "callspec", NO_CASES).params.values() if isinstance(v, Backend)]
-        if any(value.on_gpu for value in used):
-            item.add_marker("gpu")
-        if item.get_closest_marker("gpu") and not devices.GPU:
-            item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
-        if any(value.forced for value in used):
-            item.add_marker("forced")
-        mark = item.get_closest_marker("not_emulated")
-        if mark and devices.EMULATED:
-            item.add_marker(pytest.mark.skip(reason=f"no emulation of {mark.args[0]}"))
-
-
-def interpreter_takes(item):
-    """Whether a slow backend takes part in a test: with the values that its markers `interpreted` list.
-
-    Slow are interpreted kernels, and compiled ones too: Triton compiles one for every loss, dtype and kind of shape.
-    ANL_TEST_TRITON=full runs all that is compiled. A path that Triton is made to take, interpreted or not, takes part
-    where the marker has forced=dict(...), further values.
-    """
-    values = getattr(item, "callspec", None) and item.callspec.params
-    found = [v for v in (values or {}).values() if isinstance(v, Backend) and (v.limited or v.name == "triton")]
-    if found and not found[0].limited and os.environ.get("ANL_TEST_TRITON") == "full":
-        return True
-    marks = list(item.iter_markers("interpreted"))
-    if not found or not (marks or found[0].forced):
-        return True
-    for mark in marks:
-        wanted = dict(mark.kwargs)
-        forced = wanted.pop("forced", None)
-        if found[0].forced:
-            if forced is None:
-                continue
-            wanted.update(forced)
-        if all(values[name] in allowed for name, allowed in wanted.items()):
-            return True
-    return False
-
-
-def without_repetition(items):
-    """Triton's "launches" does the arithmetic of "split": of the two grids of losses and layouts it takes both ends."""
-    repeats = {}
-    for item in items:
-        values = getattr(item, "callspec", NO_CASES).params.values()
-        if any(isinstance(value, Backend) and value.variant == "launches" for value in values):
-            repeats.setdefault(item.originalname, []).append(item)
-    grids = [repeats.pop(name, []) for name in ("test_every_loss", "test_every_layout")]
-    dropped = {item for repeated in (*repeats.values(), *(grid[1:-1] for grid in grids)) for item in repeated}
-    return [item for item in items if item not in dropped]
+        tiers.mark(item)
 
 
 def speed_up_interpreter():
@@ -115,41 +78,48 @@ def speed_up_interpreter():
     InterpretedFunction.__call__ = call
 
 
-NOTHING_FUSED = [pytest.param(None, marks=pytest.mark.skip(reason="no fused backend is built here"))]
+def handed_out(request):
+    with request.param.in_use():
+        yield request.param
 
 
-@pytest.fixture(params=BACKENDS, ids=repr)
+# What each hands out is in tiers.FIXTURES.
+
+
+@pytest.fixture
 def backend(request):
     """Every backend that runs here, every instruction set of the CPU's, and every path of Triton's."""
-    with request.param.in_use():
-        yield request.param
+    yield from handed_out(request)
 
 
-@pytest.fixture(params=[b for b in BACKENDS if b.fused] or NOTHING_FUSED, ids=repr)
+@pytest.fixture
 def fused(request):
     """Every backend but the reference."""
-    with request.param.in_use():
-        yield request.param
+    yield from handed_out(request)
 
 
-@pytest.fixture(params=ONCE, ids=lambda b: b.name)
+@pytest.fixture
 def one_backend(request):
     """Every backend once, with its best variant: for what does not depend on it."""
-    with request.param.in_use():
-        yield request.param
+    yield from handed_out(request)
 
 
-@pytest.fixture(params=[b for b in ONCE if b.fused] or NOTHING_FUSED, ids=lambda b: getattr(b, "name", "none"))
+@pytest.fixture
 def one_fused(request):
     """Every fused backend once, with its best variant."""
-    with request.param.in_use():
-        yield request.param
+    yield from handed_out(request)
+
+
+@pytest.fixture
+def other(request):
+    """Every variant that is not the best, and every slow backend."""
+    yield from handed_out(request)
 
 
 @pytest.fixture
 def device(request):
     """Where the tensors of the test's backend live."""
-    names = [name for name in ("backend", "fused", "one_backend", "one_fused") if name in request.fixturenames]
+    names = [name for name in tiers.FIXTURES if name in request.fixturenames]
     return torch.device(request.getfixturevalue(names[0]).device)
 
 

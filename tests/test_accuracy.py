@@ -65,14 +65,14 @@ def test_never_worse_than_plain_pytorch(fused, name):
     compare(name, 10, fused)
 
 
-@pytest.mark.interpreted(name=["anl_fl"])
+@pytest.mark.few(name=["anl_fl"])
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_never_worse_than_plain_pytorch_with_many_classes(fused, name):
     compare(name, 1003, fused)
 
 
-@pytest.mark.interpreted(classes=[10, 33, 1003])
-@pytest.mark.interpreted(classes=[20_000], spread=[3.0])
+@pytest.mark.few(classes=[10, 33, 1003])
+@pytest.mark.few(classes=[20_000], spread=[3.0])
 @pytest.mark.parametrize("classes", [10, 33, 1003, 20_000])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
 def test_entropy_never_worse_than_plain_pytorch(fused, classes, spread):

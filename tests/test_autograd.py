@@ -356,7 +356,7 @@ DIFFERENTIABLE = [name for name, terms in EXPRESSIONS.items() if not any("gamma"
 
 
 @THERE
-@pytest.mark.interpreted(name=["anl_ce", "rce"])
+@pytest.mark.few(name=["anl_ce", "rce"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(one_backend, name):
     logits = helpers.randn(4, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()

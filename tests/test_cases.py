@@ -96,7 +96,7 @@ BAD = [
 
 @pytest.mark.parametrize(("dtype", "label"), BAD, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "spatial"])
-@pytest.mark.interpreted(forced=dict(dtype=[torch.int64], label=[2**40, -(2**63)]))
+@pytest.mark.few(forced=dict(dtype=[torch.int64], label=[2**40, -(2**63)]))
 def test_labels_out_of_bounds(backend, dtype, label, layout):
     """An IndexError that names the label, in every mode, and nothing written: in-place logits are untouched. Where it
     would have to wait for a device: that row's loss and gradient are NaN, the others' are as ever."""

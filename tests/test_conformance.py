@@ -11,6 +11,7 @@ import helpers
 import oracle
 import pytest
 import torch
+from allpairspy import AllPairs
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
 
 ALL = pytest.mark.parametrize("name", EXPRESSIONS)
@@ -32,6 +33,35 @@ MODES = {
     "inplace": (dict(reduction="sum"), dict(inplace=True)),  # not on the reference, which keeps the logits
     "entropy": (dict(reduction="mean", entropy_weight=0.7), dict()),
 }
+
+
+def pairs(**factors):
+    """Cases with every pair of two factors' values: a mistake seldom needs three that meet."""
+    cases = AllPairs(list(factors.values()), filter_func=exists)
+    return [tuple(case) for case in cases]
+
+
+def exists(case):
+    """(name, layout, ...): what is no single view of its memory cannot be overwritten (test_cases has the refusal)."""
+    return not {"spatial_permuted", "inplace"} <= set(case)
+
+
+AWKWARD_CLASSES = (2, 3, 10, 37, 129, 1001)
+FACTORS = dict(layout=tuple(helpers.LAYOUTS), dtype=DTYPES, classes=AWKWARD_CLASSES, mode=tuple(MODES))
+FEW_PAIRS = pairs(name=REPRESENTATIVE, **FACTORS)
+
+
+@pytest.mark.few(name=[])  # the others: test_few_pairs
+@pytest.mark.parametrize(("name", *FACTORS), pairs(name=tuple(EXPRESSIONS), **FACTORS), ids=dtype_id)
+def test_every_pair(backend, name, layout, dtype, classes, mode):
+    compare_batch(classes, dtype, name, mode if backend.fused or mode != "inplace" else "forward", backend, layout)
+
+
+@pytest.mark.few(forced=dict(case=FEW_PAIRS[::8]))
+@pytest.mark.parametrize("case", FEW_PAIRS, ids=lambda case: "-".join(dtype_id(x) or str(x) for x in case))
+def test_few_pairs(other, case):
+    name, layout, dtype, classes, mode = case
+    compare_batch(classes, dtype, name, mode, other, layout)
 
 
 def modes(backend):
@@ -75,8 +105,9 @@ def compare_batch(classes, dtype, name, mode, backend, layout="rows"):
     assert (grad[values == -math.inf] == 0).all()
 
 
-@pytest.mark.interpreted(classes=[3, 37], dtype=[torch.float32], forced=dict(classes=[37]))
-@pytest.mark.interpreted(classes=[10], name=REPRESENTATIVE)
+@pytest.mark.thorough
+@pytest.mark.few(classes=[3, 37], dtype=[torch.float32], forced=dict(classes=[37]))
+@pytest.mark.few(classes=[10], name=REPRESENTATIVE)
 @ALL
 @EVERY_DTYPE
 @pytest.mark.parametrize("classes", [2, 3, 10, 37])
@@ -85,7 +116,8 @@ def test_every_loss(backend, name, dtype, classes):
         compare_batch(classes, dtype, name, mode, backend)
 
 
-@pytest.mark.interpreted(dtype=[torch.float32], name=["anl_fl"], forced=dict(name=["anl_ce"]))
+@pytest.mark.thorough
+@pytest.mark.few(dtype=[torch.float32], name=["anl_fl"], forced=dict(name=["anl_ce"]))
 @SOME
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", helpers.LAYOUTS)
@@ -97,7 +129,7 @@ def test_every_layout(backend, name, dtype, layout):
             compare_batch(classes, dtype, name, mode, backend, layout)
 
 
-@pytest.mark.interpreted(name=["nce+rce"], dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.few(name=["nce+rce"], dtype=[torch.float32, torch.bfloat16])
 @SOME
 @EVERY_DTYPE
 def test_every_number_of_classes(backend, name, dtype):
@@ -108,7 +140,7 @@ def test_every_number_of_classes(backend, name, dtype):
             compare_batch(classes, dtype, name, mode, backend)
 
 
-@pytest.mark.interpreted(name=["anl_ce"], dtype=[torch.float32], layout=["rows", "spatial_1d"])
+@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32], layout=["rows", "spatial_1d"])
 @SOME
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["rows", "transposed", "spatial_1d"])
@@ -117,7 +149,7 @@ def test_thousands_of_classes(backend, name, dtype, layout):
         compare_batch(classes, dtype, name, mode, backend, layout)
 
 
-@pytest.mark.interpreted(dtype=[torch.float32], classes=[300_001])
+@pytest.mark.few(dtype=[torch.float32], classes=[300_001])
 @pytest.mark.parametrize("classes", [65_536, 300_000, 300_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @SOME
@@ -136,7 +168,7 @@ def true_long(classes, dtype, name, mode):
     return helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, len(labels)))
 
 
-@pytest.mark.interpreted(name=["anl_ce"], mode=["forward", "row_loss", "entropy"])
+@pytest.mark.few(name=["anl_ce"], mode=["forward", "row_loss", "entropy"])
 @SOME
 @pytest.mark.parametrize("mode", MODES)
 def test_one_row(backend, name, mode):
@@ -153,7 +185,7 @@ def test_one_row(backend, name, mode):
                 helpers.assert_as_accurate(loss.view(true.loss.shape), grad, labels, true)
 
 
-@pytest.mark.interpreted(name=["anl_ce"], dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32, torch.bfloat16])
 @SOME
 @EVERY_DTYPE
 def test_every_alignment_of_a_row(backend, name, dtype):
@@ -168,7 +200,7 @@ def test_every_alignment_of_a_row(backend, name, dtype):
         helpers.assert_as_accurate(loss, grad, labels, true)
 
 
-@pytest.mark.interpreted(name=REPRESENTATIVE, dtype=[torch.float32], forced=dict(name=["nce+rce"]))
+@pytest.mark.few(name=REPRESENTATIVE, dtype=[torch.float32], forced=dict(name=["nce+rce"]))
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_around_the_clamp(backend, name, dtype):
@@ -226,7 +258,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.interpreted(length=[700], dtype=[torch.float32], forced=dict(name=["anl_ce", "nce+rce"]))
+@pytest.mark.few(length=[700], dtype=[torch.float32], forced=dict(name=["anl_ce", "nce+rce"]))
 @SOME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("length", [700, 2048, 2311])
@@ -241,7 +273,7 @@ def test_stretches_above_and_below_the_clamp(backend, name, dtype, length):
                 helpers.assert_as_accurate(*helpers.calculate(values, labels, criterion, **keywords), labels, true)
 
 
-@pytest.mark.interpreted(dtype=[torch.float32])
+@pytest.mark.few(dtype=[torch.float32])
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_every_gamma(backend, gamma, dtype):
@@ -311,7 +343,7 @@ def exact_row(row, label, name):
     return oracle.exact(row, label, EXPRESSIONS[name])
 
 
-@pytest.mark.interpreted(forced=dict())
+@pytest.mark.few(forced=dict())
 def test_certain_rows_are_finite(backend):
     """p_y = 1 to every digit: nothing divides by the zero that is left."""
     logits = torch.zeros(3, 10)
@@ -329,7 +361,7 @@ def test_certain_rows_are_finite(backend):
 POISONS = (math.nan, math.inf)
 
 
-@pytest.mark.interpreted(name=REPRESENTATIVE, forced=dict(name=["anl_ce"], layout=["rows"]))
+@pytest.mark.few(name=REPRESENTATIVE, forced=dict(name=["anl_ce"], layout=["rows"]))
 @ALL
 @pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
 def test_a_row_of_nan_harms_no_other(backend, name, layout):
@@ -359,7 +391,7 @@ def test_a_row_of_nan_harms_no_other(backend, name, layout):
         helpers.check_grad(grad[others], labels[others], clean.of(others))
 
 
-@pytest.mark.interpreted(name=REPRESENTATIVE, forced=dict(name=["anl_ce"]))
+@pytest.mark.few(name=REPRESENTATIVE, forced=dict(name=["anl_ce"]))
 @ALL
 def test_a_target_that_does_not_exist_is_nan(backend, name):
     """Few classes and many: other kernels, each with its own test for it."""
@@ -382,7 +414,7 @@ def test_a_target_that_does_not_exist_is_nan(backend, name):
 # ---- the same bits
 
 
-@pytest.mark.interpreted(name=["anl_ce"], shape=[(5, 30_000)])
+@pytest.mark.few(name=["anl_ce"], shape=[(5, 30_000)])
 @SOME
 @pytest.mark.parametrize("shape", [(1, 200_000), (5, 30_000), (3000, 129), (8, 19, 64, 33)], ids=str)
 def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, shape):

@@ -28,7 +28,7 @@ def test_info_names_every_backend_and_the_instruction_set():
     assert ak.__version__ in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_check_passes():
     result = run("check", TRITON_INTERPRET="0")  # interpreted it would take minutes
     assert result.returncode == 0, result.stdout + result.stderr

@@ -126,7 +126,7 @@ def test_inplace_allocates_no_gradient(case, kind):
     assert grads == [logits.data_ptr()]
 
 
-@pytest.mark.interpreted(kind=["default", "weight", "entropy"])
+@pytest.mark.few(kind=["default", "weight", "entropy"])
 @LOSSES
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_grad_nothing_is_written(case, build, kind):
@@ -161,7 +161,7 @@ def test_layouts_are_not_copied(fused, layout):
     assert 0.9 * case.bytes <= peak <= case.bytes + case.small
 
 
-@pytest.mark.interpreted(kind=[])  # the test above is the same there
+@pytest.mark.few(kind=[])  # the test above is the same there
 @pytest.mark.parametrize("kind", KINDS)
 @LOSSES
 def test_tensors_made_by_a_call(fused, build, kind):
@@ -238,7 +238,7 @@ def available():
         return int(re.search(r"MemAvailable:\s+(\d+)", file.read()).group(1)) * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo") or available() < 12 * 2**30, reason="needs 12 GiB of memory")
 def test_more_than_two_billion_logits(cpu):
     """A real gradient of 2^31 + elements: the logits are one row seen many times, the gradient is not."""

@@ -84,7 +84,7 @@ def test_compiled_row_loss(one_fused):
 
 
 @THERE
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.not_emulated("a GPU's compiler")
 def test_compiled_by_inductor(one_fused):
     """The compiler people use, around a layer; gradients of its weights. Nothing comes from an earlier run's cache."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 

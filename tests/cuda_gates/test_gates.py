@@ -8,10 +8,13 @@ from binaries import ARCHS, ROOT, cubin, cubins
 from disassembly import kernels, tool
 from gates import HOT, Hot, code_problems, loop_problems, resource_problems
 
-pytestmark = pytest.mark.skipif(
-    not all(map(tool, ("nvcc", "ptxas", "cuobjdump", "nvdisasm"))),
-    reason="nvcc, ptxas, cuobjdump or nvdisasm is missing (Triton's wheel has the last three)",
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        not all(map(tool, ("nvcc", "ptxas", "cuobjdump", "nvdisasm"))),
+        reason="nvcc, ptxas, cuobjdump or nvdisasm is missing (Triton's wheel has the last three)",
+    ),
+]
 TOYS = ROOT / "tests" / "cuda_gates" / "toys.cu"
 
 

@@ -3,7 +3,10 @@
 import pytest
 from cuda_on_host import build, sanitizers
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++ on Linux and the source tree")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(build.compiler() is None, reason="needs g++ on Linux and the source tree"),
+]
 
 
 # ---- memory

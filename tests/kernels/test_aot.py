@@ -14,7 +14,7 @@ import tritons
 from filelock import FileLock
 from offline import TARGETS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 # Registers a thread. 128 leave room for 16 warps of an SM, 80 for 24: loads of one cover the arithmetic of another.
 REGISTERS = {
