@@ -10,13 +10,14 @@ import zlib
 
 import devices
 import pytest
-from candidates import BACKENDS, ONCE
+from candidates import BACKENDS, ONCE, Backend
 
 FIXTURES = {  # fixture: the backends that it hands out
     "backend": BACKENDS,
     "fused": [b for b in BACKENDS if b.fused],
     "one_backend": ONCE,
     "one_fused": [b for b in ONCE if b.fused],
+    "gpu_backend": [b for b in ONCE if b.on_gpu],
     "other": [b for b in BACKENDS if b.few_cases or b.limited],
 }
 
@@ -58,8 +59,9 @@ def marks_of(function):
 
 
 def parametrize(metafunc):
-    """The backends of a test."""
-    for fixture in [name for name in FIXTURES if name in metafunc.fixturenames]:
+    """The backends of a test, unless it names its own."""
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    for fixture in [name for name in FIXTURES if name in metafunc.fixturenames and name not in own]:
         chosen = FIXTURES[fixture]
         if fixture != "other" and not is_thorough(metafunc.config) and not few_marks(metafunc.definition):
             chosen = [b for b in chosen if not b.few_cases]
@@ -74,7 +76,7 @@ def few_marks(item):
 def backend_of(item):
     """(the backend that a test is parametrized with, or None; the fixture's name)"""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return next(((params[name], name) for name in FIXTURES if params.get(name) is not None), (None, None))
+    return next(((params[name], name) for name in FIXTURES if isinstance(params.get(name), Backend)), (None, None))
 
 
 def takes_part(item, thorough):

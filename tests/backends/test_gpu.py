@@ -3,7 +3,6 @@
 The emulated device has one stream and no graphs: there these tests run, but the order of launches is not tested.
 """
 
-import candidates
 import devices
 import helpers
 import pytest
@@ -30,17 +29,10 @@ WAYS = {
     "weight": dict(weight=True),
     "row_loss": dict(),
 }
-ON_GPU = [b for b in candidates.ONCE if b.on_gpu] or [pytest.param(None, id="none")]
-
-
-@pytest.fixture(params=ON_GPU, ids=lambda b: getattr(b, "name", "none"))
-def backend(request):
-    with request.param.in_use():
-        yield request.param
 
 
 @pytest.fixture
-def gpu(backend):
+def gpu(gpu_backend):
     """torch.cuda, or what the emulated device has of it."""
     return torch.get_device_module(devices.GPU)
 
@@ -48,13 +40,13 @@ def gpu(backend):
 class Problem:
     """Logits and labels in static buffers on the GPU, and the calls of one way."""
 
-    def __init__(self, backend, shape, way="forward", device=devices.GPU):
+    def __init__(self, gpu_backend, shape, way="forward", device=devices.GPU):
         self.shape, self.way = SHAPES[shape][devices.EMULATED], way
         self.logits = torch.full(self.shape, torch.nan, device=device, requires_grad=True)
         self.target = torch.zeros(self.shape[:1] + self.shape[2:], dtype=torch.int64, device=device)
         terms = EXPRESSIONS["anl_fl"]
         self.criterion = helpers.row_loss_expression(terms) if way == "row_loss" else expression(terms)
-        self.keywords = dict(WAYS[way], backend=backend.name)
+        self.keywords = dict(WAYS[way], backend=gpu_backend.name)
         if way == "weight":
             self.keywords["weight"] = torch.linspace(0.5, 2, self.shape[1], device=device)
 
@@ -98,9 +90,9 @@ def on_gpu(device, values, labels):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_on_another_stream(backend, gpu, shape, way):
+def test_on_another_stream(gpu_backend, gpu, shape, way):
     """The logits come late on that stream: kernels that run on another would read NaN."""
-    problem = Problem(backend, shape, way)
+    problem = Problem(gpu_backend, shape, way)
     values, labels = problem.new_values(0)
     there = on_gpu(devices.GPU, values, labels)
     problem.step()  # compiles, where that is needed
@@ -115,9 +107,9 @@ def test_on_another_stream(backend, gpu, shape, way):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_streams_at_once(backend, gpu, shape):
+def test_two_streams_at_once(gpu_backend, gpu, shape):
     """Neither takes the other's scratch memory or tickets."""
-    problems = [Problem(backend, shape) for _ in range(2)]
+    problems = [Problem(gpu_backend, shape) for _ in range(2)]
     data = [problem.new_values(seed) for seed, problem in enumerate(problems)]
     for problem, values in zip(problems, data):
         problem.load(*on_gpu(devices.GPU, *values))
@@ -156,9 +148,9 @@ def capture(gpu, run):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_captured_in_a_graph(backend, gpu, shape, way):
+def test_captured_in_a_graph(gpu_backend, gpu, shape, way):
     """Forward and backward; every replay computes from the logits and labels that are in the buffers then."""
-    problem = Problem(backend, shape, way)
+    problem = Problem(gpu_backend, shape, way)
     problem.load(*on_gpu(devices.GPU, *problem.new_values(0)))
     results, replay = capture(gpu, problem.step)
     for seed in (1, 2):
@@ -174,8 +166,8 @@ def test_captured_in_a_graph(backend, gpu, shape, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", ["small", "split", "spatial"])
-def test_forward_and_backward_do_not_wait_for_the_device(backend, gpu, shape, way):
-    problem = Problem(backend, shape, way)
+def test_forward_and_backward_do_not_wait_for_the_device(gpu_backend, gpu, shape, way):
+    problem = Problem(gpu_backend, shape, way)
     values, labels = problem.new_values(0)
     problem.load(*on_gpu(devices.GPU, values, labels))
     problem.step()
@@ -200,11 +192,11 @@ def test_waiting_would_be_noticed(gpu):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_device_that_is_not_the_current_one(backend, gpu, shape):
+def test_a_device_that_is_not_the_current_one(gpu_backend, gpu, shape):
     if gpu.device_count() < 2:
         pytest.skip("one GPU")
     current, other = gpu.current_device(), torch.device(devices.GPU, 1)
-    problem = Problem(backend, shape, device=other)
+    problem = Problem(gpu_backend, shape, device=other)
     values, labels = problem.new_values(0)
     problem.load(*on_gpu(other, values, labels))
     result = problem.step()
