@@ -60,6 +60,7 @@ def compare(name, classes, backend):
             assert ((loss.double() - loss64).abs() <= allowed).all(), (kind, classes, criterion)
 
 
+@pytest.mark.few(name=REPRESENTATIVE)
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_never_worse_than_plain_pytorch(fused, name):
     compare(name, 10, fused)

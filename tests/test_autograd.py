@@ -23,6 +23,7 @@ def batch(dtype=torch.float32, classes=17):
 # ---- grad_output
 
 
+@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32, torch.float16], scale=[3.7, 65536.0])
 @SOME
 @MADE
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -65,6 +66,7 @@ def test_gradscaler_saves_small_gradients(backend):
     helpers.assert_as_accurate(*result, target, true)
 
 
+@pytest.mark.few(name=["anl_ce"])
 @SOME
 @pytest.mark.parametrize("layout", ["rows", "spatial", "channels_last", "transposed"])
 def test_per_row_grad_output(backend, name, layout):
@@ -208,6 +210,7 @@ def test_no_gradient_by_target_or_weight(backend):
 
 
 @THERE
+@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32, torch.bfloat16])
 @SOME
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", ["rows", "padded", "every_other_class", "transposed", "spatial", "channels_last"])

@@ -122,6 +122,7 @@ def measured(tmp_path_factory):
     return file
 
 
+@pytest.mark.thorough
 def test_pictures_of_a_run(measured, tmp_path):
     pytest.importorskip("matplotlib")
     plots = script("plots")

@@ -15,9 +15,12 @@ import pytest
 import anl_kernels as ak
 
 TESTS = Path(__file__).resolve().parent
-pytestmark = pytest.mark.skipif(
-    devices.GPU is not None or not cuda_on_host.build.compiler(), reason="needs g++ on Linux, and no GPU"
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        devices.GPU is not None or not cuda_on_host.build.compiler(), reason="needs g++ on Linux, and no GPU"
+    ),
+]
 # A test that forgets where its backend's tensors live, in two ways, and one that does not.
 FORGETFUL = """
 import helpers, pytest, torch

@@ -80,7 +80,10 @@ def few_live_rows(dtype, rows, classes):
     return logits, labels, live
 
 
-@pytest.mark.parametrize("device", adapter.LARGE)
+MODELS = [name if name == "host-h200" else pytest.param(name, marks=pytest.mark.thorough) for name in adapter.LARGE]
+
+
+@pytest.mark.parametrize("device", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_on_every_model(device, case):
     """Whatever the plan is there, it is not refused, and right."""

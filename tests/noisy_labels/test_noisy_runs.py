@@ -61,6 +61,7 @@ def counted(function, calls):
     return call
 
 
+@pytest.mark.thorough
 def test_results_do_not_depend_on_how_many_run_at_once(tmp_path):
     runs = [toy(seed=seed, epochs=2) for seed in range(2)]
     one = runner.run_all(runs, Where(None, "cpu", tmp_path / "one"), workers=1)
