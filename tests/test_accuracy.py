@@ -66,14 +66,15 @@ def test_never_worse_than_plain_pytorch(fused, name):
     compare(name, 10, fused)
 
 
-@pytest.mark.few(name=["anl_fl"])
+@pytest.mark.few(name=["anl_fl"], tier="thorough")
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_never_worse_than_plain_pytorch_with_many_classes(fused, name):
     compare(name, 1003, fused)
 
 
-@pytest.mark.few(classes=[10, 33, 1003])
-@pytest.mark.few(classes=[20_000], spread=[3.0])
+@pytest.mark.few(classes=[10, 33])
+@pytest.mark.few(classes=[1003], tier="thorough")
+@pytest.mark.few(classes=[20_000], spread=[3.0], tier="thorough")
 @pytest.mark.parametrize("classes", [10, 33, 1003, 20_000])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
 def test_entropy_never_worse_than_plain_pytorch(fused, classes, spread):

@@ -431,6 +431,7 @@ def test_only_two_classes_left(backend):
         assert grad.count_nonzero() <= 2
 
 
+@pytest.mark.few(name=REPRESENTATIVE, dtype=[torch.float32, torch.float16])
 @ALL
 @EVERY_DTYPE
 def test_masks_of_the_lowest_number(backend, name, dtype):

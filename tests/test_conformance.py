@@ -13,9 +13,12 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
+from tiers import thorough
 
 ALL = pytest.mark.parametrize("name", EXPRESSIONS)
 SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
+# By default the one with focal weights and all sums over the classes.
+ONE = pytest.mark.parametrize("name", [n if n == "anl_fl" else thorough(n) for n in REPRESENTATIVE])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 
@@ -140,7 +143,7 @@ def test_every_number_of_classes(backend, name, dtype):
             compare_batch(classes, dtype, name, mode, backend)
 
 
-@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32], layout=["rows", "spatial_1d"])
+@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32], layout=["rows", "spatial_1d"], tier="thorough")
 @SOME
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["rows", "transposed", "spatial_1d"])
@@ -149,8 +152,8 @@ def test_thousands_of_classes(backend, name, dtype, layout):
         compare_batch(classes, dtype, name, mode, backend, layout)
 
 
-@pytest.mark.few(dtype=[torch.float32], classes=[300_001])
-@pytest.mark.parametrize("classes", [65_536, 300_000, 300_001])
+@pytest.mark.few(dtype=[torch.float32], classes=[300_001], tier="thorough")
+@pytest.mark.parametrize("classes", [thorough(65_536), thorough(300_000), 300_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @SOME
 def test_few_long_rows(backend, name, dtype, classes):
@@ -168,8 +171,8 @@ def true_long(classes, dtype, name, mode):
     return helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, len(labels)))
 
 
-@pytest.mark.few(name=["anl_ce"], mode=["forward", "row_loss", "entropy"])
-@SOME
+@pytest.mark.few(name=["anl_fl"], mode=["forward", "row_loss", "entropy"])
+@ONE
 @pytest.mark.parametrize("mode", MODES)
 def test_one_row(backend, name, mode):
     """(K,) with a label without dimensions, and (1, K), short and long."""
@@ -258,10 +261,10 @@ ORDERS = [
 ]
 
 
-@pytest.mark.few(length=[700], dtype=[torch.float32], forced=dict(name=["anl_ce", "nce+rce"]))
+@pytest.mark.few(length=[700], dtype=[torch.float32], forced=dict(name=["nce+rce"]))
 @SOME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("length", [700, 2048, 2311])
+@pytest.mark.parametrize("length", [700, thorough(2048), 2311])
 def test_stretches_above_and_below_the_clamp(backend, name, dtype, length):
     """A kernel may take a stretch of classes wholly on one side of the clamp, or wholly masked, by a shorter way."""
     for min_prob in backend.few((1e-7, 1e-6), 1):
@@ -414,8 +417,8 @@ def test_a_target_that_does_not_exist_is_nan(backend, name):
 # ---- the same bits
 
 
-@pytest.mark.few(name=["anl_ce"], shape=[(5, 30_000)])
-@SOME
+@pytest.mark.few(name=["anl_fl"], shape=[(5, 30_000)], tier="thorough")
+@ONE
 @pytest.mark.parametrize("shape", [(1, 200_000), (5, 30_000), (3000, 129), (8, 19, 64, 33)], ids=str)
 def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, shape):
     logits = torch.randn(shape, generator=helpers.generator(1)) * 4

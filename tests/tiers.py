@@ -22,6 +22,11 @@ FIXTURES = {  # fixture: the backends that it hands out
 }
 
 
+def thorough(*values):
+    """A parameter that only --thorough has."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 def add_options(parser):
     group = parser.getgroup("tiers")
     group.addoption("--thorough", action="store_true", help="all tests, on every variant of every backend")
@@ -38,7 +43,8 @@ def part(text):
 def add_markers(config):
     for line in (
         "thorough: minutes, or a full grid; runs with --thorough",
-        "few(**values): the parameters with which slow backends and further variants take part",
+        "few(**values): the parameters with which slow backends and further variants take part; with tier='thorough' "
+        "only if --thorough is given; forced=dict(...): further values, for the paths that Triton is made to take",
         "forced: Triton takes a path that it would not choose itself",
     ):
         config.addinivalue_line("markers", line)
@@ -79,36 +85,35 @@ def backend_of(item):
     return next(((params[name], name) for name in FIXTURES if isinstance(params.get(name), Backend)), (None, None))
 
 
-def takes_part(item, thorough):
+def takes_part(item, full):
     """Whether a test's backend takes part in it: a slow one, or a further variant, only with `few` of the values."""
     backend, fixture = backend_of(item)
     if backend is None:
         return True
     if backend.repeats or fixture == "other":
-        return fixture == "other" and (not backend.forced or is_among_few(item, backend))
-    if thorough and backend.name == "triton" and not backend.limited:  # compiled
+        return fixture == "other" and (not backend.forced or is_among_few(item, backend, full))
+    if full and backend.name == "triton" and not backend.limited:  # compiled
         return True
-    if not (backend.limited or backend.name == "triton" or (backend.few_cases and not thorough)):
+    if not (backend.limited or backend.name == "triton" or (backend.few_cases and not full)):
         return True
     if few_marks(item):
-        return is_among_few(item, backend)
-    return not backend.forced and (thorough or not backend.few_cases)
+        return is_among_few(item, backend, full)
+    return not backend.forced and (full or not backend.few_cases)
 
 
 def is_default(item):
-    return not item.get_closest_marker("thorough") and takes_part(item, thorough=False)
+    return not item.get_closest_marker("thorough") and takes_part(item, full=False)
 
 
-def is_among_few(item, backend):
-    """Whether a marker lists the values that the test has; forced=dict(...): further ones, for Triton's paths."""
+def is_among_few(item, backend, full):
+    """Whether one of the marks lists the values that the test has."""
     values = item.callspec.params
     for mark in few_marks(item):
         wanted = dict(mark.kwargs)
-        forced = wanted.pop("forced", None)
-        if backend.forced:
-            if forced is None:
-                continue
-            wanted.update(forced)
+        tier, forced = wanted.pop("tier", None), wanted.pop("forced", None)
+        if (tier == "thorough" and not full) or (backend.forced and forced is None):
+            continue
+        wanted.update(forced if backend.forced else {})
         if all(values[name] in allowed for name, allowed in wanted.items()):
             return True
     return False

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from cuda_on_host import adapter, build
+from tiers import thorough
 
 pytestmark = pytest.mark.skipif(
     build.compiler() is None or torch.cuda.is_available(), reason="needs g++ on Linux and the source tree, and no GPU"
@@ -80,7 +81,7 @@ def few_live_rows(dtype, rows, classes):
     return logits, labels, live
 
 
-MODELS = [name if name == "host-h200" else pytest.param(name, marks=pytest.mark.thorough) for name in adapter.LARGE]
+MODELS = [name if name == "host-h200" else thorough(name) for name in adapter.LARGE]
 
 
 @pytest.mark.parametrize("device", MODELS)
