@@ -47,8 +47,11 @@ def pytest_pycollect_makeitem(collector, name, obj):
         return []
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_generate_tests(metafunc):
     tiers.parametrize(metafunc)
+    yield
+    tiers.drop_calls(metafunc)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses

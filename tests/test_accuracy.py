@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import EXPRESSIONS, REPRESENTATIVE
 
+pytestmark = pytest.mark.variants
 KINDS = ("normal", "peaked", "wrong", "uniform", "high", "low", "narrow", "mixed", "wide")
 ULP = 2.0**-23
 

@@ -7,6 +7,7 @@ variant, and what is marked `thorough`. --part I/N runs one part in N of what --
 """
 
 import zlib
+from typing import NamedTuple
 
 import devices
 import pytest
@@ -43,6 +44,7 @@ def part(text):
 def add_markers(config):
     for line in (
         "thorough: minutes, or a full grid; runs with --thorough",
+        "variants: further variants of a backend take part by default too, with what `few` lists",
         "few(**values): the parameters with which slow backends and further variants take part; with tier='thorough' "
         "only if --thorough is given; forced=dict(...): further values, for the paths that Triton is made to take",
         "forced: Triton takes a path that it would not choose itself",
@@ -67,63 +69,90 @@ def marks_of(function):
 def parametrize(metafunc):
     """The backends of a test, unless it names its own."""
     own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    variants = metafunc.definition.get_closest_marker("variants") or is_thorough(metafunc.config)
     for fixture in [name for name in FIXTURES if name in metafunc.fixturenames and name not in own]:
         chosen = FIXTURES[fixture]
-        if fixture != "other" and not is_thorough(metafunc.config) and not few_marks(metafunc.definition):
+        if fixture != "other" and not variants:
             chosen = [b for b in chosen if not b.few_cases]
         nothing = [pytest.param(None, marks=pytest.mark.skip(reason="no such backend is built here"))]
         metafunc.parametrize(fixture, chosen or nothing, indirect=True, ids=repr)
 
 
-def few_marks(item):
-    return list(item.iter_markers("few"))
+def drop_calls(metafunc):
+    """What `select` would drop, before tests are made of it: that takes most of the time of a collection."""
+    calls = getattr(metafunc, "_calls", [])
+    marks = list(metafunc.definition.iter_markers())
+    kept = [call for call in calls if runs(Case(call.params, [*marks, *call.marks]), metafunc.config)]
+    calls[:] = kept or calls[:1]  # without any, pytest would make a test without parameters
 
 
-def backend_of(item):
-    """(the backend that a test is parametrized with, or None; the fixture's name)"""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return next(((params[name], name) for name in FIXTURES if isinstance(params.get(name), Backend)), (None, None))
+class Case(NamedTuple):
+    """A test with its parameters, before or after pytest has made an item of it."""
+
+    params: dict
+    marks: list
+
+    @staticmethod
+    def of(item):
+        return Case(item.callspec.params if hasattr(item, "callspec") else {}, list(item.iter_markers()))
+
+    @property
+    def few(self):
+        return [mark.kwargs for mark in self.marks if mark.name == "few"]
+
+    @property
+    def backend(self):
+        """(the backend, the fixture that hands it out); None for both where no backend is a parameter."""
+        found = ((self.params[name], name) for name in FIXTURES if isinstance(self.params.get(name), Backend))
+        return next(found, (None, None))
 
 
-def takes_part(item, full):
-    """Whether a test's backend takes part in it: a slow one, or a further variant, only with `few` of the values."""
-    backend, fixture = backend_of(item)
+def runs(case, config):
+    """Whether it is of the tiers asked for."""
+    if config.option.part:
+        return takes_part(case, full=True) and not is_default(case)
+    return takes_part(case, full=True) if is_thorough(config) else is_default(case)
+
+
+def is_default(case):
+    return all(mark.name != "thorough" for mark in case.marks) and takes_part(case, full=False)
+
+
+def takes_part(case, full):
+    """Whether the backend takes part in the test: a slow one, or a further variant, only with `few` of the values."""
+    backend, fixture = case.backend
     if backend is None:
         return True
     if backend.repeats or fixture == "other":
-        return fixture == "other" and (not backend.forced or is_among_few(item, backend, full))
+        return fixture == "other" and (not backend.forced or is_among_few(case, full))
     if full and backend.name == "triton" and not backend.limited:  # compiled
         return True
+    if backend.few_cases and not full and "variants" not in (mark.name for mark in case.marks):
+        return False
     if not (backend.limited or backend.name == "triton" or (backend.few_cases and not full)):
         return True
-    if few_marks(item):
-        return is_among_few(item, backend, full)
-    return not backend.forced and (full or not backend.few_cases)
+    if case.few:
+        return is_among_few(case, full)
+    return not backend.few_cases or (full and not backend.forced)
 
 
-def is_default(item):
-    return not item.get_closest_marker("thorough") and takes_part(item, full=False)
-
-
-def is_among_few(item, backend, full):
+def is_among_few(case, full):
     """Whether one of the marks lists the values that the test has."""
-    values = item.callspec.params
-    for mark in few_marks(item):
-        wanted = dict(mark.kwargs)
-        tier, forced = wanted.pop("tier", None), wanted.pop("forced", None)
-        if (tier == "thorough" and not full) or (backend.forced and forced is None):
+    forced = case.backend[0].forced
+    for mark in case.few:
+        wanted = {**mark, **(mark.get("forced") or {})} if forced else dict(mark)
+        if (wanted.pop("tier", None) == "thorough" and not full) or (forced and "forced" not in mark):
             continue
-        wanted.update(forced if backend.forced else {})
-        if all(values[name] in allowed for name, allowed in wanted.items()):
+        wanted.pop("forced", None)
+        if all(case.params[name] in allowed for name, allowed in wanted.items()):
             return True
     return False
 
 
 def select(config, items):
     """What runs of what was collected."""
-    if config.option.part:
-        return in_part([i for i in items if takes_part(i, True) and not is_default(i)], *config.option.part)
-    return [i for i in items if (takes_part(i, True) if is_thorough(config) else is_default(i))]
+    taken = [item for item in items if runs(Case.of(item), config)]
+    return in_part(taken, *config.option.part) if config.option.part else taken
 
 
 def in_part(items, number, parts):
@@ -142,7 +171,7 @@ def is_whole(item):
 
 def mark(item):
     """What `-m gpu` and `-m forced` choose by, and what cannot run here."""
-    backend, _ = backend_of(item)
+    backend, _ = Case.of(item).backend
     if backend is not None and backend.on_gpu:
         item.add_marker("gpu")
     if backend is not None and backend.forced:
