@@ -325,6 +325,8 @@ def test_every_parameter(backend, terms):
 CONFIDENT = ("ce", "nce", "fl", "nfl", "mae", "rce", "gce", "agce", "aul", "anl_ce", "anl_fl", "nce+rce")
 
 
+@pytest.mark.few(name=["anl_ce", "nfl"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("name", CONFIDENT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_no_cancellation_as_the_target_becomes_certain(backend, name, dtype):

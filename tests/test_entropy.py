@@ -15,6 +15,8 @@ import anl_kernels as ak
 ANL_CE = EXPRESSIONS["anl_ce"]
 
 
+@pytest.mark.few(dtype=[torch.float32], classes=[65], reduction=["mean"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("classes", [2, 10, 65, 1001])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -39,6 +41,7 @@ def test_entropy_alone(backend, layout):
     torch.testing.assert_close(oracle.as_rows(grad), true.grad, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.few(tier="thorough")
 def test_entropy_with_many_rows_and_classes(backend):
     """Enough for several threads and blocks of rows; once as wide as tall."""
     torch.set_num_threads(2)
@@ -237,6 +240,7 @@ def check_subgroup(rank, backend):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo")
 @pytest.mark.unpoisoned
 def test_entropy_over_three_processes(tmp_path):

@@ -85,6 +85,8 @@ def step(logits, target, criterion, **keywords):
     loss.backward(torch.ones_like(loss))
 
 
+@pytest.mark.few(kind=["default"])
+@pytest.mark.few(tier="thorough")
 @LOSSES
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_allocate_the_gradient(case, build, kind):
@@ -96,6 +98,8 @@ def test_forward_and_backward_allocate_the_gradient(case, build, kind):
     assert peak <= case.bytes + case.small
 
 
+@pytest.mark.few(kind=["none"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("kind", KINDS)
 def test_grad_output_costs_nothing_more(case, kind):
     """A GradScaler's factor is multiplied into the gradient where it lies."""
@@ -110,6 +114,8 @@ def test_grad_output_costs_nothing_more(case, kind):
     assert case.peak_of(run) <= case.bytes + case.small
 
 
+@pytest.mark.few(kind=["default"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("kind", KINDS)
 def test_inplace_allocates_no_gradient(case, kind):
     keywords = dict(case.keywords(kind), inplace=True)
@@ -126,7 +132,8 @@ def test_inplace_allocates_no_gradient(case, kind):
     assert grads == [logits.data_ptr()]
 
 
-@pytest.mark.few(kind=["default", "weight", "entropy"])
+@pytest.mark.few(kind=["entropy"])
+@pytest.mark.few(kind=["default", "weight", "entropy"], tier="thorough")
 @LOSSES
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_grad_nothing_is_written(case, build, kind):
@@ -138,6 +145,8 @@ def test_without_grad_nothing_is_written(case, build, kind):
         assert case.peak_of(lambda: ak.robust_loss(logits, target, criterion, **keywords)) <= case.small
 
 
+@pytest.mark.few(kind=["recompute"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("kind", ["recompute", "none", "entropy_recompute"])
 def test_between_forward_and_backward(case, kind):
     """recompute keeps O(N) until backward."""
@@ -151,6 +160,8 @@ def test_between_forward_and_backward(case, kind):
     assert peak <= case.small
 
 
+@pytest.mark.few(layout=["transposed"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("layout", ["padded", "transposed", "every_other_class", "spatial_1d", "channels_last"])
 def test_layouts_are_not_copied(fused, layout):
     case = Case(fused, 24000, 501)
@@ -210,6 +221,8 @@ VIEWS = {
 }
 
 
+@pytest.mark.few(view=["classes", "spatial_batch"], mode=["forward"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("mode", ["forward", "recompute", "inplace", "row_loss", "entropy"])
 def test_offsets_beyond_32_bits(fused, device, alone, view, mode):

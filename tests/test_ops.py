@@ -67,6 +67,7 @@ def test_the_reference_compiles():
 
 
 @THERE
+@pytest.mark.few(dtype=[torch.float16])
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [(torch.float64, (33, 7, 5)), (torch.bfloat16, (9, 33, 2, 3)), (torch.float16, (7, 33))],
@@ -157,6 +158,7 @@ TRACED = {
 
 
 @THERE
+@pytest.mark.few(case=["default"])
 @pytest.mark.parametrize("case", TRACED)
 def test_compiled_autograd_over_an_eager_forward(one_fused, case):
     """The tracer sees operators, never the address of a tensor that is gone when the graph runs."""
