@@ -116,6 +116,16 @@ def test_replicated_dtensors(mesh, route):
     assert_right_for_each(lambda x: distribute_tensor(x, mesh, [Replicate()]), **ROUTES[route])
 
 
+def test_ranks_add_their_input_gradients_in_float32(mesh, monkeypatch):
+    added = []
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **k: added.append(x.dtype) or all_reduce(x, **k))
+    x, w, _, target, _ = problem()
+    x, w = x.bfloat16().requires_grad_(), w.bfloat16()
+    ak.linear_robust_loss(x, w, target, ak.NCE(), class_group=mesh.get_group()).backward()
+    assert added == [torch.float32] and x.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_dtensors_are_refused_with_the_remedy(mesh, name):
     from torch.distributed.tensor import Shard, distribute_tensor
