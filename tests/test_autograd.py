@@ -276,6 +276,17 @@ def test_inplace_notices_a_later_use_of_the_logits(one_fused, use, of_view):
 
 
 @THERE
+def test_inplace_of_a_part_that_split_made_is_noticed(one_fused):
+    """Autograd cannot mark it as overwritten; whoever saved it is told all the same."""
+    hidden = torch.randn(6, 9, requires_grad=True) * 1
+    first, _ = hidden.split([5, 4], 1)
+    saved = first.exp() * first
+    loss = ak.anl_ce(first, torch.arange(6) % 5, inplace=True, backend=one_fused.name)
+    with pytest.raises(RuntimeError, match="modified (by an inplace operation|inplace)"):
+        (loss + saved.sum()).backward()
+
+
+@THERE
 def test_inplace_of_a_slice_leaves_the_rest(one_fused):
     """The rest of the tensor may be used; the slice, by whatever name, may not."""
     grads, leaf = [], torch.randn(6, 9)
