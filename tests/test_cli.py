@@ -134,6 +134,17 @@ def test_bench_shows_a_wrong_contender_as_wrong():
     assert measured["both"][0]["state"] == "wrong" and "median_s" not in measured["both"][0]
 
 
+def test_the_truth_of_a_contender_is_that_of_all_its_rows():
+    logits, target = workloads.parse("7x10")[0].tensors()
+    z = logits.double().requires_grad_()
+    loss = check.formulas.nce(z, target).mean()
+    (grad,) = torch.autograd.grad(loss, z)
+    for chunk in (10, 35, 1000):
+        found = contenders.truth(check.formulas.nce, logits, target, chunk)
+        assert found.loss == pytest.approx(loss.item(), rel=1e-13)
+        torch.testing.assert_close(found.grad, grad, rtol=1e-13, atol=1e-16)
+
+
 def test_bench_measures_memory_exactly():
     logits, target = workloads.parse("64x1000")[0].tensors()
     found = timing.profile(contenders.cloning(logits, target, "both"))

@@ -134,7 +134,7 @@ def test_l1_penalty():
         assert torch.equal(parameter.grad, parameter.detach().sign())
     layer = torch.nn.Linear(3, 2)
     assert torch.equal(ak.l1_penalty(layer), ak.l1_penalty(layer.parameters())) and ak.l1_penalty(layer) > 0
-    assert ak.l1_penalty(torch.full((7000,), -10.0, dtype=torch.float16)) == 70_000  # more than float16 holds
+    assert ak.l1_penalty(torch.full((7000,), -10.0, dtype=torch.float16)).item() == 70_000  # more than float16 holds
     assert ak.l1_penalty([]) == 0
 
 

@@ -81,6 +81,14 @@ REFUSED = {
     "list": lambda t: t.tolist(),
     "zero": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
 }
+SAID = {  # of the role, by the package or by PyTorch
+    "sharded": "DTensor",
+    "fake": "FakeTensor",
+    "meta": "{0} (are|is) on|{0} is on meta|got meta",
+    "sparse": "dense tensor|Contiguous|[sS]parse|storage",
+    "list": "{0} must be a tensor, got list|gradients can be either Tensors or None",
+    "zero": "{0} is a ZeroTensor without memory",
+}
 ROLES = ("logits", "target", "weight", "grad_output")
 
 
@@ -142,7 +150,7 @@ def test_tensors_without_values_are_refused(cpu, kind, role, loss):
         torch.testing.assert_close(got, expected)
         return
     given[role] = REFUSED[kind](given[role])
-    with pytest.raises((TypeError, ValueError, RuntimeError, AssertionError)):
+    with pytest.raises((TypeError, ValueError, RuntimeError, AssertionError), match=SAID[kind].format(role)):
         results(LOSSES[loss](), "cpu", **given)
 
 

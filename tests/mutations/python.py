@@ -22,9 +22,10 @@ FUNCTIONAL = (
 REGISTRY = "tests/test_registry.py -k chosen_anew"
 MODULES = "tests/test_modules.py"
 SUGGEST = "tests/test_suggest.py"
-CLI = "tests/test_cli.py -k 'not_there or reference or nan_and or least_to or quantiles or turns or exactly'"
+CLI = "tests/test_cli.py -k 'not_there or reference or nan_and or truth or least_to or quantiles or turns or exactly'"
 OPS = "tests/test_ops.py -k 'fakes_know or opcheck'"
 SETUP = "tests/test_setup.py -k 'extensions or architectures'"
+TRUST = "tests/test_trust.py"
 TABLE = "tests/test_benchmarks.py -k line_of"
 
 MUTANTS = [
@@ -292,9 +293,20 @@ MUTANTS = [
     ),
     ("anl_kernels/cli/formulas.py", "height = (1 - MIN_PROB) ** gamma * T -", "height = T -", CLI),
     ("anl_kernels/cli/verify.py", "found[i * (len(found) - 1) // (CASES - 1)]", "found[i]", CLI),
+    ("anl_kernels/cli/contenders.py", "total += loss.item()", "total = loss.item()", CLI),
     ("anl_kernels/cli/timing.py", "index = (step + done) % len(runs)", "index = step", CLI),
     ("anl_kernels/cli/timing.py", "ordered[round(0.9 * last)]", "ordered[last]", CLI),
     ("anl_kernels/cli/timing.py", "peak = max(peak, held)", "peak = held", CLI),
+    # what is remembered
+    (
+        "anl_kernels/trust.py",
+        "    _trusted.cache_clear()\n    return FILE",
+        "    return FILE",
+        TRUST,
+    ),
+    ("anl_kernels/trust.py", " ({arch_of(device)}) with", " with", TRUST),
+    ("anl_kernels/cache.py", "{**self.read(), **changes}.items()", "changes.items()", TRUST),
+    ("anl_kernels/cache.py", "        if not isinstance(found, dict):\n", "        if found is None:\n", TRUST),
     # installation, benchmarks
     ("setup.py", 'not in ("", "0")', '!= ""', SETUP),
     (
