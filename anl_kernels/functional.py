@@ -164,14 +164,15 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
     """The call of these keywords: checked when they are first seen, then kept with the expression."""
     if type(expression) is not Expression and isinstance(expression, Algebra):
         expression = expression.kept() if isinstance(expression, RowLoss) else _expression_of(expression)
+    known = options, tuple(map(type, options))  # to tell True from 1
     try:
-        return expression.calls[options]
+        return expression.calls[known]
     except (AttributeError, KeyError, TypeError):
         call = checked_call(expression, *options)
         call.expression = expression.without_calls()  # no cycle, which only the garbage collector would free
         if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
-        expression.calls[options] = call
+        expression.calls[known] = call
         return call
 
 

@@ -216,6 +216,18 @@ def test_a_keyword_s_value_is_checked(keywords, error, message):
         ak.ANLCELoss(**keywords)  # when it is made
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [("recompute", True, 1), ("inplace", False, 0), ("ignore_index", 1, True), ("ignore_index", 1, 1.0),
+     ("entropy_weight", 1.0, True)],
+)  # fmt: skip
+def test_a_keyword_s_value_is_checked_though_an_equal_one_is_kept(name, right, wrong):
+    loss, target = ak.NCE() + 7 * ak.MAE(), torch.tensor([0, 1, 2, 3])
+    loss(LOGITS, target, **{name: right})
+    with pytest.raises(TypeError, match=name):
+        loss(LOGITS, target, **{name: wrong})
+
+
 @pytest.mark.parametrize("function", [ak.anl_ce, ak.anl_fl, ak.sce])
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_a_coefficient_is_a_finite_number_or_one_element(function, name):
