@@ -228,6 +228,14 @@ def test_a_keyword_s_value_is_checked_though_an_equal_one_is_kept(name, right, w
         loss(LOGITS, target, **{name: wrong})
 
 
+@pytest.mark.parametrize("name", ["gce", "nfl", "aul", "anl_fl", "ael"])
+def test_a_parameter_s_type_is_checked_though_an_equal_one_is_kept(name):
+    function, parameter = getattr(ak, name), {"gce": "q", "aul": "q", "ael": "a"}.get(name, "gamma")
+    function(LOGITS, TARGET, **{parameter: 1})
+    with pytest.raises(TypeError, match=f"{parameter} must be a number, got bool"):
+        function(LOGITS, TARGET, **{parameter: True})
+
+
 @pytest.mark.parametrize("function", [ak.anl_ce, ak.anl_fl, ak.sce])
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_a_coefficient_is_a_finite_number_or_one_element(function, name):

@@ -208,6 +208,8 @@ MUTANTS = [
     ),
     # calls
     ("anl_kernels/functional.py", "        if len(expression.calls) >= MAX_KEPT:\n", "        if False:\n", FUNCTIONAL),
+    ("anl_kernels/functional.py", "known = options, tuple(map(type, options))", "known = options", FUNCTIONAL),
+    ("anl_kernels/functional.py", "key = parameters, tuple(map(type, parameters))", "key = parameters", FUNCTIONAL),
     ("anl_kernels/functional.py", "if not 0.0 < min_prob < 1.0:", "if not 0.0 <= min_prob < 1.0:", FUNCTIONAL),
     (
         "anl_kernels/functional.py",
