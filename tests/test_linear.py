@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, EPS, EXPRESSIONS, dtype_id, expression, row_loss_expression
+from torch.autograd import profiler
 
 import anl_kernels as ak
 from anl_kernels import linear
+from anl_kernels.cli import timing
 from anl_kernels.cli.timing import Run, profile
 
 ROWS, CLASSES, WIDTH = 43, 37, 16
@@ -471,6 +473,24 @@ def test_backward_hands_out_the_memory_of_the_gradients():
         leaf.grad = None
     made = loss()
     assert profile(Run(made.backward)).peak_bytes < 4 * hidden.numel() / 2
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_what_waits_for_backward(dtype):
+    """The gradients, in the dtypes that they will have; with recompute 13 numbers a row. No chunk is kept."""
+    rows, classes, width = 400, 300, 64
+    hidden, weight, bias, target = problem(dtype, rows, classes, width, ignored=False)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    for recompute in (False, True):
+        keywords = dict(bias=leaves[2], recompute=recompute)
+        ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
+        with timing.quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as seen:
+            loss = ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
+        held = sum(event.nbytes() for event in seen.kineto_results.events() if event.name() == "[memory]")
+        del loss
+        expected = 13 * 8 * rows if recompute else sum(x.nbytes for x in leaves)
+        assert expected <= held <= expected + 16 * rows + 8 * classes, recompute
 
 
 def test_frozen_weight_needs_no_gradient_memory():
