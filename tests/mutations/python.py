@@ -139,7 +139,13 @@ MUTANTS = [
         "if forward_ad._current_level > 0 and",
         DERIVATIVES,
     ),
-    ("anl_kernels/autograd.py", "    torch.autograd.graph.increment_version(logits)\n", "", AUTOGRAD),
+    (
+        "anl_kernels/autograd.py",
+        "    torch.autograd.graph.increment_version(logits)\n",
+        "",
+        AUTOGRAD,
+        "to mark logits as overwritten counts a version already, even where PyTorch refuses the mark",
+    ),
     ("anl_kernels/autograd.py", "if not grad_output.any():", "if not grad_output.all():", AUTOGRAD),
     (
         "anl_kernels/autograd.py",
@@ -154,17 +160,12 @@ MUTANTS = [
         "call = ctx.call",
         DERIVATIVES,
     ),
-    (
-        "anl_kernels/derivatives.py",
-        "or kinds.count(transform.Grad) > 1:",
-        "or kinds.count(transform.Grad) > 2:",
-        DERIVATIVES,
-    ),
+    ("anl_kernels/derivatives.py", "if transform.Jvp in kinds or kinds", "if kinds", DERIVATIVES),
     (
         "anl_kernels/derivatives.py",
         "or grad.is_neg() or grad._is_zerotensor()",
         "or grad._is_zerotensor()",
-        "tests/test_unusual_tensors.py",
+        "tests/test_unusual_tensors.py -k 'elsewhere and negated'",
     ),
     # shapes
     ("anl_kernels/layout.py", "    if weight.requires_grad:\n", "    if False:\n", FUNCTIONAL),
@@ -257,13 +258,6 @@ MUTANTS = [
         "growth = num_classes * math.log(num_classes)",
         "growth = num_classes * math.log(high)",
         SUGGEST,
-    ),
-    (
-        "anl_kernels/suggest.py",
-        "if num_classes < high:",
-        "if num_classes <= high:",
-        SUGGEST,
-        "at 100 classes both formulas give CIFAR-100's constants",
     ),
     # in PyTorch's operators
     (
