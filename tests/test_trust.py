@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anl_kernels import cache, layout, trust
+from anl_kernels.cli import verify
 
 HERE = torch.device("cpu")
 
@@ -62,6 +63,40 @@ def test_what_is_not_verified_is_said_once(caplog):
     with caplog.at_level(logging.WARNING, "anl_kernels"):
         trusted()
     assert "tickets, cluster" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (0, ("verified", "remembered")),
+        (1, ("FAIL", "why")),
+        (-6, ("FAIL", "why")),
+        (None, ("FAIL", "why")),
+        (verify.NEVER_USED, ("never used", "why")),
+    ],
+    ids=str,
+)
+def test_a_protocol_is_remembered_if_its_process_ends_well_and_forgotten_if_not(monkeypatch, code, expected):
+    seen = []
+
+    def process(arguments, seconds, **environment):
+        seen.append((arguments, environment))
+        return verify.Outcome(code, "7 calls", "why")
+
+    monkeypatch.setattr(verify, "in_a_process", process)
+    for before in (False, True):
+        if before:
+            trust.record("cuda.split", HERE, {})
+        assert verify.verify("cuda.split", HERE) == expected
+        assert trusted() == ({"split"} if code == 0 else set())
+    arguments, environment = seen[0]
+    assert arguments == ["check", "--here", "--protocol", "cuda.split", "--device", "cpu"]
+    assert environment == {trust.VARIABLE: "cuda.split"}  # no other takes part
+    if code == 0:
+        assert [facts["cases"] for facts in trust.FILE.read().values()] == ["7 calls"]
+    trust.record("cuda.split", HERE, {})
+    assert verify.verify("cuda.launches", HERE)[0] == expected[0]
+    assert seen[-1][1] == {trust.VARIABLE: "none"} and trusted() == {"split"}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "\0"], ids=repr)
