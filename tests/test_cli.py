@@ -151,6 +151,8 @@ def test_bench_measures_memory_exactly():
     assert found.peak_bytes == logits.numel() * 4
     assert found.allocations == 1
     assert found.launches is None
+    found = timing.profile(timing.Run(lambda: logits.clone().exp().sum()))  # of what is gone again, the most at a time
+    assert found.peak_bytes == 2 * logits.nbytes and found.allocations == 3
 
 
 @pytest.mark.parametrize("what, more", [("peak_bytes", 1 << 30), ("allocations", 10), ("launches", 100)])

@@ -6,7 +6,7 @@ A fifth text says why nothing can notice it.
 LINEAR = "tests/test_linear.py -k 'summed or blocks or plans or hands_out or waits or autocast'"
 LINEAR_TILES = "tests/test_linear.py -k 'every_kind_of_call and float64'"
 IGNORED = "tests/test_linear_autograd.py -k ignored_rows"
-IN_FLOAT32 = "tests/test_linear_tensors.py -k in_float32"
+LINEAR_RANK = "tests/test_linear_tensors.py -k 'input_gradients or refused_to_launch'"
 SLICES = "tests/test_class_parallel.py -k 'whole_rows or rounding or merged'"
 RANKS = "tests/test_class_parallel.py -k threads"
 AUTOGRAD = "tests/test_autograd.py -k 'backward_twice or split_made or later_use or of_a_slice'"
@@ -19,7 +19,7 @@ FUNCTIONAL = (
     "tests/test_functional.py -k 'same_defaults or keyword_s_value or refused or l1_penalty or bounded or just_below "
     "or clamp_is_checked or kept'"
 )
-REGISTRY = "tests/test_registry.py -k chosen_anew"
+REGISTRY = "tests/test_registry.py -k 'chosen_anew or is_named'"
 MODULES = "tests/test_modules.py"
 SUGGEST = "tests/test_suggest.py"
 CLI = "tests/test_cli.py -k 'not_there or reference or nan_and or truth or least_to or quantiles or turns or exactly'"
@@ -78,7 +78,8 @@ MUTANTS = [
         "return hidden, None, labels",
         IGNORED,
     ),
-    ("anl_kernels/linear.py", "by_hidden = by_hidden.to(self.acc)", "by_hidden = by_hidden.contiguous()", IN_FLOAT32),
+    ("anl_kernels/linear.py", "by_hidden = by_hidden.to(self.acc)", "by_hidden = by_hidden.contiguous()", LINEAR_RANK),
+    ("anl_kernels/linear.py", "if call.explicit or class_group is not None:", "if call.explicit:", LINEAR_RANK),
     # slices of the classes, and ranks that have them
     (
         "anl_kernels/slices.py",
@@ -260,6 +261,13 @@ MUTANTS = [
         SUGGEST,
     ),
     # in PyTorch's operators
+    ("anl_kernels/functional.py", 'not in ("", "auto")', '!= "auto"', REGISTRY),
+    (
+        "anl_kernels/registry.py",
+        "if not hasattr(module, operation) or (refused and _why_not(module, arguments)):",
+        "if not hasattr(module, operation):",
+        "tests/backends/test_cuda_launches.py -k 'auto_goes_on or auto_ends or refused_in_backward'",
+    ),
     ("anl_kernels/ops.py", "    ctx.mark_non_differentiable(output[1])\n", "", OPS),
     ("anl_kernels/ops.py", "column_grad = column_grad if ctx.with_sums else None", "column_grad = None", OPS),
     ("anl_kernels/backends/reference.py", "-torch.log1p(rest / target_exp)", "-self._log_sum", TERMS),
