@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, THERE, calculate, dtype_id, expression
 
 import anl_kernels as ak
+from anl_kernels.cli.timing import Run, profile
 
 SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
 ANL_CE = EXPRESSIONS["anl_ce"]
@@ -139,6 +140,17 @@ def test_backward_twice(backend, recompute, keywords, dtype):
         )
     with pytest.raises(RuntimeError, match=r"second time|freed"):
         torch.autograd.grad(loss, logits, seeds[0])
+
+
+@pytest.mark.unpoisoned
+def test_backward_hands_out_the_memory_of_the_gradient(cpu):
+    """What forward made is scaled where it lies, unless the graph is kept."""
+    logits = torch.randn(64, 500, requires_grad=True)
+    for _ in range(2):
+        loss = ak.anl_ce(logits, torch.arange(64), backend="cpu") * 2
+        logits.grad = None
+        peak = profile(Run(loss.backward)).peak_bytes
+    assert peak < logits.nbytes / 4
 
 
 @THERE

@@ -4,12 +4,11 @@ A fifth text says why nothing can notice it.
 """
 
 LINEAR = "tests/test_linear.py -k 'summed or blocks or plans or hands_out or waits or autocast'"
-LINEAR_TILES = "tests/test_linear.py -k 'every_kind_of_call and float64'"
 IGNORED = "tests/test_linear_autograd.py -k ignored_rows"
 LINEAR_RANK = "tests/test_linear_tensors.py -k 'input_gradients or refused_to_launch'"
 SLICES = "tests/test_class_parallel.py -k 'whole_rows or rounding or merged'"
 RANKS = "tests/test_class_parallel.py -k threads"
-AUTOGRAD = "tests/test_autograd.py -k 'backward_twice or split_made or later_use or of_a_slice'"
+AUTOGRAD = "tests/test_autograd.py -k 'hands_out or split_made or (backward_twice and cpu) or (later_use and cpu)'"
 DERIVATIVES = "tests/test_derivatives.py -k 'every_keyword or order_of_the_derivative or spatial_batch'"
 TERMS = (
     "tests/test_terms.py -k 'gammas or without_meaning or parameters_are_numbers or terms_add or fails_on_a_made_up or "
@@ -71,15 +70,14 @@ MUTANTS = [
         "total = torch.zeros((), dtype=acc, device=hidden.device)",
         LINEAR,
     ),
-    ("anl_kernels/linear.py", "sums[begin:end] += kernels", "sums[begin:end] = kernels", LINEAR_TILES),
+    ("anl_kernels/linear.py", "by_hidden = by_hidden.to(self.acc)", "by_hidden = by_hidden.contiguous()", LINEAR_RANK),
+    ("anl_kernels/linear.py", "if call.explicit or class_group is not None:", "if call.explicit:", LINEAR_RANK),
     (
         "anl_kernels/linear.py",
         "return hidden.masked_fill(~valid.unsqueeze(1), 0.0), None, labels",
         "return hidden, None, labels",
         IGNORED,
     ),
-    ("anl_kernels/linear.py", "by_hidden = by_hidden.to(self.acc)", "by_hidden = by_hidden.contiguous()", LINEAR_RANK),
-    ("anl_kernels/linear.py", "if call.explicit or class_group is not None:", "if call.explicit:", LINEAR_RANK),
     # slices of the classes, and ranks that have them
     (
         "anl_kernels/slices.py",
@@ -100,15 +98,7 @@ MUTANTS = [
         SLICES,
     ),
     ("anl_kernels/slices.py", "= first[COUNT] + 1.0 + poison", "= first[COUNT] + 1.0", SLICES),
-    (
-        "anl_kernels/slices.py",
-        "K, K * w * log_k, K * w, K * heights, K * w, 0.0]",
-        "K, K * w * log_k, K * w, K * heights, K * w, 1.0]",
-        SLICES,
-    ),
     ("anl_kernels/slices.py", "(second[BELOW_MASS] + (1.0 - above) * l.exp())", "second[BELOW_MASS]", SLICES),
-    ("anl_kernels/slices.py", "    for part in parts[1:]:\n", "    for part in parts[1:2]:\n", SLICES),
-    ("anl_kernels/slices.py", "gap = parts[:, GAP] + parts[:, COUNT] * below", "gap = parts[:, GAP] + below", SLICES),
     ("anl_kernels/slices.py", "value = torch.where(above > 0, a_above, a) * l.exp()", "value = a * l.exp()", SLICES),
     ("anl_kernels/class_parallel.py", "sum(sizes[: dist.get_rank(group)])", "sizes[0] * dist.get_rank(group)", RANKS),
     (
@@ -117,14 +107,7 @@ MUTANTS = [
         "mine.low <= mine.high <= max(classes, 1)",
         RANKS,
     ),
-    (
-        "anl_kernels/class_parallel.py",
-        "total = int((labels * torch.arange(1, len(labels) + 1)).sum())",
-        "total = int(labels.sum())",
-        RANKS,
-    ),
     ("anl_kernels/class_parallel.py", "repr(call.expression), call.needs,", "call.needs,", RANKS),
-    ("anl_kernels/class_parallel.py", "share.start + start, z.shape[1]", "start, z.shape[1]", RANKS),
     (
         "anl_kernels/class_parallel.py",
         "        moments = slices.added(gathered(moments, group))\n",
@@ -133,6 +116,12 @@ MUTANTS = [
     ),
     ("anl_kernels/entropy.py", "shared = sums * world_size(call.batch_group)", "shared = sums", RANKS),
     ("anl_kernels/stats.py", "missing = -torch.expm1(log_prob)", "missing = 1.0 - torch.exp(log_prob)", TERMS),
+    (
+        "anl_kernels/class_parallel.py",
+        "total = int((labels * torch.arange(1, len(labels) + 1)).sum())",
+        "total = int(labels.sum())",
+        RANKS,
+    ),
     # autograd
     (
         "anl_kernels/autograd.py",
@@ -147,21 +136,12 @@ MUTANTS = [
         AUTOGRAD,
         "to mark logits as overwritten counts a version already, even where PyTorch refuses the mark",
     ),
-    ("anl_kernels/autograd.py", "if not grad_output.any():", "if not grad_output.all():", AUTOGRAD),
-    (
-        "anl_kernels/autograd.py",
-        "ctx.kernels.scaled(grad, grad_output, _keeps_graph())",
-        "ctx.kernels.scaled(grad, grad_output, False)",
-        AUTOGRAD,
-    ),
-    ("anl_kernels/autograd.py", "(entropy[0], entropy[1] * seed.detach())", "(entropy[0], entropy[1])", AUTOGRAD),
     (
         "anl_kernels/autograd.py",
         "call = ctx.call.variant(inplace=False) if ctx.call.inplace and torch.is_grad_enabled() else ctx.call",
         "call = ctx.call",
         DERIVATIVES,
     ),
-    ("anl_kernels/derivatives.py", "if transform.Jvp in kinds or kinds", "if kinds", DERIVATIVES),
     (
         "anl_kernels/derivatives.py",
         "or grad.is_neg() or grad._is_zerotensor()",
@@ -169,6 +149,25 @@ MUTANTS = [
         "tests/test_unusual_tensors.py -k 'elsewhere and negated'",
     ),
     # shapes
+    ("anl_kernels/autograd.py", "if not grad_output.any():", "if not grad_output.all():", AUTOGRAD),
+    (
+        "anl_kernels/autograd.py",
+        "ctx.kernels.scaled(grad, grad_output, _keeps_graph())",
+        "ctx.kernels.scaled(grad, grad_output, True)",
+        AUTOGRAD,
+    ),
+    (
+        "anl_kernels/autograd.py",
+        "ctx.kernels.scaled(grad, grad_output, _keeps_graph())",
+        "ctx.kernels.scaled(grad, grad_output, False)",
+        AUTOGRAD,
+    ),
+    (
+        "anl_kernels/autograd.py",
+        "(entropy[0], entropy[1] * seed.detach())",
+        "(entropy[0], entropy[1])",
+        AUTOGRAD,
+    ),
     ("anl_kernels/layout.py", "    if weight.requires_grad:\n", "    if False:\n", FUNCTIONAL),
     ("anl_kernels/layout.py", "if classes * min_prob >= 1.0:", "if classes * min_prob > 1.0:", FUNCTIONAL),
     (
@@ -177,20 +176,8 @@ MUTANTS = [
         "if target.is_cuda != logits.is_cuda:",
         FUNCTIONAL,
     ),
-    (
-        "anl_kernels/layout.py",
-        "if stride <= reach:",
-        "if stride < reach:",
-        "tests/test_autograd.py -k 'overlapping_memory and cpu'",
-    ),
     # terms
     ("anl_kernels/terms.py", "if not (low < value < math.inf or", "if not (low < value or", TERMS),
-    (
-        "anl_kernels/terms.py",
-        "isinstance(value, bool) or not isinstance(value, numbers.Real)",
-        "not isinstance(value, numbers.Real)",
-        TERMS,
-    ),
     ("anl_kernels/terms.py", "    a: float = 0.6\n", "    a: float = 6.0\n", FUNCTIONAL),
     ("anl_kernels/terms.py", 'focal = () if gamma is None else ("focal_sum", "focal_above_sum")', "focal = ()", TERMS),
     (
@@ -205,7 +192,6 @@ MUTANTS = [
         "return isinstance(value, numbers.Real)",
         TERMS,
     ),
-    ("anl_kernels/terms.py", "found[place] = (other_coef + coef, other)", "found[place] = (coef, other)", TERMS),
     ("anl_kernels/terms.py", "known and len(terms) <= MAX_TERMS", "known and len(terms) < MAX_TERMS", TERMS),
     ("anl_kernels/terms.py", "if own is None or own.terms[0][1].f is not self.f:", "if own is None:", TERMS),
     (
@@ -214,17 +200,17 @@ MUTANTS = [
         "return self.number, tuple(map(id, self.tensors))",
         TERMS,
     ),
+    (
+        "anl_kernels/terms.py",
+        "isinstance(value, bool) or not isinstance(value, numbers.Real)",
+        "not isinstance(value, numbers.Real)",
+        TERMS,
+    ),
     # calls
     ("anl_kernels/functional.py", "        if len(expression.calls) >= MAX_KEPT:\n", "        if False:\n", FUNCTIONAL),
     ("anl_kernels/functional.py", "known = options, tuple(map(type, options))", "known = options", FUNCTIONAL),
     ("anl_kernels/functional.py", "key = parameters, tuple(map(type, parameters))", "key = parameters", FUNCTIONAL),
     ("anl_kernels/functional.py", "if not 0.0 < min_prob < 1.0:", "if not 0.0 <= min_prob < 1.0:", FUNCTIONAL),
-    (
-        "anl_kernels/functional.py",
-        "call.needs & (ABOVE | ABOVE_MASS | FOCAL_ABOVE) else",
-        "call.needs & (ABOVE | ABOVE_MASS) else",
-        FUNCTIONAL,
-    ),
     ("anl_kernels/functional.py", "p.abs().sum(dtype=acc_dtype(p.dtype))", "p.abs().sum()", FUNCTIONAL),
     (
         "anl_kernels/functional.py",
@@ -269,18 +255,11 @@ MUTANTS = [
         "tests/backends/test_cuda_launches.py -k 'auto_goes_on or auto_ends or refused_in_backward'",
     ),
     ("anl_kernels/ops.py", "    ctx.mark_non_differentiable(output[1])\n", "", OPS),
-    ("anl_kernels/ops.py", "column_grad = column_grad if ctx.with_sums else None", "column_grad = None", OPS),
     ("anl_kernels/backends/reference.py", "-torch.log1p(rest / target_exp)", "-self._log_sum", TERMS),
     (
         "anl_kernels/backends/reference.py",
         "step):\n        rows = slice(begin, begin + step)\n        grad[rows] =",
         "step):\n        rows = slice(begin, begin + step - 1)\n        grad[rows] =",
-        SLICES,
-    ),
-    (
-        "anl_kernels/backends/reference.py",
-        "range(0, len(logits), step):\n        high, inv_sum",
-        "range(0, min(step, len(logits)), step):\n        high, inv_sum",
         SLICES,
     ),
     # the commands
@@ -298,12 +277,6 @@ MUTANTS = [
         CLI,
     ),
     ("anl_kernels/cli/check.py", "    if got.isnan().any():\n", "    if got.isnan().all():\n", CLI),
-    (
-        "anl_kernels/cli/formulas.py",
-        "return (1 - at(z.softmax(1), y) ** q) / q",
-        "return 1 - at(z.softmax(1), y) ** q",
-        CLI,
-    ),
     ("anl_kernels/cli/formulas.py", "height = (1 - MIN_PROB) ** gamma * T -", "height = T -", CLI),
     ("anl_kernels/cli/verify.py", "found[i * (len(found) - 1) // (CASES - 1)]", "found[i]", CLI),
     ("anl_kernels/cli/contenders.py", "total += loss.item()", "total = loss.item()", CLI),
