@@ -425,7 +425,15 @@ def test_func_grad(one_backend, keywords):
 
 @THERE
 @pytest.mark.parametrize(
-    "keywords", [dict(), dict(recompute=True), dict(reduction="none"), dict(weight=torch.arange(1.0, 8.0))], ids=str
+    "keywords",
+    [
+        dict(),
+        dict(recompute=True),
+        dict(reduction="none"),
+        dict(weight=torch.arange(1.0, 8.0)),
+        dict(entropy_weight=0.5),  # of the rows of one element of the batch
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dims", [(0, 0), (1, 0), (0, None), (None, 0)], ids=str)
 def test_vmap(one_backend, keywords, dims):

@@ -162,6 +162,33 @@ def test_a_refused_dtensor_is_named(cpu, name):
         results(LOSSES["anl_ce"](), "cpu", **given)
 
 
+class Asked(torch.Tensor):
+    """Answers functions with what it is asked."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (ak.robust_loss, ak.linear_robust_loss):
+            return args, kwargs
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("function", [ak.robust_loss, ak.linear_robust_loss])
+def test_a_subclass_is_asked_with_every_argument_under_its_name(function, group):
+    given = arguments()
+    given = {name: given[name].as_subclass(Asked) for name in ("logits", "target", "weight")}
+    values = dict(
+        bias=given["weight"], class_weight=given["weight"] + 1, weight=given["weight"], ignore_index=-3,
+        reduction="sum", entropy_weight=0.25, min_prob=1e-4, inplace=True, recompute=False, backend="cpu",
+        class_group=group, batch_group=dist.new_group([0]), max_chunk_bytes=77,
+    )  # fmt: skip
+    named = [name for name in function.__kwdefaults__ if name != "input"]
+    tensors = ("logits", "target") if function is ak.robust_loss else ("logits", "weight", "target")
+    positional = (*map(given.get, tensors), ak.NCE())
+    args, keywords = function(*positional, **{name: values[name] for name in named})
+    assert list(map(id, args)) == list(map(id, positional))
+    assert {name: id(x) for name, x in keywords.items()} == {name: id(values[name]) for name in named}
+
+
 def test_a_graph_through_a_subclass(cpu):
     """The gradient reaches what the subclass was made of."""
     given, grads = arguments(), []

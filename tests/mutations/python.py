@@ -25,6 +25,8 @@ CLI = "tests/test_cli.py -k 'not_there or reference or nan_and or truth or least
 OPS = "tests/test_ops.py -k 'fakes_know or opcheck or (one_graph and entropy)'"
 SETUP = "tests/test_setup.py -k 'extensions or architectures'"
 TRUST = "tests/test_trust.py"
+ASKED = "tests/test_unusual_tensors.py -k asked"
+VMAP = "tests/test_autograd.py -k 'test_vmap and cpu'"
 TABLE = "tests/test_benchmarks.py -k line_of"
 
 MUTANTS = [
@@ -283,6 +285,25 @@ MUTANTS = [
     ("anl_kernels/cli/timing.py", "index = (step + done) % len(runs)", "index = step", CLI),
     ("anl_kernels/cli/timing.py", "ordered[round(0.9 * last)]", "ordered[last]", CLI),
     ("anl_kernels/cli/timing.py", "peak = max(peak, held)", "peak = held", CLI),
+    # transforms and subclasses
+    (
+        "anl_kernels/functional.py",
+        "(weight, *options, class_group, batch_group)))",
+        "(weight, *options, batch_group, class_group)))",
+        ASKED,
+    ),
+    (
+        "anl_kernels/linear.py",
+        "values = (bias, class_weight, *options",
+        "values = (class_weight, bias, *options",
+        ASKED,
+    ),
+    (
+        "anl_kernels/autograd.py",
+        "        if call.entropy_weight:  # the sums are over",
+        "        if False:  # the sums are over",
+        VMAP,
+    ),
     # what is remembered
     (
         "anl_kernels/trust.py",
