@@ -219,6 +219,14 @@ def test_opcheck(cpu, dtype, shape):
         torch.library.opcheck(operator, arguments)
 
 
+def test_only_the_loss_has_a_gradient(cpu):
+    """The coefficients go to backward; a gradient by them would be dropped."""
+    for operator, arguments in operator_calls(torch.float32, (4, 5)):
+        if operator is ops.row_loss:
+            loss, coefs = operator(*arguments)
+            assert loss.requires_grad and not coefs.requires_grad
+
+
 def test_every_operator_is_checked(cpu):
     checked = {operator._opoverload.name() for operator, _ in operator_calls(torch.float32, (4, 5))}
     prefix = "anl_kernels::"
