@@ -335,6 +335,14 @@ def test_inplace_of_overlapping_memory_is_refused(fused, logits):
 
 
 @THERE
+def test_inplace_of_what_would_have_to_be_copied_is_refused(one_fused):
+    leaf = torch.randn(2, 5, 3, 4, requires_grad=True)
+    hidden = (leaf * 1).transpose(2, 3)
+    with pytest.raises(ValueError, match="one run of memory"):
+        ak.anl_ce(hidden, torch.zeros(2, 4, 3, dtype=torch.int64), inplace=True, backend=one_fused.name)
+
+
+@THERE
 def test_inplace_of_a_linear_layers_output(fused):
     g = helpers.generator(0)
     x, weight = helpers.randn(24, 5, generator=g), helpers.randn(17, 5, generator=g)

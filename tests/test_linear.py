@@ -357,6 +357,19 @@ def test_the_input_gradient_is_summed_in_float32_over_tiles(dtype):
     torch.testing.assert_close(grad.float(), torch.ones(rows, 2), rtol=5e-3, atol=0)
 
 
+def test_a_gradscaler_saves_small_gradients():
+    """In float16 by default: the factor enters before what is small is rounded."""
+    hidden, weight, _, target = problem(torch.float16, 300, 20, 8, ignored=False)
+    weight = weight * 1e-4  # and so are the input's gradients
+    scale = 2.0**16
+    _, *exact = gradients(
+        lambda x, w: F.cross_entropy(F.linear(x, w), target) * scale, hidden.double(), weight.double()
+    )
+    loss = lambda x, w: ak.linear_robust_loss(x, w, target, ak.CE()) * scale
+    for ours, true in zip(gradients(loss, hidden, weight)[1:], exact):
+        assert (ours - true).abs().max() < 2e-3 * true.abs().max()
+
+
 @pytest.mark.parametrize("rows, classes", [(7, 200), (200, 7)], ids=["wide", "tall"])
 @pytest.mark.parametrize("block", [4, 100, 2000], ids="{} bytes".format)
 @pytest.mark.parametrize("chunks", [dict(), dict(max_chunk_bytes=1200), dict(recompute=True)], ids=str)
