@@ -437,6 +437,8 @@ def check_disagreement(ranks):
         raises(ValueError, "keyword", lambda: call(**keywords if odd else {}))
     raises(ValueError, "keyword", lambda: call(min_prob=1e-6 if odd else 1e-7))
     raises(ValueError, "gradient", lambda: call(values.clone().requires_grad_(odd)))
+    raises(ValueError, "gradient", lambda: head(w=weight.clone().requires_grad_(odd)))
+    raises(ValueError, "keyword", lambda: call(batch_group=group if odd else None))
     raises(ValueError, "keyword", lambda: head(max_chunk_bytes=100 if odd else 200))
     raises(ValueError, "keyword", lambda: head(hidden[:, :2], weight[:, :2]) if odd else head())
     raises(ValueError, "class weights", lambda: call(weight=torch.ones(20) if odd else None))

@@ -130,6 +130,13 @@ MUTANTS = [
         "total = int(labels.sum())",
         RANKS,
     ),
+    (
+        "anl_kernels/linear.py",
+        "settings = (input.shape[-1], max_chunk_bytes, grads)",
+        "settings = (input.shape[-1], max_chunk_bytes)",
+        RANKS,
+    ),
+    ("anl_kernels/linear.py", "_plan(len(labels), share.largest, dtype", "_plan(len(labels), share.size, dtype", RANKS),
     # autograd
     (
         "anl_kernels/autograd.py",
