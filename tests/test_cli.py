@@ -46,6 +46,28 @@ def test_check_of_every_loss_and_layout_against_the_reference():
     assert all(row.ok and max(row.errors) < 2e-13 for row in found)
 
 
+def test_check_takes_every_way_to_a_gradient_and_tells_which_fails(monkeypatch):
+    ways = []
+
+    def compare(loss, backend, logits, target, expected, way):
+        ways.append(way)
+        if way == "none":
+            raise ValueError("no loss a row")
+        return check.Errors(0.0, 1.0 if way == "inplace" else 0.0)
+
+    monkeypatch.setattr(check, "compare", compare)
+    plain, entropy = check.LOSSES[0], next(loss for loss in check.LOSSES if loss.entropy_weight)
+    for loss, backend, expected, failures in (
+        (plain, "cpu", ["mean", "inplace", "recompute", "none"], 2),
+        (plain, "reference", ["mean", "recompute", "none"], 1),
+        (entropy, "cpu", ["mean", "inplace", "recompute"], 1),
+    ):
+        ways.clear()
+        row = check.check_one(backend, loss, "fp32", "rows", *check.rows(torch.float32, 10, 5))
+        assert ways == expected and len(row.failures) == failures and not row.ok
+        assert ("none" in expected) == any("none: ValueError: no loss a row" in text for text in row.failures)
+
+
 def test_check_sees_a_nan_and_an_error_in_any_row():
     nan = float("nan")
     for errors in (check.Errors(nan, 0.0), check.Errors(0.0, nan)):

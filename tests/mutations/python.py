@@ -21,7 +21,7 @@ FUNCTIONAL = (
 REGISTRY = "tests/test_registry.py -k 'chosen_anew or is_named'"
 MODULES = "tests/test_modules.py"
 SUGGEST = "tests/test_suggest.py"
-CLI = "tests/test_cli.py -k 'not_there or reference or nan_and or truth or least_to or quantiles or turns or exactly'"
+CLI = "tests/test_cli.py -k 'there or reference or every_way or nan_and or truth or least or quantiles or turns or exactly'"
 OPS = "tests/test_ops.py -k 'fakes_know or only_the_loss'"
 SETUP = "tests/test_setup.py -k 'extensions or architectures'"
 TRUST = "tests/test_trust.py"
@@ -284,6 +284,12 @@ MUTANTS = [
         SLICES,
     ),
     # the commands
+    (
+        "anl_kernels/cli/check.py",
+        "compare(loss, backend, logits, target, expected, way)\n        except",
+        "compare(loss, backend, logits, target, expected, next(iter(WAYS)))\n        except",
+        CLI,
+    ),
     ("anl_kernels/cli/check.py", "b if math.isnan(b) else max(a, b)", "max(a, b)", CLI),
     (
         "anl_kernels/cli/check.py",
