@@ -164,14 +164,15 @@ def _known_call(expression: Algebra, options: tuple) -> Call:
     """The call of these keywords: checked when they are first seen, then kept with the expression."""
     if type(expression) is not Expression and isinstance(expression, Algebra):
         expression = expression.kept() if isinstance(expression, RowLoss) else _expression_of(expression)
+    known = options, tuple(map(type, options))  # to tell True from 1
     try:
-        return expression.calls[options]
+        return expression.calls[known]
     except (AttributeError, KeyError, TypeError):
         call = checked_call(expression, *options)
         call.expression = expression.without_calls()  # no cycle, which only the garbage collector would free
         if len(expression.calls) >= MAX_KEPT:
             expression.calls.clear()
-        expression.calls[options] = call
+        expression.calls[known] = call
         return call
 
 
@@ -264,15 +265,16 @@ def _kept(build):
     def kept(*parameters):
         if torch.compiler.is_compiling():  # a compiled graph would guard on what is kept
             return build(*parameters)
+        key = parameters, tuple(map(type, parameters))  # to tell True from 1
         try:
-            return known[parameters]
+            return known[key]
         except (KeyError, TypeError):  # TypeError: no hash, so it is no number
             pass
         expression = build(*parameters)
         if expression.built_in:
             if len(known) >= MAX_KEPT:
                 known.clear()
-            known[parameters] = expression
+            known[key] = expression
         return expression
 
     return kept
@@ -289,7 +291,7 @@ def _one(term_class, *parameters) -> Expression:
 
 
 @_kept
-def _pair(_alpha, alpha, first, _beta, beta, second, *parameters) -> Expression:  # with types, to tell True from 1
+def _pair(alpha, first, beta, second, *parameters) -> Expression:
     alpha, beta = coefficient("alpha", alpha), coefficient("beta", beta)
     return Expression(((alpha, first(*parameters)), (beta, second(*parameters))))
 
@@ -303,7 +305,7 @@ def anl_ce(logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 
     L1 penalty on the parameters (`l1_penalty`). alpha and beta are numbers, or tensors with one element, which get
     their gradient.
     """
-    return robust_loss(logits, target, _pair(type(alpha), alpha, NCE, type(beta), beta, NNCE), **options)
+    return robust_loss(logits, target, _pair(alpha, NCE, beta, NNCE), **options)
 
 
 @_loss
@@ -314,7 +316,7 @@ def anl_fl(
 
     The focal weights (1 - p)^gamma are detached, as in the authors' code.
     """
-    return robust_loss(logits, target, _pair(type(alpha), alpha, NFL, type(beta), beta, NNFL, gamma), **options)
+    return robust_loss(logits, target, _pair(alpha, NFL, beta, NNFL, gamma), **options)
 
 
 @_loss
@@ -376,11 +378,11 @@ def sce(
     logits: Tensor, target: Tensor, *, alpha: float = 0.1, beta: float = 1.0, floor: float = 1e-4, **options
 ) -> Tensor:
     """Symmetric cross entropy: alpha CE + beta RCE. Wang et al., ICCV 2019 (CIFAR-10: 0.1, 1; CIFAR-100: 6, 0.1)."""
-    return robust_loss(logits, target, _sce(type(alpha), alpha, type(beta), beta, floor), **options)
+    return robust_loss(logits, target, _sce(alpha, beta, floor), **options)
 
 
 @_kept
-def _sce(_alpha, alpha, _beta, beta, floor) -> Expression:
+def _sce(alpha, beta, floor) -> Expression:
     return Expression(((coefficient("alpha", alpha), CE()), (coefficient("beta", beta), RCE(floor))))
 
 

@@ -120,7 +120,7 @@ class ANLCELoss(_Pair):
 
     @property
     def expression(self) -> Expression:
-        return _pair(type(self.alpha), self.alpha, NCE, type(self.beta), self.beta, NNCE)
+        return _pair(self.alpha, NCE, self.beta, NNCE)
 
 
 class ANLFLLoss(_Pair):
@@ -136,4 +136,4 @@ class ANLFLLoss(_Pair):
 
     @property
     def expression(self) -> Expression:
-        return _pair(type(self.alpha), self.alpha, NFL, type(self.beta), self.beta, NNFL, self.gamma)
+        return _pair(self.alpha, NFL, self.beta, NNFL, self.gamma)

@@ -190,7 +190,7 @@ def _without_target(coefs: Tensor, logits: Tensor, labels: Tensor, call) -> Tens
     value = torch.where(above > 0, a_above, a) * l.exp() + b + above * c
     if call.needs & (FOCAL | FOCAL_ABOVE):
         value = value + (bw + above * cw) * (-torch.expm1(l)).clamp(min=0.0) ** call.gamma
-    value = torch.where(z == -math.inf, 0.0, value)
+    value = torch.where(z == -math.inf, high - high, value)  # 0, but for a row that is NaN
     coefs = coefs.clone()
     coefs[8] = torch.where(labels == ELSEWHERE, value.to(coefs.dtype), coefs[8])
     return coefs

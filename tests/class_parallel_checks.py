@@ -431,9 +431,14 @@ def check_disagreement(ranks):
     shape = (2, 5, 3) if odd else (3, 5, 2)
     raises(ValueError, "shape", lambda: call(torch.randn(shape), torch.zeros(shape[0], shape[2], dtype=torch.long)))
     raises(ValueError, "targets", lambda: call(y=target.flip(0) if odd else target))
-    raises(ValueError, "loss", lambda: call(e=ak.NCE() if odd else loss))
+    for another in (ak.NCE(), 2 * loss, ak.NNFL(), ak.RowLoss(lambda s: s.above_sum)):
+        raises(ValueError, "loss", lambda: call(e=another if odd else loss))
+    for keywords in (dict(reduction="sum"), dict(ignore_index=-1), dict(entropy_weight=0.5)):
+        raises(ValueError, "keyword", lambda: call(**keywords if odd else {}))
     raises(ValueError, "keyword", lambda: call(min_prob=1e-6 if odd else 1e-7))
     raises(ValueError, "gradient", lambda: call(values.clone().requires_grad_(odd)))
+    raises(ValueError, "gradient", lambda: head(w=weight.clone().requires_grad_(odd)))
+    raises(ValueError, "keyword", lambda: call(batch_group=group if odd else None))
     raises(ValueError, "keyword", lambda: head(max_chunk_bytes=100 if odd else 200))
     raises(ValueError, "keyword", lambda: head(hidden[:, :2], weight[:, :2]) if odd else head())
     raises(ValueError, "class weights", lambda: call(weight=torch.ones(20) if odd else None))

@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, THERE, calculate, dtype_id, expression
 
 import anl_kernels as ak
+from anl_kernels.cli.timing import Run, profile
 
 SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
 ANL_CE = EXPRESSIONS["anl_ce"]
@@ -142,6 +143,17 @@ def test_backward_twice(backend, recompute, keywords, dtype):
         )
     with pytest.raises(RuntimeError, match=r"second time|freed"):
         torch.autograd.grad(loss, logits, seeds[0])
+
+
+@pytest.mark.unpoisoned
+def test_backward_hands_out_the_memory_of_the_gradient(cpu):
+    """What forward made is scaled where it lies, unless the graph is kept."""
+    logits = torch.randn(64, 500, requires_grad=True)
+    for _ in range(2):
+        loss = ak.anl_ce(logits, torch.arange(64), backend="cpu") * 2
+        logits.grad = None
+        peak = profile(Run(loss.backward)).peak_bytes
+    assert peak < logits.nbytes / 4
 
 
 @THERE
@@ -280,6 +292,17 @@ def test_inplace_notices_a_later_use_of_the_logits(one_fused, use, of_view):
 
 
 @THERE
+def test_inplace_of_a_part_that_split_made_is_noticed(one_fused):
+    """Autograd cannot mark it as overwritten; whoever saved it is told all the same."""
+    hidden = torch.randn(6, 9, requires_grad=True) * 1
+    first, _ = hidden.split([5, 4], 1)
+    saved = first.exp() * first
+    loss = ak.anl_ce(first, torch.arange(6) % 5, inplace=True, backend=one_fused.name)
+    with pytest.raises(RuntimeError, match="modified (by an inplace operation|inplace)"):
+        (loss + saved.sum()).backward()
+
+
+@THERE
 def test_inplace_of_a_slice_leaves_the_rest(one_fused):
     """The rest of the tensor may be used; the slice, by whatever name, may not."""
     grads, leaf = [], torch.randn(6, 9)
@@ -313,6 +336,14 @@ def test_inplace_of_overlapping_memory_is_refused(fused, logits):
     target = torch.zeros(z.shape[:1] + z.shape[2:], dtype=torch.int64)
     with pytest.raises(ValueError, match="share memory"):
         ak.anl_ce(z, target, inplace=True, backend=fused.name)
+
+
+@THERE
+def test_inplace_of_what_would_have_to_be_copied_is_refused(one_fused):
+    leaf = torch.randn(2, 5, 3, 4, requires_grad=True)
+    hidden = (leaf * 1).transpose(2, 3)
+    with pytest.raises(ValueError, match="one run of memory"):
+        ak.anl_ce(hidden, torch.zeros(2, 4, 3, dtype=torch.int64), inplace=True, backend=one_fused.name)
 
 
 @THERE
@@ -406,7 +437,15 @@ def test_func_grad(one_backend, keywords):
 
 @THERE
 @pytest.mark.parametrize(
-    "keywords", [dict(), dict(recompute=True), dict(reduction="none"), dict(weight=torch.arange(1.0, 8.0))], ids=str
+    "keywords",
+    [
+        dict(),
+        dict(recompute=True),
+        dict(reduction="none"),
+        dict(weight=torch.arange(1.0, 8.0)),
+        dict(entropy_weight=0.5),  # of the rows of one element of the batch
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dims", [(0, 0), (1, 0), (0, None), (None, 0)], ids=str)
 def test_vmap(one_backend, keywords, dims):

@@ -163,6 +163,23 @@ def test_table_of_a_run(measured, tmp_path):
     assert "| anl_ce | 16x10 fp32 |" in text
 
 
+def test_a_line_of_the_table():
+    """The other's time by ours; memory in units of a copy; why there is no number."""
+    about = {"loss": "nce", "shape": "4x5", "dtype": "fp32", "state": "ok"}
+    result = lambda name, seconds, peak: {**about, "contender": name, "median_s": seconds, "peak_bytes": peak}
+    results = [
+        result("anl_kernels", 2e-3, 100), result("logits.clone()", 1e-3, 80), result("F.cross_entropy", 5e-3, 160),
+        result("formulas, eager", 9e-3, 480), {**result("out.copy_(logits)", 0.0, 0), "state": "failed: why"},
+        {**result("anl_kernels", 9.0, 900), "phase": "forward"},
+    ]  # fmt: skip
+    facts = {"device": "a machine", "threads": 2, "torch": "2.13", "date": "2026-11-21T00"}
+    lines = script("table").table({"environment": facts, "results": results}).splitlines()
+    assert lines[-1] == "| nce | 4x5 fp32 | 2 ms | 0.50 | failed | 2.50 | 4.50 | not run | 1.25 | 6.00 |"
+    assert (
+        script("table").table({"environment": facts, "results": results}, ["8x5"]).splitlines()[-1].startswith("|---")
+    )
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 @no_gpu
 def test_memory_says_who_runs_out():

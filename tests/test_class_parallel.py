@@ -6,6 +6,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import class_parallel_checks
 import helpers
@@ -15,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import EXPRESSIONS, dtype_id, expression
 
-from anl_kernels import functional, registry, slices
+from anl_kernels import class_parallel, functional, registry, slices, stats
 from anl_kernels.backends import reference
 
 HERE = pathlib.Path(__file__).parent
@@ -30,6 +32,57 @@ def test_four_processes(tmp_path, part):
     """Groups of two, three and four of them; half of the checks a test, for they take a while to start."""
     arguments = (4, tmp_path / "rendezvous", CHECKS[part::2])
     mp.start_processes(class_parallel_checks.worker, args=arguments, nprocs=4, start_method="spawn")
+
+
+# Checks that keep to their own thread: no state of forward mode, of mpmath or of torch.distributed's functions.
+IN_THREADS = ["disagreement", "data_parallel_too", "inplace", "linear", "shapes"]
+
+
+@pytest.fixture
+def ranks_in_threads(monkeypatch):
+    """run(names): four ranks in one process, which start at once; PyTorch's own tests run distributed code so."""
+    if not dist.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode
+    failed, store = [], dist.HashStore()
+
+    def rank(number, names):
+        try:
+            dist.init_process_group("threaded", rank=number, world_size=4, store=store)
+            ranks = class_parallel_checks.Ranks()
+            for name in names:
+                getattr(class_parallel_checks, "check_" + name)(ranks)
+        except BaseException as error:  # the others then end with SystemExit
+            failed.append(error)
+            threaded.ProcessLocalGroup.exception_handle(error)
+
+    def run(names):
+        threads = [threading.Thread(target=rank, args=(number, names), daemon=True) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 60
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):  # a rank waits for one that has gone on
+            threaded.ProcessLocalGroup.exception_handle(None)
+            pytest.fail("the ranks wait for one another")
+        if failed:
+            raise next((error for error in failed if isinstance(error, Exception)), failed[0])
+
+    isolate(True)
+    threaded._install_threaded_pg()
+    threaded.ProcessLocalGroup.reset()
+    yield run
+    threaded._uninstall_threaded_pg()
+    isolate(False)
+
+
+@pytest.mark.parametrize("name", IN_THREADS)
+def test_four_threads(ranks_in_threads, name):
+    """What needs no processes, without waiting for them to start."""
+    ranks_in_threads([name])
 
 
 # ---- the sums over a slice, by every backend that has them
@@ -123,6 +176,85 @@ def test_merged_sums_are_those_of_the_whole_row():
         bad = whole[2].isnan()
         assert torch.equal(total[2].isnan(), bad)
         torch.testing.assert_close(total[:, ~bad], whole[:, ~bad], rtol=1e-13, atol=1e-13)
+
+
+SPLITS = ((33,), (1, 32), (0, 20, 13), (11, 11, 11))
+
+
+def parts_of(values, labels, valid, sizes):
+    """(logits, labels) of each slice."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    split = values.split(sizes, 1)
+    return [(z, slices.local_labels(labels, valid, start, z.shape[1])) for start, z in zip(starts, split)]
+
+
+def rows_and_labels():
+    """24 rows of every kind, four of them ignored, and four that must be NaN."""
+    values, labels = helpers.batch(33, torch.float64)
+    bad = torch.zeros(4, 33, dtype=torch.float64)
+    bad[0, 3], bad[1, 20], bad[2, 7], bad[3, 5] = math.nan, math.inf, -math.inf, math.nan
+    bad[3, 6:] = -math.inf
+    return torch.cat([values, bad]), torch.cat([labels, torch.tensor([5, 6, 7, 8])])
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_the_table_of_slices_is_that_of_whole_rows(cpu, sizes):
+    """Every statistic, and which of them are NaN; an ignored row's are finite, whatever its logits."""
+    kernels = registry.fused("cpu", explicit=True)
+    values, labels = rows_and_labels()
+    for name in ("everything", "nce+rce", "nnce"):
+        call, valid = checked(name), labels != -100
+        parts = parts_of(values, labels, valid, sizes)
+        first = slices.merged(torch.stack([slices.first_sums(kernels, call, *part) for part in parts]))
+        second = slices.added(torch.stack([slices.second_sums(kernels, call, *part, first) for part in parts]))
+        table, whole = slices.table(first, second, valid, 33, call), kernels.row_stats(call, values, labels)
+        assert table[:, ~valid].isfinite().all() and torch.equal(table[stats.VALID], whole[stats.VALID])
+        weights = (stats.FOCAL_WEIGHT, stats.FOCAL_ABOVE_WEIGHT)  # of rows that are NaN nobody reads these
+        for row in range(13):
+            rows = valid & ~whole[stats.TARGET_LOG_PROB].isnan() if row in weights else valid
+            if not whole[row, rows].isnan().all():
+                torch.testing.assert_close(table[row, rows], whole[row, rows], rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 5, 1000])
+@pytest.mark.parametrize("kernels", [registry._MODULES["cpu"], reference], ids=["cpu", "reference"])
+def test_the_gradient_of_slices_is_that_of_whole_rows(cpu, kernels, rows_at_a_time, monkeypatch):
+    """With and without the column sums' part; PyTorch's operators take a few rows at a time."""
+    for module, limit in ((slices, "CHUNK_ELEMENTS"), (reference, "SLICE_ELEMENTS")):
+        monkeypatch.setattr(module, limit, 11 * rows_at_a_time)
+    values, labels = rows_and_labels()
+    call, valid = checked("everything"), labels != -100
+    table = registry.fused("cpu", explicit=True).row_stats(call, values, labels)
+    partials = torch.randn(table.shape, generator=helpers.generator(0)).double()
+    partials[:, ~valid] = 0.0
+    coefs = stats.coefficients(table, partials, call, torch.float64)
+    g = torch.randn(33, generator=helpers.generator(1)).double()
+    for by_sums in (None, g):
+        exact = reference.gradient(call, values, labels.clamp(min=0), coefs, by_sums)
+        exact[~valid] = 0.0
+        for sizes in SPLITS[1:]:
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            parts, gs = parts_of(values, labels, valid, sizes), g.split(sizes)
+            moments = slices.added(torch.stack([slices.moments(z, coefs, x) for (z, _), x in zip(parts, gs)]))
+            mean = class_parallel.mean_over_classes(moments, None)
+            for (z, local), x, start in zip(parts, gs, starts):
+                entropy = None if by_sums is None else (x, mean)
+                grad = slices.grad(kernels, call, z, local, coefs, entropy)
+                torch.testing.assert_close(
+                    grad, exact[:, start : start + z.shape[1]], rtol=1e-10, atol=1e-12, equal_nan=True
+                )
+                sums = kernels.column_sums(z[:24], coefs[:, :24].contiguous()) if z.numel() else z.new_zeros(0)
+                p = torch.where(valid[:24, None], values[:24].nan_to_num().softmax(1), 0.0).sum(0)
+                torch.testing.assert_close(sums, p[start : start + z.shape[1]])
+
+
+def test_a_log_sum_that_rounding_made_negative_poisons_nothing():
+    """Where one class is certain, sums of a slice may round to a lse below its logit: (1 - p)^gamma of a p above 1."""
+    call, z = checked("anl_fl"), torch.tensor([[0.0, -40.0, -41.0]])
+    coefs = torch.ones(10, 1)
+    coefs[stats.MAX], coefs[9] = 0.0, -1e-7
+    for kernels in (registry._MODULES["cpu"], reference):
+        assert slices.grad(kernels, call, z, torch.tensor([slices.ELSEWHERE]), coefs).isfinite().all()
 
 
 EXAMPLE = HERE.parent / "examples" / "million_classes.py"

@@ -33,8 +33,97 @@ def test_check_sees_a_wrong_loss(monkeypatch, capsys):
 
 
 def test_check_of_a_backend_that_is_not_there(capsys):
-    assert main(["check", "--backend", "abacus", "--dtype", "fp64"]) == 1
-    assert "no such backend" in capsys.readouterr().out
+    well = ["--backend", "reference", "--loss", "CE", "--dtype", "fp64"]
+    assert main(["check", "--backend", "abacus", *well]) == 1  # what goes well afterwards does not hide it
+    output = capsys.readouterr().out
+    assert "no such backend" in output and output.endswith("FAIL\n")
+
+
+def test_check_of_every_loss_and_layout_against_the_reference():
+    """The formulas and PyTorch's own operators in float64: nearer to one another than any tolerance for kernels."""
+    found = list(check.rows_of("reference", check.LOSSES, ["fp64"]))
+    assert {(row.loss, row.layout) for row in found} == {(l.name, n) for l in check.LOSSES for n in check.LAYOUTS}
+    assert all(row.ok and max(row.errors) < 2e-13 for row in found)
+
+
+def test_check_takes_every_way_to_a_gradient_and_tells_which_fails(monkeypatch):
+    ways = []
+
+    def compare(loss, backend, logits, target, expected, way):
+        ways.append(way)
+        if way == "none":
+            raise ValueError("no loss a row")
+        return check.Errors(0.0, 1.0 if way == "inplace" else 0.0)
+
+    monkeypatch.setattr(check, "compare", compare)
+    plain, entropy = check.LOSSES[0], next(loss for loss in check.LOSSES if loss.entropy_weight)
+    for loss, backend, expected, failures in (
+        (plain, "cpu", ["mean", "inplace", "recompute", "none"], 2),
+        (plain, "reference", ["mean", "recompute", "none"], 1),
+        (entropy, "cpu", ["mean", "inplace", "recompute"], 1),
+    ):
+        ways.clear()
+        row = check.check_one(backend, loss, "fp32", "rows", *check.rows(torch.float32, 10, 5))
+        assert ways == expected and len(row.failures) == failures and not row.ok
+        assert ("none" in expected) == any("none: ValueError: no loss a row" in text for text in row.failures)
+
+
+def test_check_sees_a_nan_and_an_error_in_any_row():
+    nan = float("nan")
+    for errors in (check.Errors(nan, 0.0), check.Errors(0.0, nan)):
+        assert not errors.within("fp32") and not errors.worst(check.Errors()).within("fp32")
+        assert not check.Errors().worst(errors).within("fp32")
+    want = torch.tensor([[3.0, -1.0], [1e-3, 0.0]], dtype=torch.float64)
+    nothing = torch.zeros(2, 1, dtype=torch.bool)
+    assert check.gradient_error(want.float(), want, nothing) < 1e-7
+    wrong = want.clone()
+    wrong[1, 1] += 1e-2  # of a tenth of the largest
+    assert check.gradient_error(wrong, want, nothing) == pytest.approx(1e-2 / 0.3)
+    assert check.gradient_error(wrong, want, torch.tensor([[False], [True]])) == 0.0
+    wrong[1, 1] = nan
+    assert check.gradient_error(wrong, want, torch.tensor([[False], [True]])) != 0.0  # not even next to the clamp
+    assert check.relative(torch.tensor([1.0, 0.11]), torch.tensor([1.0, 0.1])) == pytest.approx(0.1)
+
+
+def test_protocols_are_verified_from_the_least_to_the_largest_size(monkeypatch):
+    monkeypatch.setitem(verify.KERNEL_OF, "a.b", lambda rows, classes, dtype, device: "few" if rows < 5 else "many")
+    monkeypatch.setattr(verify, "case", lambda rows, classes, dtype, device: (rows, classes, dtype))
+    found = list(verify.cases("a.b", HERE))
+    for dtype in (torch.float32, torch.bfloat16):
+        for few in (True, False):
+            sizes = [(rows, classes) for rows, classes, kind in found if kind is dtype and (rows < 5) == few]
+            assert len(sizes) == verify.CASES
+            possible = [(n, k) for k in verify.CLASSES for n in verify.ROWS if (n < 5) == few and n * k <= 1 << 24]
+            assert sizes[0] == possible[0] and sizes[-1] == possible[-1]
+
+
+def test_times_are_quantiles():
+    assert timing.Times.of([float(x) for x in reversed(range(21))]) == (10.0, 2.0, 18.0, 21)
+
+
+def test_contenders_take_turns_and_are_restored_outside_the_clock(monkeypatch):
+    """Each round begins with another one; `before` comes once before every call."""
+    log = []
+
+    class Clock:
+        def __init__(self, device):
+            pass
+
+        def time(self, call, calls=1):
+            log.append((call(), calls))
+            return 1e-3
+
+    monkeypatch.setattr(timing, "Clock", Clock)
+    runs = [
+        timing.Run(lambda: "a"),
+        timing.Run(lambda: "b"),
+        timing.Run(lambda: "c", before=lambda: log.append("before")),
+    ]
+    found = timing.interleaved(runs, 1000, 0.0, rounds=(3, 3))
+    assert [t.samples for t in found] == [3, 3, 3] and all(t.median == pytest.approx(1e-3) for t in found)
+    a, b, c = [("a", 2)], [("b", 2)], ["before", ("c", 1)] * 2  # 2 calls a sample of SMALL_SAMPLE
+    first = [("a", 1)] * 2 + [("b", 1)] * 2 + c
+    assert log == [*first, *a, *b, *c, *b, *c, *a, *c, *a, *b]
 
 
 def test_bench_writes_what_it_measured(tmp_path, capsys):
@@ -67,12 +156,25 @@ def test_bench_shows_a_wrong_contender_as_wrong():
     assert measured["both"][0]["state"] == "wrong" and "median_s" not in measured["both"][0]
 
 
+def test_the_truth_of_a_contender_is_that_of_all_its_rows():
+    logits, target = workloads.parse("7x10")[0].tensors()
+    z = logits.double().requires_grad_()
+    loss = check.formulas.nce(z, target).mean()
+    (grad,) = torch.autograd.grad(loss, z)
+    for chunk in (10, 35, 1000):
+        found = contenders.truth(check.formulas.nce, logits, target, chunk)
+        assert found.loss == pytest.approx(loss.item(), rel=1e-13)
+        torch.testing.assert_close(found.grad, grad, rtol=1e-13, atol=1e-16)
+
+
 def test_bench_measures_memory_exactly():
     logits, target = workloads.parse("64x1000")[0].tensors()
     found = timing.profile(contenders.cloning(logits, target, "both"))
     assert found.peak_bytes == logits.numel() * 4
     assert found.allocations == 1
     assert found.launches is None
+    found = timing.profile(timing.Run(lambda: logits.clone().exp().sum()))  # of what is gone again, the most at a time
+    assert found.peak_bytes == 2 * logits.nbytes and found.allocations == 3
 
 
 @pytest.mark.parametrize("what, more", [("peak_bytes", 1 << 30), ("allocations", 10), ("launches", 100)])

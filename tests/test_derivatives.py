@@ -102,10 +102,11 @@ def test_second_derivatives_where_the_logits_are_kept(cpu, route, loss):
     compare((ROUTES | FUNC_ROUTES)[route], LOSSES[loss](), KEEPS["recompute"])
 
 
+@pytest.mark.parametrize("loss", ["anl_ce", "row_loss"])
 @pytest.mark.parametrize("keeps", KEEPS)
 @pytest.mark.parametrize("route", ["penalty", "hvp", "hessian_vectorized", "forward_over_reverse"])
-def test_second_derivatives_with_every_keyword(cpu, route, keeps):
-    compare(ROUTES.get(route) or FUNC_ROUTES[route], LOSSES["anl_ce"](), KEEPS[keeps])
+def test_second_derivatives_with_every_keyword(cpu, route, keeps, loss):
+    compare(ROUTES.get(route) or FUNC_ROUTES[route], LOSSES[loss](), KEEPS[keeps])
 
 
 @THERE

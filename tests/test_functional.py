@@ -132,7 +132,10 @@ def test_l1_penalty():
     penalty.backward()
     for parameter in parameters:
         assert torch.equal(parameter.grad, parameter.detach().sign())
-    assert torch.isfinite(ak.l1_penalty(torch.nn.Linear(3, 2).parameters()))
+    layer = torch.nn.Linear(3, 2)
+    assert torch.equal(ak.l1_penalty(layer), ak.l1_penalty(layer.parameters())) and ak.l1_penalty(layer) > 0
+    assert ak.l1_penalty(torch.full((7000,), -10.0, dtype=torch.float16)).item() == 70_000  # more than float16 holds
+    assert ak.l1_penalty([]) == 0
 
 
 def test_robust_loss_and_a_call_of_the_expression_are_one():
@@ -196,6 +199,13 @@ LOGITS, TARGET = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), 
         (dict(batch_group="world"), ValueError, "batch_group must be a torch.distributed process group .* got str"),
         (dict(batch_group=0), ValueError, "batch_group must be a torch.distributed process group .* got int"),
         (dict(backend="nonsense"), ValueError, "no such backend"),
+        (dict(entropy_weight=True), TypeError, "entropy_weight must be a number, got bool"),
+        (dict(entropy_weight=float("inf")), ValueError, "entropy_weight must be finite"),
+        (dict(entropy_weight=float("nan")), ValueError, "entropy_weight must be finite"),
+        (dict(min_prob="1e-7"), TypeError, "min_prob must be a number, got str"),
+        (dict(min_prob=0.0), ValueError, "min_prob must be between 0 and 1"),
+        (dict(min_prob=1.0), ValueError, "min_prob must be between 0 and 1"),
+        (dict(min_prob=float("nan")), ValueError, "min_prob must be between 0 and 1"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -204,6 +214,26 @@ def test_a_keyword_s_value_is_checked(keywords, error, message):
         ak.anl_ce(LOGITS, TARGET, **keywords)
     with pytest.raises(error, match=message):
         ak.ANLCELoss(**keywords)  # when it is made
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [("recompute", True, 1), ("inplace", False, 0), ("ignore_index", 1, True), ("ignore_index", 1, 1.0),
+     ("entropy_weight", 1.0, True)],
+)  # fmt: skip
+def test_a_keyword_s_value_is_checked_though_an_equal_one_is_kept(name, right, wrong):
+    loss, target = ak.NCE() + 7 * ak.MAE(), torch.tensor([0, 1, 2, 3])
+    loss(LOGITS, target, **{name: right})
+    with pytest.raises(TypeError, match=name):
+        loss(LOGITS, target, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["gce", "nfl", "aul", "anl_fl", "ael"])
+def test_a_parameter_s_type_is_checked_though_an_equal_one_is_kept(name):
+    function, parameter = getattr(ak, name), {"gce": "q", "aul": "q", "ael": "a"}.get(name, "gamma")
+    function(LOGITS, TARGET, **{parameter: 1})
+    with pytest.raises(TypeError, match=f"{parameter} must be a number, got bool"):
+        function(LOGITS, TARGET, **{parameter: True})
 
 
 @pytest.mark.parametrize("function", [ak.anl_ce, ak.anl_fl, ak.sce])
@@ -218,6 +248,54 @@ def test_a_coefficient_is_a_finite_number_or_one_element(function, name):
             function(LOGITS, TARGET, **{name: wrong})
     with pytest.raises(ValueError, match=rf"{name} must be .* got a tensor of shape \(5,\) .*keyword weight"):
         function(LOGITS, TARGET, **{name: torch.ones(5)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(weight=torch.ones(5, requires_grad=True)), ValueError, r"requires grad: pass weight\.detach\(\)"),
+        (dict(weight=torch.ones(4)), ValueError, r"shape \(5,\)"),
+        (dict(weight=torch.ones(5, 1)), ValueError, r"shape \(5,\)"),
+        (dict(weight=torch.ones(5).long()), TypeError, "weight must be floating point"),
+        (dict(weight=[1.0] * 5), TypeError, "weight must be a tensor"),
+        (dict(weight=torch.ones(5, device="meta")), ValueError, "weight is on meta"),
+        (dict(target=TARGET.to("meta")), ValueError, "target is on meta"),
+        (dict(target=TARGET.float()), TypeError, "class indices"),
+        (dict(target=TARGET[:3]), ValueError, "target must have the shape"),
+        (dict(logits=LOGITS[:, :1]), ValueError, "at least 2 classes"),
+        (dict(logits=LOGITS[:, :4], min_prob=0.25), ValueError, "choose it below 1/4"),
+        (dict(logits=LOGITS.to_sparse()), TypeError, "dense"),
+        (dict(logits=LOGITS.long()), TypeError, "logits must be float16"),
+        (dict(logits=torch.tensor(1.0)), ValueError, "without dimensions"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_a_call_cannot_be_of_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ak.anl_ce(**dict(logits=LOGITS, target=TARGET) | arguments)
+
+
+def test_a_clamp_just_below_a_uniform_row_is_none():
+    logits, target = torch.zeros(1, 4, dtype=torch.float64), torch.tensor([2])
+    torch.testing.assert_close(ak.nnce(logits, target, min_prob=0.2499).item(), 0.75)
+
+
+@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL"])
+def test_a_term_and_its_function_have_the_same_defaults(name):
+    function = getattr(ak, "focal" if name == "FL" else name.lower())
+    own = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name not in SHARED}
+    assert getattr(ak, name)() == getattr(ak, name)(*list(own.values())[2:])
+
+
+def test_what_is_kept_is_bounded():
+    expression = 2 * ak.NCE() + ak.MAE()
+    known = [inspect.getclosurevars(f).nonlocals["known"] for f in (functional._one, functional._pair)]
+    for k in range(2 * functional.MAX_KEPT + 7):
+        expression(LOGITS, TARGET, ignore_index=-1 - k)
+        ak.gce(LOGITS, TARGET, q=1 + k / 1024)
+        ak.anl_ce(LOGITS, TARGET, beta=1 + k / 1024)
+    for kept in (expression.calls, *known):
+        assert 0 < len(kept) <= functional.MAX_KEPT
 
 
 def test_ignore_index_is_any_integer():

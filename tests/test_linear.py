@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, EPS, EXPRESSIONS, dtype_id, expression, row_loss_expression
+from torch.autograd import profiler
 
 import anl_kernels as ak
 from anl_kernels import linear
+from anl_kernels.cli import timing
 from anl_kernels.cli.timing import Run, profile
 
 ROWS, CLASSES, WIDTH = 43, 37, 16
@@ -330,6 +332,56 @@ def test_the_weight_gradient_is_summed_in_float32(dtype, recompute):
     torch.testing.assert_close(grad[:, 0].double(), torch.tensor([-0.75, 0.25, 0.25, 0.25]).double(), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_bias_gradient_and_the_loss_are_summed_in_float32_or_more(dtype, recompute):
+    """Of chunks of 16 rows, each as the one before."""
+    rows, classes = 8192, 4
+    hidden, weight, bias = torch.zeros(rows, 2, dtype=dtype), torch.zeros(classes, 2, dtype=dtype), torch.zeros(classes)
+    target = torch.zeros(rows, dtype=torch.int64)
+    keywords = dict(reduction="sum", recompute=recompute, max_chunk_bytes=16 * classes * dtype.itemsize)
+    with torch.autocast("cpu", dtype=dtype):  # the bias stays float32
+        loss, _, _, grad = fused(hidden, weight, bias, target, ak.CE(), **keywords)
+    torch.testing.assert_close(loss.double(), torch.tensor(rows * math.log(4)).double(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(grad, rows * torch.tensor([-0.75, 0.25, 0.25, 0.25]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_the_input_gradient_is_summed_in_float32_over_tiles(dtype):
+    """A thousand tiles of four classes, each with the same small gradient."""
+    rows, classes = 8, 4096
+    hidden, weight = torch.zeros(rows, 2, dtype=dtype), torch.ones(classes, 2, dtype=dtype)
+    weight[0] = 0.0
+    target = torch.zeros(rows, dtype=torch.int64)
+    _, grad, *_ = fused(hidden, weight, None, target, ak.CE(), reduction="sum", max_chunk_bytes=32 * dtype.itemsize)
+    torch.testing.assert_close(grad.float(), torch.ones(rows, 2), rtol=5e-3, atol=0)
+
+
+def test_a_gradscaler_saves_small_gradients():
+    """In float16 by default: the factor enters before what is small is rounded."""
+    hidden, weight, _, target = problem(torch.float16, 300, 20, 8, ignored=False)
+    weight = weight * 1e-4  # and so are the input's gradients
+    scale = 2.0**16
+    _, *exact = gradients(
+        lambda x, w: F.cross_entropy(F.linear(x, w), target) * scale, hidden.double(), weight.double()
+    )
+    loss = lambda x, w: ak.linear_robust_loss(x, w, target, ak.CE()) * scale
+    for ours, true in zip(gradients(loss, hidden, weight)[1:], exact):
+        assert (ours - true).abs().max() < 2e-3 * true.abs().max()
+
+
+@pytest.mark.parametrize("rows, classes", [(7, 200), (200, 7)], ids=["wide", "tall"])
+@pytest.mark.parametrize("block", [4, 100, 2000], ids="{} bytes".format)
+@pytest.mark.parametrize("chunks", [dict(), dict(max_chunk_bytes=1200), dict(recompute=True)], ids=str)
+def test_products_in_blocks(monkeypatch, rows, classes, block, chunks):
+    """Of half precision, whose operands are made float32 a block at a time."""
+    hidden, weight, bias, target = problem(torch.bfloat16, rows, classes, 5)
+    expected = fused(hidden, weight, bias, target, ak.NCE(), **chunks)
+    monkeypatch.setattr(linear, "BLOCK_BYTES", block)
+    for ours, true in zip(fused(hidden, weight, bias, target, ak.NCE(), **chunks), expected):
+        torch.testing.assert_close(ours, true, rtol=2**-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("chunks", ["one", "recompute", "tiles"])
 def test_autocast_computes_as_linear(chunks):
     """Products in bfloat16 of float32 parameters; their gradients are not rounded to it."""
@@ -342,7 +394,7 @@ def test_autocast_computes_as_linear(chunks):
     exact = truth(*half, target, EXPRESSIONS["nce"])
     assert_as_accurate(got, plain, exact, torch.bfloat16)
     assert all(x.dtype == torch.float32 for x in got)
-    assert not torch.equal(got[2], got[2].bfloat16().float())
+    assert all(not torch.equal(x, x.bfloat16().float()) for x in got[2:])
     doubles = [x.double() for x in (hidden, weight, bias)]
     with torch.autocast("cpu", dtype=torch.bfloat16):  # float64 stays, as in F.linear
         assert torch.equal(fused(*doubles, target, ak.NCE())[2], fused(*doubles, target, ak.NCE())[2])
@@ -396,6 +448,9 @@ def test_plans(monkeypatch):
     assert classes == 1_000_000 and 32 <= rows <= 67
     rows, classes = linear._plan(256, 100_000_000, torch.float32, "cpu", gib)
     assert gib / 2 <= rows * classes * 4 <= gib and rows == 256
+    assert linear._plan(256, 1000, torch.float32, "cpu", 32 * 4000) == (32, 1000)
+    assert linear._plan(10, 1000, torch.float32, "cpu", 4 * 4000)[0] == 10
+    assert linear._spans(10, linear._even(10, 4)) == [(0, 4), (4, 8), (8, 10)]
 
 
 @pytest.mark.unpoisoned
@@ -418,6 +473,37 @@ def test_peak_memory_is_a_chunk_and_the_gradients(recompute, reduction):
     peak = profile(Run(step)).peak_bytes
     assert 0.9 * (grads + limit / 2) <= peak <= grads + limit + 100 * 8 * (rows + classes) // (1 if recompute else 4)
     assert peak < 4 * rows * classes / 4  # a quarter of the logits
+
+
+@pytest.mark.unpoisoned
+def test_backward_hands_out_the_memory_of_the_gradients():
+    """What forward made is scaled where it lies, unless the graph is kept."""
+    hidden, weight, bias, target = problem(torch.float32, 200, 500, 64, ignored=False)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    loss = lambda: ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), bias=leaves[2]) * 2
+    loss().backward()
+    for leaf in leaves:
+        leaf.grad = None
+    made = loss()
+    assert profile(Run(made.backward)).peak_bytes < 4 * hidden.numel() / 2
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_what_waits_for_backward(dtype):
+    """The gradients, in the dtypes that they will have; with recompute 13 numbers a row. No chunk is kept."""
+    rows, classes, width = 400, 300, 64
+    hidden, weight, bias, target = problem(dtype, rows, classes, width, ignored=False)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    for recompute in (False, True):
+        keywords = dict(bias=leaves[2], recompute=recompute)
+        ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
+        with timing.quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as seen:
+            loss = ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
+        held = sum(event.nbytes() for event in seen.kineto_results.events() if event.name() == "[memory]")
+        del loss
+        expected = 13 * 8 * rows if recompute else sum(x.nbytes for x in leaves)
+        assert expected <= held <= expected + 16 * rows + 8 * classes, recompute
 
 
 def test_frozen_weight_needs_no_gradient_memory():

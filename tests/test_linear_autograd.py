@@ -83,11 +83,39 @@ def test_a_gradient_penalty(kind, chunks, loss):
     assert_as_the_reference(penalty, LOSSES[loss](), KINDS[kind], CHUNKS[chunks])
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
-def test_a_gradient_penalty_with_ignored_rows_among_the_others(monkeypatch, chunks):
+class OnAGPU(torch.Tensor):
+    """Says so; all else is a CPU's."""
+
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def ignored_rows_stay(monkeypatch):
     """As on a GPU, where they stay in the products as zeros."""
-    kept = lambda x, labels, call: (x.masked_fill((labels == call.ignore_index).unsqueeze(1), 0.0), None, labels)
+    original = linear._kept_rows
+
+    def kept(hidden, labels, call):
+        hidden, rows, labels = original(hidden.as_subclass(OnAGPU), labels, call)
+        return hidden.as_subclass(torch.Tensor), rows, labels
+
     monkeypatch.setattr(linear, "_kept_rows", kept)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_ignored_rows_among_the_others_are_not_read(ignored_rows_stay, chunks):
+    for kind in KINDS.values():
+        results = []
+        for garbage in (0.0, torch.nan):
+            leaves, target = problem()
+            with torch.no_grad():
+                leaves[0][target == -100] = garbage
+            loss = loss_of(LOSSES["anl_fl+rce"](), target, **kind, **CHUNKS[chunks])(*leaves)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_a_gradient_penalty_with_ignored_rows_among_the_others(ignored_rows_stay, chunks):
     for kind in KINDS.values():
         assert_as_the_reference(penalty, LOSSES["anl_ce"](), kind, CHUNKS[chunks])
 

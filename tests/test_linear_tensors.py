@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import anl_kernels as ak
 from anl_kernels import layout, linear
+from anl_kernels.backends import LaunchRefused
 
 ROWS, CLASSES, WIDTH = 12, 7, 4
 NAMES = ("input", "weight", "bias", "target", "class_weight")
@@ -114,6 +115,28 @@ def test_replicated_dtensors(mesh, route):
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     assert_right_for_each(lambda x: distribute_tensor(x, mesh, [Replicate()]), **ROUTES[route])
+
+
+def test_what_is_refused_to_launch_is_made_of_logits_but_not_by_one_rank_alone(mesh, monkeypatch):
+    def refuse(*arguments):
+        raise LaunchRefused("too much shared memory")
+
+    expected = call(problem(), backend="reference")
+    monkeypatch.setattr(linear, "_head", refuse)
+    torch.testing.assert_close(call(problem()), expected)
+    for keywords in (dict(backend="cpu"), dict(class_group=mesh.get_group())):
+        with pytest.raises(LaunchRefused, match="shared memory"):
+            call(problem(), **keywords)
+
+
+def test_ranks_add_their_input_gradients_in_float32(mesh, monkeypatch):
+    added = []
+    all_reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **k: added.append(x.dtype) or all_reduce(x, **k))
+    x, w, _, target, _ = problem()
+    x, w = x.bfloat16().requires_grad_(), w.bfloat16()
+    ak.linear_robust_loss(x, w, target, ak.NCE(), class_group=mesh.get_group()).backward()
+    assert added == [torch.float32] and x.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -130,6 +130,28 @@ def test_every_keyword_is_an_attribute(module):
         module(LOGITS, target)
 
 
+@pytest.mark.parametrize("module", [ak.ANLFLLoss(), ak.RobustLoss(ak.NCE())], ids=["pair", "robust"])
+def test_every_keyword_is_handed_on(module, monkeypatch):
+    given = {name: object() for name in modules.OPTIONS}
+    for name, value in given.items():
+        setattr(module, name, value)
+    module.weight = WEIGHT
+    calls = []
+    monkeypatch.setattr(modules, "robust_loss", lambda *a, **keywords: calls.append((a, keywords)))
+    module(LOGITS, TARGET)
+    ((arguments, keywords),) = calls
+    assert arguments[0] is LOGITS and arguments[1] is TARGET and arguments[2] == module.expression
+    assert keywords.pop("weight") is WEIGHT and keywords == given
+
+
+def test_parameters_of_an_expression_that_is_replaced_are_gone():
+    alpha = torch.nn.Parameter(torch.tensor(2.0))
+    module = ak.RobustLoss(alpha * ak.NCE() + alpha * ak.MAE() / alpha)
+    assert list(module.parameters()) == [alpha] and len(module.state_dict()) == 1
+    module.expression = 3 * ak.MAE()
+    assert list(module.parameters()) == [] and dict(module.state_dict()) == {}
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -221,6 +221,14 @@ def test_opcheck(cpu, dtype, shape):
         torch.library.opcheck(operator, arguments)
 
 
+def test_only_the_loss_has_a_gradient(cpu):
+    """The coefficients go to backward; a gradient by them would be dropped."""
+    for operator, arguments in operator_calls(torch.float32, (4, 5)):
+        if operator is ops.row_loss:
+            loss, coefs = operator(*arguments)
+            assert loss.requires_grad and not coefs.requires_grad
+
+
 def test_every_operator_is_checked(cpu):
     checked = {operator._opoverload.name() for operator, _ in operator_calls(torch.float32, (4, 5))}
     prefix = "anl_kernels::"
@@ -231,6 +239,14 @@ def test_every_operator_is_checked(cpu):
 def test_fakes_know_shapes_dtypes_and_strides(cpu):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    for shape in ((6,), (4, 6), (4, 6, 5)):  # a row by itself, too
+        results = []
+        for mode in (contextlib.nullcontext(), FakeTensorMode()):
+            with mode:
+                logits = torch.zeros(shape)
+                target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
+                results.append(ops.row_stats(logits, target, 1e-7, 0.5, 15, -100, True, "cpu", True))
+        assert [(x.shape, x.dtype) for x in results[0]] == [(x.shape, x.dtype) for x in results[1]]
     for dtype in (torch.float32, torch.float64, torch.float16):
         with FakeTensorMode():
             logits = torch.empty(4, 6, 5, dtype=dtype).requires_grad_()

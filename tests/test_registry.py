@@ -119,6 +119,31 @@ def test_the_environment_overrides_auto(cpu, value, argument, expected):
     assert result.stdout.strip() == expected, result.stderr
 
 
+def test_what_is_chosen_is_chosen_anew_where_something_changed(cpu, monkeypatch):
+    """Another device, another ANL_KERNELS_BACKEND: what an earlier call of the same loss took does not count."""
+    loss = ak.NCE() + 3 * ak.MAE()
+    call = loss(LOGITS, TARGET)
+    taken = lambda: ak.registry.choose(LOGITS, ak.functional._known_call(loss, OPTIONS)).NAME
+    assert taken() == "cpu"
+    on_meta = loss(LOGITS.to("meta"), TARGET.to("meta"))
+    assert on_meta.device.type == "meta" and on_meta.shape == call.shape
+    monkeypatch.setenv("ANL_KERNELS_BACKEND", "reference")
+    assert taken() == "reference"
+
+
+OPTIONS = (-100, "mean", 0.0, 1e-7, False, None, "auto")
+
+
+@pytest.mark.parametrize(("backend", "value", "named"), [
+    ("auto", None, False), ("auto", "", False), ("auto", "auto", False), ("auto", "cpu", True), ("cpu", None, True),
+])  # fmt: skip
+def test_a_backend_is_named_by_the_caller_or_the_environment(monkeypatch, backend, value, named):
+    monkeypatch.delenv("ANL_KERNELS_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ANL_KERNELS_BACKEND", value)
+    assert ak.functional.checked_call(ak.NCE(), *OPTIONS[:-1], backend).explicit == named
+
+
 def test_a_wrong_environment_is_an_error():
     result = python(used(CALL.format("")), ANL_KERNELS_BACKEND="nothing")
     assert result.returncode != 0 and "nothing" in result.stderr

@@ -65,6 +65,8 @@ def test_extensions(environment, capsys):
     assert names() == ["anl_kernels._cpu"]
     assert "no nvcc" not in capsys.readouterr().out
     environment.delenv("ANL_KERNELS_NO_CUDA")
+    environment.setenv("ANL_KERNELS_NO_EXT", "0")
+    assert names() == ["anl_kernels._cpu", "anl_kernels._cuda"]
     environment.setenv("ANL_KERNELS_NO_EXT", "1")
     assert names() == []
 
@@ -81,6 +83,8 @@ def test_architectures(environment, tmp_path):
     assert architectures(environment) == ("80", "90", "90+PTX")
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 9.0\necho 8.6\necho 9.0\n")
     assert architectures(environment) == ("86", "90", "90+PTX")
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 10.0\necho 9.0\n")
+    assert architectures(environment) == ("90", "100", "100+PTX")
     environment.setenv("ANL_KERNELS_CUDA_ARCHS", "8.0 90+PTX")
     assert architectures(environment) == ("80", "90+PTX")
     environment.setenv("ANL_KERNELS_CUDA_ARCHS", "all")

@@ -20,6 +20,19 @@ def test_fewer_than_ten_classes_have_ten_classes_constants():
     assert ak.suggest(2) == ak.suggest(10)
 
 
+@pytest.mark.parametrize("classes", [11, 20, 32, 64, 99])
+def test_between_10_and_100_classes_a_power_of_k_joins_both(classes):
+    found, share = ak.suggest(classes), math.log10(classes) - 1
+    assert dataclasses.astuple(found) == pytest.approx((5 * 2**share, 5 * 0.2**share, 1e-7), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("classes", "alpha", "min_prob"), [(1000, 150, 1.5e-6), (10_000, 2000, 2.6e-6), (100_000, 25_000, 1.3e-6)]
+)
+def test_above_100_classes_as_documented(classes, alpha, min_prob):
+    assert dataclasses.astuple(ak.suggest(classes)) == pytest.approx((alpha, 1.0, min_prob), rel=0.03)
+
+
 @pytest.mark.parametrize("classes", [1, 0, -5])
 def test_fewer_than_two_classes(classes):
     with pytest.raises(ValueError, match="at least 2"):

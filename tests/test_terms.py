@@ -186,6 +186,42 @@ def test_statistics_read_under_a_condition(one_fused):
     assert named(logits, target, backend=one_fused.name).isfinite()
 
 
+@THERE
+def test_a_row_loss_that_fails_on_a_made_up_row_may_read_all(one_backend):
+    """f holds a tensor of as many numbers as there are rows."""
+    values, labels = helpers.rows_of_every_kind(7, torch.float64, kinds=("normal", "peaked", "mixed"))
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for read, gamma in (
+        (lambda s: s.neg_log_sum + s.above_sum, None),
+        (lambda s: s.other_above_mass, None),
+        (lambda s: s.focal_sum + s.focal_above_sum, 0.5),
+    ):
+        needs = ["neg_log_sum", "above_sum", "other_above_mass", *(["focal_sum", "focal_above_sum"] if gamma else [])]
+        fails = ak.RowLoss(lambda s, read=read: weight * read(s).view(3), gamma=gamma)
+        named = ak.RowLoss(lambda s, read=read: weight * read(s), gamma=gamma, needs=needs)
+        losses = [f(values, labels, backend=one_backend.name) for f in (fails, named)]
+        torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
+
+
+def test_another_f_holds_from_the_next_call_on():
+    logits, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    loss = ak.RowLoss(lambda s: s.target_prob)
+    loss(logits, target)
+    loss.f = lambda s: 1 - s.target_prob
+    torch.testing.assert_close(loss(logits, target), ak.mae(logits, target))
+
+
+def test_a_confident_row_keeps_its_digits(one_backend):
+    """1 - p of p near 1, in the coefficients that are made of a table."""
+    row = torch.tensor([0.25, -0.5, 0.0, 20.75, -1.25], dtype=torch.float64)
+    for name in ("ce", "nce", "fl", "mae"):
+        loss, grad = oracle.exact(row.tolist(), 3, EXPRESSIONS[name])
+        criterion = helpers.row_loss_expression(EXPRESSIONS[name])
+        got = helpers.calculate(row, torch.tensor(3), criterion, backend=one_backend.name)
+        expected = torch.tensor(loss, dtype=torch.float64), torch.tensor(grad, dtype=torch.float64)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
 def test_unknown_statistics_are_named():
     with pytest.raises(AttributeError, match="neg_log_sum"):
         ak.RowLoss(lambda s: s.nothing)(torch.randn(2, 3), torch.tensor([0, 1]))
@@ -240,6 +276,7 @@ def test_two_gammas_are_refused():
     for criterion in (
         lambda: ak.FL(gamma=0.5) + ak.NFL(gamma=2.0),
         lambda: ak.NFL(gamma=0.5) + ak.RowLoss(lambda s: s.focal_sum, gamma=1.0),
+        lambda: ak.FL(gamma=0.5) + ak.FL(gamma=2.0),  # not equal terms, of which one would be left
     ):
         with pytest.raises(ValueError, match="gamma"):
             criterion()(torch.randn(2, 3), torch.tensor([0, 1]))
@@ -270,10 +307,11 @@ def test_expressions_are_values():
     assert "NCE" in repr(both) and "RCE" in repr(both) and "2" in repr(both)
 
 
-@pytest.mark.parametrize("wrong", [None, "NCE", object(), torch.tensor(1.0)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("wrong", [None, "NCE", object(), torch.tensor(1.0), 1.0, True], ids=lambda x: type(x).__name__)
 def test_only_terms_add(wrong):
-    with pytest.raises(TypeError):
-        ak.NCE() + wrong
+    for total in (lambda: ak.NCE() + wrong, lambda: wrong + ak.NCE(), lambda: ak.NCE() - wrong):
+        with pytest.raises(TypeError):
+            total()
 
 
 def test_only_numbers_scale():
@@ -308,6 +346,12 @@ def test_a_criterion_is_an_expression(wrong):
         lambda: ak.GCE(q=-1.0),
         lambda: ak.RCE(floor=0.0),
         lambda: ak.RCE(floor=1.5),
+        lambda: ak.RCE(floor=1.0),
+        lambda: ak.AUL(a=1.0),
+        lambda: ak.FL(gamma=torch.inf),
+        lambda: ak.GCE(q=torch.inf),
+        lambda: ak.AGCE(a=torch.inf),
+        lambda: ak.RowLoss(lambda s: s.focal_sum, gamma=torch.nan),
         lambda: ak.AEL(a=0.0),
         lambda: ak.AGCE(a=1.0, q=0.0),
         lambda: ak.AUL(a=0.5, q=3.0),
@@ -317,6 +361,13 @@ def test_a_criterion_is_an_expression(wrong):
 def test_parameters_without_meaning_are_refused(build):
     with pytest.raises(ValueError, match=r"\w"):
         build()
+
+
+@pytest.mark.parametrize("wrong", [True, "1", None, torch.tensor(1.0)], ids=lambda x: type(x).__name__)
+def test_parameters_are_numbers(wrong):
+    for build in (lambda: ak.GCE(q=wrong), lambda: ak.NFL(gamma=wrong), lambda: ak.AGCE(a=wrong)):
+        with pytest.raises(TypeError, match="must be a number"):
+            build()
 
 
 # ---- factors that are tensors, and that change
@@ -377,6 +428,7 @@ def test_sums_with_tensors_are_values_by_identity():
     assert criterion == factor * ak.NCE() + 3 * ak.MAE()
     assert hash(criterion) == hash(factor * ak.NCE() + 3 * ak.MAE())
     assert criterion != learned() * ak.NCE() + 3 * ak.MAE()
+    assert ak.NCE() / factor == ak.NCE() / factor and ak.NCE() / factor != ak.NCE() / learned()
     assert "2." in repr(criterion) and "NCE" in repr(criterion) and "\n" not in repr(criterion)
     logits, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
@@ -559,6 +611,7 @@ def test_a_long_sum_runs_fused(one_fused):
     """More terms than the kernels' program holds: statistics, f in PyTorch, gradient."""
     criterion = sum(ak.GCE(0.1 * k) for k in range(1, 18))
     assert len(criterion.terms) == 17 and not criterion.built_in
+    assert sum(ak.GCE(0.1 * k) for k in range(1, 17)).built_in
     values, labels = helpers.batch(19, torch.float32)
     terms = tuple((1.0, "gce", {"q": 0.1 * k}) for k in range(1, 18))
     result = helpers.calculate(values, labels, criterion, backend=one_fused.name)

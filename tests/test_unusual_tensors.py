@@ -71,7 +71,8 @@ RIGHT = {
     "of_python": lambda t: t.as_subclass(OfPython),
     "of_python_without_functions": lambda t: t.as_subclass(OfPythonWithoutFunctions),
     "wrapper": lambda t: TwoTensor(t, t.clone()),
-    "negated": negated,
+    "negated": negated,  # every other number of its memory, which any copy writes out
+    "negated_in_one_run": lambda t: torch._neg_view(-t),
 }
 REFUSED = {
     "sharded": sharded,
@@ -80,6 +81,14 @@ REFUSED = {
     "sparse": lambda t: t.to_sparse(),
     "list": lambda t: t.tolist(),
     "zero": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+}
+SAID = {  # of the role, by the package or by PyTorch
+    "sharded": "DTensor",
+    "fake": "FakeTensor",
+    "meta": "{0} (are|is) on|{0} is on meta|got meta",
+    "sparse": "dense tensor|Contiguous|[sS]parse|storage",
+    "list": "{0} must be a tensor, got list|gradients can be either Tensors or None",
+    "zero": "{0} is a ZeroTensor without memory",
 }
 ROLES = ("logits", "target", "weight", "grad_output")
 
@@ -116,7 +125,7 @@ def test_tensors_that_hold_their_values_elsewhere(one_fused, kind, role, loss):
     if one_fused.on_gpu:
         pytest.skip("the process group is one of CPUs")
     given = arguments()
-    if kind == "negated" and role == "target":
+    if kind.startswith("negated") and role == "target":
         pytest.skip("integers have no lazy minus sign")
     if kind == "dtensor" and role == "grad_output":
         pytest.skip("PyTorch does not mix DTensors with other tensors")
@@ -142,7 +151,7 @@ def test_tensors_without_values_are_refused(cpu, kind, role, loss):
         torch.testing.assert_close(got, expected)
         return
     given[role] = REFUSED[kind](given[role])
-    with pytest.raises((TypeError, ValueError, RuntimeError, AssertionError)):
+    with pytest.raises((TypeError, ValueError, RuntimeError, AssertionError), match=SAID[kind].format(role)):
         results(LOSSES[loss](), "cpu", **given)
 
 
@@ -151,6 +160,33 @@ def test_a_refused_dtensor_is_named(cpu, name):
     given = arguments() | {name: sharded(arguments()[name])}
     with pytest.raises(ValueError, match=rf"DTensor {name}.*to_local|DTensor {name}.*full_tensor"):
         results(LOSSES["anl_ce"](), "cpu", **given)
+
+
+class Asked(torch.Tensor):
+    """Answers functions with what it is asked."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (ak.robust_loss, ak.linear_robust_loss):
+            return args, kwargs
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("function", [ak.robust_loss, ak.linear_robust_loss])
+def test_a_subclass_is_asked_with_every_argument_under_its_name(function, group):
+    given = arguments()
+    given = {name: given[name].as_subclass(Asked) for name in ("logits", "target", "weight")}
+    values = dict(
+        bias=given["weight"], class_weight=given["weight"] + 1, weight=given["weight"], ignore_index=-3,
+        reduction="sum", entropy_weight=0.25, min_prob=1e-4, inplace=True, recompute=False, backend="cpu",
+        class_group=group, batch_group=dist.new_group([0]), max_chunk_bytes=77,
+    )  # fmt: skip
+    named = [name for name in function.__kwdefaults__ if name != "input"]
+    tensors = ("logits", "target") if function is ak.robust_loss else ("logits", "weight", "target")
+    positional = (*map(given.get, tensors), ak.NCE())
+    args, keywords = function(*positional, **{name: values[name] for name in named})
+    assert list(map(id, args)) == list(map(id, positional))
+    assert {name: id(x) for name, x in keywords.items()} == {name: id(values[name]) for name in named}
 
 
 def test_a_graph_through_a_subclass(cpu):
