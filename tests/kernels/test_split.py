@@ -214,6 +214,7 @@ H200 = launch.Target("cuda:90", 32, 132, 50 << 20)
     [
         (64, 1000, "tile", "tile"),
         (8192, 32768, "loop", "loop"),  # all rows under way fit the cache
+        (1, 1 << 24, "split", "launches"),
         (16, 1 << 20, "split", "launches"),
         (300, 1 << 20, "split", "launches"),  # a row a program would leave half of the device idle
         (8192, 131072, "split", "loop"),
@@ -227,3 +228,4 @@ def test_plans(rows, classes, waiting, apart):
     assert kinds == [waiting, apart]
     if apart == "launches":
         assert plans[0].split[:2] == plans[1].split[:2] and plans[0].config == plans[1].config
+        assert all(p.split.parts <= passes.MAX_PARTS and p.split.group <= p.row_blocks for p in plans)
