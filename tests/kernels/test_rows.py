@@ -15,7 +15,7 @@ from anl_kernels.functional import checked_call
 from anl_kernels.kernels import rows
 from anl_kernels.kernels.math import GradientRow
 
-WAYS = [Backend(f"triton-{path}", path) for path in ("tile", "loop")]
+WAYS = {path: Backend(f"triton-{path}", path) for path in ("tile", "loop")}
 
 
 @triton.jit
@@ -42,18 +42,18 @@ def call_of(criterion, reduction="mean"):
     return checked_call(criterion, -100, reduction, 0.0, 1e-7, False, None, "triton")
 
 
-@pytest.mark.parametrize("way", WAYS, ids=repr)
+@pytest.mark.parametrize("way", WAYS)
 def test_statistics_of_an_ignored_row_are_a_uniform_rows(way, device):
     logits = torch.zeros(2, 33, device=device)
     logits[1] = math.nan
     call = call_of(ak.NFL() + ak.NNFL() + ak.RCE())
-    with way.in_use():
+    with WAYS[way].in_use():
         table = backend.row_stats(call, logits, torch.tensor([3, -100], device=device))
     assert table[12].tolist() == [1.0, 0.0]
     torch.testing.assert_close(table[:12, 1], table[:12, 0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=repr)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_label_that_is_no_class_counts_one_in_a_weighted_mean(way, device):
     """The same whether one program has all rows, and divides, or a kernel before it does."""
     values = torch.randn(5, 20, generator=helpers.generator(0)) * 3
@@ -63,20 +63,20 @@ def test_a_label_that_is_no_class_counts_one_in_a_weighted_mean(way, device):
     true = helpers.truth(values, good, helpers.EXPRESSIONS["ce"], weight=weight)
     share = weight[good[good >= 0]].sum()
     logits, grad = values.to(device), torch.empty_like(values, device=device)
-    with way.in_use():
+    with WAYS[way].in_use():
         loss = backend.row_loss(call, logits, labels.to(device), weight.to(device), grad, None)
     assert loss.isnan() and grad[1].isnan().all()
     grad = grad.cpu() * (share + 1.0) / share
     torch.testing.assert_close(grad[good >= 0].double(), true.grad[good >= 0], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=repr)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_focal_exponent_of_zero_is_no_weight_even_where_p_is_one(way):
     """0^0 is 1: NFL is NCE, for a class that is certain and wrong too."""
     values = torch.zeros(2, 33)
     values[0, 4], values[1, 20] = 200.0, 60.0
     labels = torch.tensor([7, 20])
-    with way.in_use():
+    with WAYS[way].in_use():
         for focal, plain in ((ak.NFL(0.0), ak.NCE()), (ak.NNFL(0.0), ak.NNCE()), (ak.FL(0.0), ak.CE())):
             results = [helpers.calculate(values, labels, 1.0 * term, backend="triton") for term in (focal, plain)]
             for a, b in zip(*results):
