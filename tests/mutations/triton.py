@@ -43,6 +43,8 @@ MUTANTS = [
      "tests/test_conformance.py -k 'test_every_gamma and 0.5 and triton-tile'"),
     (MATH, "(second.below_mass + (1.0 - I_y) * s.target_prob).to(tl.float64)",
      "second.below_mass + (1.0 - I_y) * s.target_prob", "tests/test_conformance.py -k 'certain and triton-tile'"),
+    (MATH, "tl.where(ignored, count * I_y, second.above_count + I_y)", "second.above_count + I_y",
+     "tests/kernels/test_rows.py"),
     (MATH, "return tl.log(u) + (x - (u - 1.0)) / u", "return tl.log(u)",
      "tests/test_conformance.py -k 'certain and triton-tile'"),
     (MATH, "a = tl.where(F < _INF, r * (others + s.second.focal_weight * l) / F, 0.0)",
