@@ -3,6 +3,7 @@
 import math
 
 import helpers
+import oracle
 import pytest
 import torch
 import triton
@@ -86,3 +87,21 @@ def test_low_logits_are_as_far_below_the_largest(device):
     with WAYS["loop"].in_use():
         for shift in (0.0, -4096.0):
             helpers.check(values + shift, labels, helpers.EXPRESSIONS["nnce"], backend="triton")
+
+
+def test_the_weight_of_a_class_that_is_nearly_certain_keeps_its_digits():
+    """(1 - p_j)^gamma of a wrong class, where 1 - p_j is lost in p_j."""
+    values = torch.tensor([[0.0, 14.0, -0.5, 0.25]])
+    exact = torch.tensor([oracle.exact(values[0].tolist(), 0, helpers.EXPRESSIONS["nfl"])[1]], dtype=torch.float64)
+    with WAYS["tile"].in_use():
+        _, grad = helpers.calculate(values, torch.tensor([0]), 1.0 * ak.NFL(0.5), backend="triton")
+    torch.testing.assert_close(grad.double(), exact, rtol=3e-6, atol=3e-7 * exact.abs().max().item())
+
+
+def test_the_mass_above_the_clamp_is_kept_in_float64(device):
+    """What lies below it is less than float32 tells from 1."""
+    logits = torch.full((1, 10), -20.0, device=device)
+    logits[0, :2] = 0.0
+    with WAYS["tile"].in_use():
+        table = backend.row_stats(call_of(1.0 * ak.RCE()), logits, torch.tensor([0], device=device))
+    assert 1.0 - table[6].item() == pytest.approx(8 * math.exp(-20) / 2, rel=1e-4)

@@ -40,9 +40,9 @@ MUTANTS = [
     # mathematics
     (MATH, "tl.where(gamma == 0.0, 1.0, 0.0)", "tl.where(gamma == 0.0, 0.0, 0.0)", "tests/kernels/test_rows.py"),
     (MATH, "return tl.where(x > -0.5, -_expm1_near_0(x), 1.0 - e)", "return 1.0 - e",
-     "tests/test_conformance.py -k 'every_gamma and 0.5 and triton'"),
+     "tests/kernels/test_rows.py -k keeps_its_digits"),
     (MATH, "(second.below_mass + (1.0 - I_y) * s.target_prob).to(tl.float64)",
-     "second.below_mass + (1.0 - I_y) * s.target_prob", "tests/test_conformance.py -k 'certain and triton-tile'"),
+     "second.below_mass + (1.0 - I_y) * s.target_prob", "tests/kernels/test_rows.py -k float64"),
     (MATH, "tl.where(ignored, count * I_y, second.above_count + I_y)", "second.above_count + I_y",
      "tests/kernels/test_rows.py"),
     (MATH, "return tl.log(u) + (x - (u - 1.0)) / u", "return tl.log(u)",
