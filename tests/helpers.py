@@ -320,9 +320,10 @@ def scales(grad, target):
 
 
 # How far the package may be from float64, row by row (test_accuracy asks for more, of many rows at once):
+# The largest error seen is 0.4 of what is allowed (reference, RCE cut by the clamp; 13 of the 32), 0.3 with float64.
 PLAIN_FACTOR = 3  # times plain PyTorch's own error in that row, one sample of what rounding does there,
 ROUNDINGS = 16  # half ulps of what an element is measured by,
-CANCELLED = 64  # and half ulps of the largest gradient the loss ever has: what is left where terms of that size cancel.
+CANCELLED = 32  # and half ulps of the largest gradient the loss ever has: what is left where terms of that size cancel.
 
 
 class Truth(NamedTuple):

@@ -142,7 +142,8 @@ def averaged(grad, world):
 
 
 def check_ddp(rank, world, backend):
-    """DDP's averaged gradients are those of one process with all rows: every loss, and the shared entropy."""
+    """DDP's averaged gradients are those of one process with all rows: with the shared entropy, and without
+    a group, where the ranks have as many rows each."""
     sizes = SIZES["even"]
     x, y, weight = data(sizes, ignored=False)
     for name in ("anl_ce", "anl_fl"):
@@ -160,17 +161,19 @@ def check_ddp(rank, world, backend):
         )
         loss.backward()
         torch.testing.assert_close(ddp.module.weight.grad, single.weight.grad, rtol=1e-10, atol=1e-13)
-        plain = torch.nn.parallel.DistributedDataParallel(model_of(weight))
-        local = ak.robust_loss(
-            plain(shard(x, sizes, rank)), shard(y, sizes, rank), expression(EXPRESSIONS[name]), backend=backend
-        )
         torch.testing.assert_close(
             averaged(loss.detach(), world),
             oracle.loss(single(x), y, EXPRESSIONS[name], **KNOBS).detach(),
             rtol=1e-12,
             atol=0,
         )
+        plain, alone = torch.nn.parallel.DistributedDataParallel(model_of(weight)), model_of(weight)
+        local = ak.robust_loss(
+            plain(shard(x, sizes, rank)), shard(y, sizes, rank), expression(EXPRESSIONS[name]), backend=backend
+        )
         local.backward()
+        oracle.loss(alone(x), y, EXPRESSIONS[name]).backward()
+        torch.testing.assert_close(plain.module.weight.grad, alone.weight.grad, rtol=1e-10, atol=1e-13)
 
 
 def check_shared_entropy(rank, world, backend, sizes, recompute):

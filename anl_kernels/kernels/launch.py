@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class View(NamedTuple):
 
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETER = Target("interpreter", 32, 4, 1 << 20)
+_ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps a launch's state in globals
 
 
 # Where the second-level cache is one of several, and a larger one stands behind all of them.
@@ -191,7 +193,8 @@ def launch(kernel, grid, args: tuple, constexprs: dict, config: LaunchConfig, de
     args: the parameters that are not compiled in, in the kernel's order, before those that are.
     """
     if INTERPRETED:
-        kernel[grid](*args, **constexprs, **_blocks(kernel, config))
+        with _ONE_AT_A_TIME:
+            kernel[grid](*args, **constexprs, **_blocks(kernel, config))
         return
     driver = triton.runtime.driver.active
     index = driver.get_current_device()

@@ -490,23 +490,24 @@ def all_statistics(s, m, ignored, c, NEEDS: tl.constexpr):
     I_y = tl.where(l > -c.floor, 1.0, 0.0)
     poison = s.target_tail - s.target_tail
     absent = poison + float("nan")
+    count = s.classes + 1.0
     above_sum, above_count, mass = absent, absent, absent
     focal_sum, weight, focal_above, weight_above = absent, absent, absent, absent
     if NEEDS > 0:
-        above_sum = second.above_sum + I_y * (c.floor + l)
-        above_count = second.above_count + I_y + poison
+        height = I_y * (c.floor + l)
+        above_sum = tl.where(ignored, count * height, second.above_sum + height)
+        above_count = tl.where(ignored, count * I_y, second.above_count + I_y) + poison
     if ABOVE_MASS & NEEDS:
         mass = 1.0 - (second.below_mass + (1.0 - I_y) * s.target_prob).to(tl.float64)  # RCE takes p_y from it again
     if ANY_FOCAL & NEEDS:
         w_y = focal_weight(s.target_tail, c.gamma)
-        count = s.classes + 1.0
         focal_sum = tl.where(ignored, -count * w_y * l, second.focal_sum - w_y * l)
         weight = tl.where(ignored, count * w_y, second.focal_weight + w_y)
         above = I_y * (c.focal_floor + w_y * l)
         focal_above = tl.where(ignored, count * above, second.focal_above_sum + above)
         weight_above = tl.where(ignored, count * w_y, second.focal_above_weight + I_y * w_y)
     valid = tl.where(ignored, 0.0, 1.0)
-    return (m + poison, s.log_sum, l, s.classes + 1.0 + poison, s.neg_log_sum - l, above_sum, mass,
+    return (m + poison, s.log_sum, l, count + poison, s.neg_log_sum - l, above_sum, mass,
             above_count, focal_sum, weight, focal_above, weight_above, valid)  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Calls on an offline device for test_launch.py, which runs this file in a process of its own; prints JSON.
 
-python tests/kernels/launches.py signatures compilations arguments private
+python tests/kernels/launches.py signatures compilations keys arguments hooks threads private
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import importlib
 import json
 import pkgutil
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import offline
@@ -19,7 +21,7 @@ import anl_kernels as ak
 from anl_kernels import kernels
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
-from anl_kernels.kernels import launch
+from anl_kernels.kernels import launch, reduce
 
 
 def signatures() -> dict:
@@ -86,6 +88,63 @@ def compilations() -> dict:
             call()
             counts[name] = len({kept.kernel.hash for kept in launch._compiled.values()} - before)
     return counts
+
+
+def keys() -> list:
+    """The changes of one launch that find what was compiled for the one before."""
+    changes = {
+        "first": dict(),
+        "nothing": dict(),
+        "warps": dict(config=launch.LaunchConfig(1, 1024, 8)),
+        "stages": dict(config=launch.LaunchConfig(1, 1024, 4, 2)),
+        "block": dict(config=launch.LaunchConfig(1, 512, 4)),
+        "64 bits": dict(items=2**31),
+        "alignment": dict(skip=1),
+        "dtype": dict(dtype=torch.float64),
+        "compiled in": dict(divide=True),
+        "device": dict(index=7),
+    }
+    found = []
+    with offline.driver("sm_90") as driver:
+        for name, change in changes.items():
+            options = dict(config=launch.LaunchConfig(1, 1024, 4), items=10, skip=0, dtype=torch.float32, divide=False)
+            options |= change
+            driver.index = options.get("index", driver.index)
+            values, before = torch.empty(64, dtype=options["dtype"]), len(launch._compiled)
+            args = (values[options["skip"] :], values[:1] if options["divide"] else None, values[:1], 10)
+            constexprs = {"DIVIDE": options["divide"]}
+            launch.launch(
+                reduce.sum_kernel, (1, 1, 1), (*args, options["items"]), constexprs, options["config"], values.device
+            )
+            if len(launch._compiled) == before:
+                found.append(name)
+    return found
+
+
+def hooks() -> list:
+    """Whether Triton is told to call somebody's hook, launch by launch: compiled, known, known and without one."""
+    chain, hook, found = triton.knobs.runtime.launch_enter_hook, lambda *arguments: None, []
+    call = lambda: loss(1.0 * ak.CE(), reduction="none")
+    with offline.driver("sm_90") as driver:
+        for change in (chain.add, None, chain.remove):
+            if change:
+                change(hook)
+            call()
+            found.append(bool(driver.launches[-1][-3]))  # the chain empties later
+    return found
+
+
+def threads() -> dict:
+    """Calls from several threads at once, and one by one: what they launch."""
+    calls = [(ak.NCE() + ak.MAE(), (rows, classes)) for classes in (500, 601, 40_000) for rows in (2, 3, 300)]
+    once = lambda call: loss(call[0], call[1])
+    results = []
+    for workers in (1, 4):
+        with offline.driver("sm_90") as driver, ThreadPoolExecutor(workers) as pool:
+            list(pool.map(once, calls * workers))
+        results.append(Counter(str((name, grid, packed)) for name, grid, _, packed, *_ in driver.launches))
+    one, four = results
+    return {"launches": one.total(), "wrong": [made for made in one | four if four[made] != 4 * one[made]]}
 
 
 def twice_each(calls) -> tuple[list, int]:

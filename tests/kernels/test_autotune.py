@@ -95,6 +95,18 @@ def test_kinds():
     assert len({kind(), *(kind(**other) for other in others)}) == 1 + len(others)
 
 
+def test_candidates_of_rows_on_chip_hold_all_their_classes():
+    for classes in (600, 1024):
+        assert {config.BLOCK_K for config in autotune.candidates(FIRST, classes)} == {1024}
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(file, monkeypatch):
+    assert autotune.enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not autotune.enabled()
+
+
 def test_a_call_is_tuned_and_its_result_the_same(file, clock, device, monkeypatch):
     torch.manual_seed(0)
     logits, target = torch.randn(6, 600, device=device), torch.randint(600, (6,), device=device)

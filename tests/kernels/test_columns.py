@@ -78,6 +78,13 @@ def test_the_same_bits_again(device):
     assert torch.equal(run(values, coefs, device), run(values, coefs, device))
 
 
+def test_groups_of_tiles_are_added_in_float64(device, monkeypatch):
+    monkeypatch.setattr(columns, "PROGRAMS", 1)
+    values, labels = many_rows("rows", 70)
+    sums = run(values, coefs_of(values, labels, torch.float32), device)
+    assert (sums != sums.float()).any()
+
+
 def test_a_nan_row_poisons_the_sums_and_an_ignored_one_does_not(device):
     values = torch.randn(5, 9, generator=helpers.generator(0))
     labels = torch.tensor([1, -100, 2, 3, 4])

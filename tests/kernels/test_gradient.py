@@ -183,6 +183,21 @@ def test_long_rows_of_any_alignment(offset, dtype, classes, device):
         assert torch.equal(wide.isnan(), untouched.isnan())
 
 
+@pytest.mark.parametrize("classes, cut", [(37, False), (9001, True)])
+def test_the_width_that_rows_are_cut_by_is_that_of_one_row(classes, cut, device, monkeypatch):
+    """Of several rows a program, only the first would begin where it is said to."""
+    launch_it, found = gradient.launch_first, []
+
+    def recorded(kernel, grid, args, constexprs, config, device):
+        found.append((constexprs["WIDTH"] > 1, config.BLOCK_N == 1))
+        launch_it(kernel, grid, args, constexprs, config, device)
+
+    monkeypatch.setattr(gradient, "launch_first", recorded)
+    case = Case("rows", classes, torch.float32, 3)
+    case.check(case.run(device), *case.exact())
+    assert found == [(cut, cut)]
+
+
 def test_labels_that_are_no_class(device):
     """Their inv_sum is NaN, so the row is; nothing is read by them."""
     case = Case("rows", 20, torch.float32, 3)

@@ -1,11 +1,15 @@
 """Launching: what is compiled anew, and what is passed on to what has been compiled."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import helpers
 import offline
 import pytest
 import torch
 import tritons
+from candidates import Backend
 
 from anl_kernels.kernels import launch
 
@@ -14,7 +18,7 @@ LAUNCHES = str(Path(__file__).with_name("launches.py"))
 
 @pytest.fixture(scope="module")
 def launches():
-    return offline.in_a_process(LAUNCHES, "signatures", "compilations", "arguments")
+    return offline.in_a_process(LAUNCHES, "signatures", "compilations", "keys", "arguments", "hooks", "threads")
 
 
 def test_every_kernel_can_be_launched_by_its_types_alone(launches):
@@ -31,6 +35,39 @@ def test_what_is_compiled_anew(launches):
     new = {"first", "focal", "weights", "odd classes", "another sum"}
     assert all(counts[name] >= 1 for name in new), counts
     assert not any(count for name, count in counts.items() if name not in new), counts
+
+
+def test_what_a_compiled_kernel_is_found_by(launches):
+    assert launches["keys"] == ["nothing"]
+
+
+def test_hooks_are_called_for_compiled_kernels(launches):
+    assert launches["hooks"] == [True, True, False]
+
+
+def test_threads_at_once(launches):
+    assert launches["threads"]["launches"] >= 18
+    assert not launches["threads"]["wrong"]
+
+
+@pytest.mark.parametrize("way", ["tile", "split"])
+def test_results_of_threads_at_once(way, device):
+    problems = [
+        (helpers.batch(classes, torch.float32), name) for classes in (10, 65) for name in helpers.REPRESENTATIVE
+    ]
+    run = lambda problem: helpers.calculate(
+        *problem[0], helpers.expression(helpers.EXPRESSIONS[problem[1]]), backend="triton"
+    )
+    interval = sys.getswitchinterval()
+    with Backend(f"triton-{way}", way).in_use(), ThreadPoolExecutor(4) as pool:
+        expected = [run(problem) for problem in problems]
+        sys.setswitchinterval(1e-4)
+        try:
+            results = list(pool.map(run, problems))
+        finally:
+            sys.setswitchinterval(interval)
+    for (loss, grad), (expected_loss, expected_grad) in zip(results, expected):
+        assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
 
 
 def test_a_kernel_that_is_compiled_gets_what_triton_would_pass(launches):

@@ -150,6 +150,22 @@ def test_the_last_phase_takes_the_decision_as_it_was_made(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="replaces functions of the interpreter's")
+def test_each_phase_waits_for_the_ones_before(device, launched, monkeypatch):
+    wait, waited = kernels.wait, []
+
+    def recorded(pointer, count):
+        waited.append(int(pointer.handle.data.item()))
+        wait(pointer, count)
+
+    monkeypatch.setattr(kernels, "wait", recorded)
+    with WAYS["one launch"].in_use():
+        gradient_of(call_of("anl_ce"), *batch(device, rows=1))
+    ((_, _, counters),) = launched
+    ticket, parts, first, second = counters.data_ptr(), 2, 4, 8
+    assert [pointer - ticket for pointer in waited] == [first] * parts + [first, second] * parts
+
+
 @pytest.mark.parametrize("spread", [1.0, 9.0])
 def test_every_part_of_every_phase_publishes(spread, device, launched):
     """Also where no row has a class below the clamp."""
@@ -214,6 +230,8 @@ H200 = launch.Target("cuda:90", 32, 132, 50 << 20)
     [
         (64, 1000, "tile", "tile"),
         (8192, 32768, "loop", "loop"),  # all rows under way fit the cache
+        (1, 1 << 24, "split", "launches"),
+        (3, 1 << 20, "split", "launches"),
         (16, 1 << 20, "split", "launches"),
         (300, 1 << 20, "split", "launches"),  # a row a program would leave half of the device idle
         (8192, 131072, "split", "loop"),
@@ -227,3 +245,4 @@ def test_plans(rows, classes, waiting, apart):
     assert kinds == [waiting, apart]
     if apart == "launches":
         assert plans[0].split[:2] == plans[1].split[:2] and plans[0].config == plans[1].config
+        assert all(p.split.parts <= passes.MAX_PARTS and p.split.group <= p.row_blocks for p in plans)
