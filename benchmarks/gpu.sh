@@ -70,20 +70,20 @@ run_build() {
 pytest_gpu() {  # MARKS NAMES; in a rehearsal these names too
     local names=$2
     [ -z "$rehearse" ] || names="($2) and (${3:-$2})"
-    "$python" -m pytest tests/test_*.py tests/backends tests/kernels -m "$1" -k "$names" -n "$workers" -v -rfE --tb=short \
+    "$python" -m pytest ${TIER:-} tests/test_*.py tests/backends tests/kernels -m "$1" -k "$names" -n "$workers" -v -rfE --tb=short \
         --durations=15 -p no:cacheprovider --continue-on-collection-errors
 }
-AWKWARD="test_every_layout or test_few_long_rows or test_one_row or test_thousands or test_stretches or test_entropy_alone"
+AWKWARD="test_every_pair or test_few_long_rows or test_one_row or test_thousands or test_stretches or test_entropy_alone"
 need_tests_cuda() { need cuda; }
-run_tests_cuda() { pytest_gpu gpu "not triton and not kernels" "not every_l or float32"; }
+run_tests_cuda() { pytest_gpu gpu "not triton and not kernels"; }
 need_tests_triton() { need triton; }
 run_tests_triton() { pytest_gpu "gpu and not forced" "(triton or kernels) and not properties" "test_gpu and small or test_reduce or test_terms or test_modules"; }
 # Without the protocols between CTAs: the same work in launches of its own.
 need_tests_untrusted() { need cuda; }
-run_tests_untrusted() { ANL_KERNELS_TRUST=none pytest_gpu "gpu and not forced" "$AWKWARD or test_gpu" "not triton and not every_layout"; }
+run_tests_untrusted() { ANL_KERNELS_TRUST=none pytest_gpu "gpu and not forced" "$AWKWARD or test_gpu" "not triton"; }
 # The kernels that Triton is made to take, and all of its own choice: every loss, dtype and shape compiles another.
 need_tests_paths() { need triton; }
-run_tests_paths() { ANL_TEST_TRITON=full pytest_gpu gpu "triton" "test_one_row or test_certain"; }
+run_tests_paths() { TIER=--thorough pytest_gpu gpu "triton" "test_one_row or test_certain"; }
 
 sanitizer() { if [ -n "$rehearse" ]; then shift 4; "$@"; else compute-sanitizer "$@"; fi; }
 # A kernel that writes where it should, and one that does not: the sanitizer must take the device, and see the second.

@@ -90,6 +90,13 @@ def row_loss_expression(terms):
     return ak.RowLoss(lambda s: sum(c * term.value(s) for c, term in built), gamma=gammas.pop() if gammas else None)
 
 
+def compile_counter():
+    """A backend of torch.compile that counts its graphs; imported late, which takes more than a second."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend("aot_eager")
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 

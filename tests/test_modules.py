@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import anl_kernels as ak
 from anl_kernels import modules
@@ -216,7 +215,7 @@ def test_a_parameter_is_learned(name):
 @pytest.mark.parametrize("kind", [float, int])
 def test_alpha_on_a_schedule_is_compiled_at_most_once_more(kind):
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = helpers.compile_counter()
     module = ak.ANLCELoss(5, 5)
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     logits = LOGITS.clone().requires_grad_()

@@ -12,7 +12,6 @@ import oracle
 import pytest
 import torch
 from helpers import EXPRESSIONS, THERE, dtype_id
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import anl_kernels as ak
 
@@ -462,7 +461,7 @@ def test_a_factor_that_changes_is_compiled_at_most_once_more(name, kind):
     z = torch.randn(6, 9, requires_grad=True, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 8, 2, 3, 1, 1])
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = helpers.compile_counter()
     compiled = torch.compile(CHANGING[name], fullgraph=True, backend=counter)
     make = {"float": float, "int": lambda v: int(v + 1), "tensor": learned}[kind]
     for value in map(make, VALUES):
