@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import helpers
 import pytest
 import torch
 
