@@ -6,6 +6,9 @@ The mutants are in tests/mutations, one module a language; the memory orders of 
 own (cuda_on_host/mutate_barriers.py). Each is applied to a copy of the sources, with the compiled modules built anew
 where it is C++, and its tests run there until one fails. Outcomes are kept by content in build/mutants.json, so that
 only what changed is run again. A survivor is an error unless the mutant says why nothing can notice it.
+
+To be quick, mutants of C++ are compiled for float32 and the baseline instruction set alone, besides what their tests'
+arguments name (float64, float16, bfloat16; avx2, avx512).
 """
 
 import argparse
@@ -21,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from cuda_on_host import build
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -89,8 +93,7 @@ class Copy:
         for cache in ("cuda_on_host", "cuda_gates"):  # by content: both may use them
             (ROOT / "build" / cache).mkdir(parents=True, exist_ok=True)
             (self.root / "build" / cache).symlink_to(ROOT / "build" / cache)
-        self.environment = {**os.environ, "PYTHONPATH": str(self.root), "ANL_KERNELS_NO_CUDA": "1", "CXXFLAGS": "-O1"}
-        self.is_built = False
+        self.environment = {**os.environ, "PYTHONPATH": str(self.root)}
 
     def run(self, *command):
         command = [sys.executable, *command]
@@ -98,12 +101,10 @@ class Copy:
             command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=SECONDS
         )
 
-    def build(self):
-        """anl_kernels._cpu; what a change does not reach is not compiled again."""
-        result = self.run("setup.py", "--quiet", "build_ext", "--inplace")
-        if result.returncode:
-            raise RuntimeError(f"does not compile: {result.stderr[-2000:]}")
-        self.is_built = True
+    def build_cpu(self, tests):
+        """anl_kernels._cpu; the tests build CUDA's kernels themselves."""
+        module = build.build_cpu("plain", self.root / "csrc", ["baseline", *named(tests, ("avx2", "avx512"))])
+        shutil.copy2(module, self.root / "anl_kernels")
 
     def outcome_of(self, tests):
         """None: all pass; otherwise the test that fails."""
@@ -125,19 +126,26 @@ class Copy:
         )
 
     def outcome(self, mutant):
-        path = self.root / mutant.file
-        original, compiled = path.read_text(), mutant.file.startswith(("csrc/cpu/", "csrc/row_math.h", "csrc/call.h"))
-        if compiled and not self.is_built:
-            self.build()
+        """As outcome_of, with the line broken; without, if the mutant has none."""
+        path, dtypes = self.root / mutant.file, self.root / "csrc" / "call.h"
+        before = {p: p.read_bytes() for p in (path, dtypes, *(self.root / "anl_kernels").glob("_cpu.*.so"))}
+        compiled = mutant.file.startswith("csrc/")
         try:
-            mutant.apply(self.root)
             if compiled:
-                self.build()
+                wanted = ("FLOAT32", *named(mutant.tests.upper(), ("FLOAT64", "FLOAT16", "BFLOAT16")))
+                build.compile_only(self.root / "csrc", wanted)
+            if mutant.old:
+                mutant.apply(self.root)
+            if compiled and "cuda" not in mutant.tests:
+                self.build_cpu(mutant.tests)
             return self.outcome_of(mutant.tests)
         finally:
-            path.write_text(original)
-            if compiled:
-                self.build()
+            for p, content in before.items():
+                p.write_bytes(content)
+
+
+def named(text, words):
+    return [word for word in words if word in re.findall(r"\w+", text)]
 
 
 def run_all(chosen, again):
@@ -150,7 +158,7 @@ def run_all(chosen, again):
                 copy = copy or Copy(folder)
                 control = Mutant(mutant.file, "", "", mutant.tests)
                 if control.digest not in kept:
-                    failed = copy.outcome_of(mutant.tests)
+                    failed = copy.outcome(control)
                     if failed:
                         raise RuntimeError(f"fails without a mutant: {failed} (pytest {mutant.tests})")
                     kept[control.digest] = None

@@ -398,3 +398,20 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, sh
             first = results[0] if backend.fused else results[1]
             assert torch.equal(loss, first[0])
             assert torch.equal(grad, first[1])
+
+
+@pytest.mark.interpreted(layout=["rows"])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_a_nan_row_is_nan_where_it_is_masked_too(backend, layout):
+    """Every way to the gradient: classes that do not exist get 0 in all other rows."""
+    for classes in backend.few((5000, 7, 40), 1):
+        values = torch.randn(12, classes, generator=helpers.generator(0))
+        values[:, 4:6] = -math.inf
+        values[1, 2] = math.nan
+        logits, labels = helpers.lay_out(layout, values, torch.tensor([3, 3] * 6))
+        for name in backend.few(REPRESENTATIVE, 1):
+            for mode in ("forward", "recompute", "entropy"):
+                _, grad = run(logits, labels, name, mode, backend)
+                assert grad[1].isnan().all()
+                if mode != "entropy":  # through which every row sees the NaN
+                    assert (grad[[0, 2], 4:6] == 0).all()

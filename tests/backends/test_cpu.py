@@ -58,13 +58,13 @@ def new_coefs(logits, target):
 
 
 def row_loss(kernels, terms, logits, target, grad=None, reduction="sum", coefs=None, weight=None, ignore_index=-100):
-    """`_cpu.row_loss` for (N, K) logits of any strides, outputs poisoned."""
+    """`_cpu.row_loss` for logits of any strides, outputs poisoned."""
     acc = helpers.acc(logits.dtype)
-    loss = nan(len(logits), dtype=acc) if reduction == "none" else nan(1, dtype=acc)
-    shape = (logits.shape[0], logits.shape[1], 1)
+    loss = nan(len(target), dtype=acc) if reduction == "none" else nan(1, dtype=acc)
+    shape, strides = layout.shape_and_strides(logits)
     bad = kernels.row_loss(
-        program(kernels, terms), CODES[logits.dtype], shape, logits.data_ptr(), (*logits.stride(), 0),
-        0 if grad is None else grad.data_ptr(), (0, 0, 0) if grad is None else (*grad.stride(), 0),
+        program(kernels, terms), CODES[logits.dtype], shape, logits.data_ptr(), strides,
+        0 if grad is None else grad.data_ptr(), (0, 0, 0) if grad is None else layout.shape_and_strides(grad)[1],
         target.data_ptr(), TARGET_CODES[target.dtype], ignore_index, 0 if weight is None else weight.data_ptr(),
         REDUCTIONS[reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), False,
     )  # fmt: skip
@@ -114,6 +114,53 @@ def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
         helpers.assert_as_accurate(loss, grad, labels, true)
         grad.fill_(math.nan)
         assert memory.isnan().all()
+
+
+def test_a_gradient_whose_rows_are_no_single_run(kernels):
+    """The logits' are, and one stride will do for them; for the gradient's it will not."""
+    values, labels = helpers.batch(35, torch.float32)
+    true = helpers.truth(values, labels, EXPRESSIONS["anl_ce"], reduction="sum")
+    logits = helpers.LAYOUTS["channels_last"](values).flatten(2)
+    grad = nan(*logits.shape, dtype=torch.float32)
+    _, loss = row_loss(kernels, EXPRESSIONS["anl_ce"], logits, labels, grad)
+    helpers.assert_as_accurate(loss[0], oracle.as_rows(grad), labels, true)
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+BITS = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every number of 16 bits
+
+
+@HALVES
+@pytest.mark.parametrize("classes", [7, 40])
+def test_every_number_of_half_precision_is_read(kernels, dtype, classes):
+    """As the largest of a row of equal numbers."""
+    values = BITS.view(dtype)
+    logits, labels = values.unsqueeze(1).repeat(1, classes), torch.zeros(len(values), dtype=torch.int64)
+    table = nan(13, len(values), dtype=torch.float64)
+    kernels.row_stats(
+        CODES[dtype], (*logits.shape, 1), logits.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.0, 0,
+        table.data_ptr(),
+    )  # fmt: skip
+    finite = values.isfinite()
+    assert torch.equal(table[0, finite], values[finite].double())
+    assert table[0, ~finite].isnan().all()
+
+
+@HALVES
+@pytest.mark.parametrize("classes", [7, 40])
+def test_gradients_are_rounded_to_the_nearest_number_of_half_precision(kernels, dtype, classes):
+    """Ties to even, subnormals and what overflows included; a gradient of equal numbers is made from coefficients."""
+    near = BITS[::3].view(dtype).float()
+    near = near[near.isfinite()]
+    tie = near + near.sign() * (near.abs().to(dtype).view(torch.int16) + 1).view(dtype).float().sub(near.abs()) / 2
+    wanted = torch.cat([near, tie, tie * (1 - 2**-20), tie * (1 + 2**-20)])
+    wanted = wanted[wanted.isfinite()]
+    logits = torch.zeros(len(wanted), classes, dtype=dtype)
+    coefs = torch.zeros(10, len(wanted))
+    coefs[1], coefs[3], coefs[8] = 1.0, wanted, wanted  # the sum of exps, what every class gets, what the target gets
+    grad, labels = torch.full_like(logits, math.nan), torch.zeros(len(wanted), dtype=torch.int64)
+    row_grad(kernels, EXPRESSIONS["ce"], logits, labels, grad, coefs, torch.ones(1), 0)
+    assert torch.equal(grad, wanted.to(dtype).unsqueeze(1).expand_as(grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -274,6 +321,13 @@ def test_the_module_loads_without_torch(cpu):
 def test_environment_chooses_the_instruction_set(cpu):
     code = LOAD.format(path=cpu.__file__) + "print(module.info()['isa'])"
     assert python(code, ANL_KERNELS_CPU_ISA="baseline").stdout.strip() == "baseline"
+
+
+def test_the_best_instruction_set_is_the_default(cpu):
+    code = LOAD.format(path=cpu.__file__) + "print(module.info()['isa'] == module.info()['isas'][0])"
+    environment = {name: value for name, value in os.environ.items() if name != "ANL_KERNELS_CPU_ISA"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_torchs_threads_are_used(cpu):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++ on L
 @pytest.fixture(scope="module")
 def address():
     module = build.build("address")
-    return lambda *arguments: sanitizers.address(module, *arguments)
+    return lambda *arguments: sanitizers.calls(module, *arguments)
 
 
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(address):
