@@ -127,13 +127,13 @@ class Copy:
 
     def outcome(self, mutant):
         """As outcome_of, with the line broken; without, if the mutant has none."""
-        path, dtypes = self.root / mutant.file, self.root / "csrc" / "call.h"
-        before = {p: p.read_bytes() for p in (path, dtypes, *(self.root / "anl_kernels").glob("_cpu.*.so"))}
+        path, header = self.root / mutant.file, self.root / "csrc" / "call.h"
+        before = {p: p.read_bytes() for p in (path, header, *(self.root / "anl_kernels").glob("_cpu.*.so"))}
         compiled = mutant.file.startswith("csrc/")
         try:
             if compiled:
-                wanted = ("FLOAT32", *named(mutant.tests.upper(), ("FLOAT64", "FLOAT16", "BFLOAT16")))
-                build.compile_only(self.root / "csrc", wanted)
+                dtypes = ("float32", *named(mutant.tests, ("float64", "float16", "bfloat16")))
+                build.compile_only(self.root / "csrc", [dtype.upper() for dtype in dtypes])
             if mutant.old:
                 mutant.apply(self.root)
             if compiled and "cuda" not in mutant.tests:
@@ -145,7 +145,7 @@ class Copy:
 
 
 def named(text, words):
-    return [word for word in words if word in re.findall(r"\w+", text)]
+    return [word for word in words if word in re.findall(r"b?float\d+|avx\d+", text.lower())]
 
 
 def run_all(chosen, again):

@@ -415,3 +415,22 @@ def test_a_nan_row_is_nan_where_it_is_masked_too(backend, layout):
                 assert grad[1].isnan().all()
                 if mode != "entropy":  # through which every row sees the NaN
                     assert (grad[[0, 2], 4:6] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["rce", "nce+rce"])
+def test_a_stretch_just_below_the_clamp(backend, name):
+    """Thousands of classes whose p is below min_prob each, and in sum is not: RCE sees it."""
+    values = torch.zeros(3, 3 * 2048)
+    values[:, 2048:] = -9 - torch.rand(3, 2 * 2048, generator=helpers.generator(0)) / 4
+    labels = torch.tensor([5, 2047, 3000])
+    for recompute in (False, True):
+        helpers.check(values, labels, EXPRESSIONS[name], reduction="sum", recompute=recompute, backend=backend.name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_class_weights_of_many_classes(fused, reduction):
+    """Every kernel that takes rows."""
+    for classes in fused.few((403, 3001, 40), 1):
+        values, labels = helpers.rows_of_every_kind(classes, torch.float32)
+        weight = torch.rand(classes, generator=helpers.generator(classes)) + 0.5
+        helpers.check(values, labels, EXPRESSIONS["anl_ce"], weight=weight, reduction=reduction, backend=fused.name)

@@ -240,6 +240,29 @@ def test_column_sums(kernels, dtype, rows, classes):
     torch.testing.assert_close(sums, expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=1e-15)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float64_sums_have_one_order_for_any_number_of_threads(kernels, transposed):
+    """Float32 would not show it."""
+    values = torch.randn(3000, 40, generator=helpers.generator(0), dtype=torch.float64)
+    logits = values.t().contiguous().t() if transposed else values
+    coefs, labels = nan(10, 3000, dtype=torch.float64), torch.arange(3000) % 40
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sums = nan(40, dtype=torch.float64)
+        _, loss = row_loss(kernels, EXPRESSIONS["anl_ce"], logits, labels, coefs=coefs)
+        kernels.column_sums(
+            CODES[torch.float64],
+            (3000, 40, 1),
+            logits.data_ptr(),
+            (*logits.stride(), 0),
+            coefs.data_ptr(),
+            sums.data_ptr(),
+        )
+        found.append(torch.cat([loss, sums]))
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
 @pytest.mark.parametrize("dtype", TARGET_CODES, ids=str)
 def test_the_first_bad_label_is_named_and_nothing_computed(kernels, dtype):
     values = torch.randn(3000, 10)

@@ -3,16 +3,17 @@
 ROWS, SWEEPS, SPATIAL = "csrc/cpu/rows.cpp", "csrc/cpu/row_sweeps.h", "csrc/cpu/spatial.cpp"
 SIMD, MODULE, MATH = "csrc/cpu/simd.h", "csrc/cpu/module.cpp", "csrc/row_math.h"
 STRETCHES = 'tests/test_conformance.py -k "stretches and 2311 and float32 and cpu"'
+BELOW = 'tests/test_conformance.py -k "just_below and cpu"'
 LAYOUT = 'tests/test_conformance.py -k "every_layout and float32 and cpu"'
 CLAMP = 'tests/test_conformance.py -k "around_the_clamp and float32 and cpu"'
 NUMBERS = 'tests/test_conformance.py -k "every_number_of_classes and float32 and cpu"'
 MASKED_NAN = 'tests/test_conformance.py -k "masked_too and cpu"'
-SAME_BITS = 'tests/test_conformance.py -k "same_bits and anl_ce and cpu"'
+SAME_BITS = 'tests/backends/test_cpu.py -k "float64_sums"'
 CERTAIN = 'tests/test_conformance.py -k "no_cancellation and float32 and cpu"'
 LOWEST = 'tests/test_cases.py -k "lowest_number and float32 and cpu"'
-WEIGHTS = 'tests/test_cases.py -k "class_weights and float32 and cpu"'
+WEIGHTS = 'tests/test_conformance.py -k "weights_of_many and cpu"'
 SLICES = 'tests/test_class_parallel.py -k "slice_stats and float32 and cpu"'
-ENTROPY = 'tests/test_accuracy.py -k "entropy_never_worse and 1003 and cpu"'
+ENTROPY = 'tests/backends/test_gradient_pass.py -k "nearly_alike and cpu"'
 STATISTICS = 'tests/backends/test_cpu.py -k "test_statistics and float32"'
 HALVES = 'tests/backends/test_cpu.py -k "half_precision and (float16 or bfloat16)"'
 AUTOGRAD = "tests/test_autograd.py -k avx512"
@@ -22,7 +23,7 @@ MUTANTS = [
     # ---- rows whose classes lie side by side
     (ROWS, "if (s.inv_sum != s.inv_sum) return fill(r, T(NaN));", "", MASKED_NAN),
     (ROWS, "s.gap += k.gap;  // 0 or NaN", "// 0 or NaN", SLICES),
-    (ROWS, "k.below_mass = k.tail * exp_of_gap(below) * s.inv_sum;", "k.below_mass = 0.0;", STRETCHES),
+    (ROWS, "k.below_mass = k.tail * exp_of_gap(below) * s.inv_sum;", "k.below_mass = 0.0;", BELOW),
     (ROWS, "k.above_sum = k.count * (lse_gap - below) - k.gap;", "k.above_sum = k.count * lse_gap - k.gap;", STRETCHES),
     (ROWS, "exist = blocks && blocks[b].min != -INF;", "exist = blocks;", STRETCHES),
     (ROWS, "const RowState& k = above ? all : s;", "const RowState& k = s;", STRETCHES),

@@ -12,8 +12,9 @@ STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {H
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
 MASKED_NAN = f'tests/test_conformance.py -k "masked_too and {HOST}"'
-ENTROPY = f'tests/test_accuracy.py -k "entropy_never_worse and 1003 and {HOST}"'
-COLUMN_SUMS = f'tests/test_entropy.py -k "(entropy_alone or many_rows) and {HOST}"'
+ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
+COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
+MANY_GROUPS = 'tests/test_conformance.py -k "thousands and float32 and rows and cuda-host-sm80"'
 LAUNCHES = "tests/backends/test_cuda_launches.py"
 MODELS = "tests/cuda_on_host/test_devices.py"
 LAUNCHERS = "anl_kernels/backends/cuda.py"
@@ -109,13 +110,13 @@ MUTANTS = [
         SPLIT,
         "groups > phases ? groups - phases : 0",
         "groups > phases ? groups - phases + 1 : 0",
-        "tests/backends/test_cuda.py -k many_groups",
+        MANY_GROUPS,
     ),
     (
         SPLIT,
         "plan.separate ? 0 : 1 + 2 * num_rows",
         "plan.separate ? 0 : 1 + num_rows",
-        "tests/backends/test_cuda.py -k many_groups",
+        MANY_GROUPS,
     ),
     (
         SPLIT,
