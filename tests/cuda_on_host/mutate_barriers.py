@@ -45,9 +45,7 @@ MUTATIONS = [
     (r"\bcluster_(?:sync|arrive|wait)\(\)", REMOVED),
     (rf"\bbarrier_wait{ARGUMENTS}", [*REMOVED, ("relaxed", r"barrier_wait_relaxed(\1)")]),
     (rf"\bbarrier_expect{ARGUMENTS}", [*REMOVED, ("relaxed", r"barrier_expect_relaxed(\1)")]),
-    (rf"\b(?:bulk_store_fence|threadfence){ARGUMENTS}", REMOVED),
     (rf"\bcopy_async_wait<\w+>{ARGUMENTS}", REMOVED),
-    (rf"\bbulk_store_wait<\w+>{ARGUMENTS}", REMOVED),
     (rf"\bload_acquire{ARGUMENTS}", [("relaxed", r"load_relaxed(\1)")]),
     (rf"\badd_release{ARGUMENTS}", [("relaxed", r"add_relaxed(\1)")]),
     (
