@@ -149,33 +149,44 @@ def named(text, words):
 
 
 def run_all(chosen, again):
-    """[(mutant, its outcome)]; control: without a mutant every test passes."""
+    """[(mutant, its outcome)]; a RuntimeError where there is none."""
     kept = {} if again or not KEPT.exists() else json.loads(KEPT.read_text())
     with tempfile.TemporaryDirectory(prefix="anl_mutants_") as folder:
         copy = None
         for mutant in tqdm(chosen, unit="mutant"):
             if mutant.digest not in kept:
                 copy = copy or Copy(folder)
-                control = Mutant(mutant.file, "", "", mutant.tests)
-                if control.digest not in kept:
-                    failed = copy.outcome(control)
-                    if failed:
-                        raise RuntimeError(f"fails without a mutant: {failed} (pytest {mutant.tests})")
-                    kept[control.digest] = None
-                kept[mutant.digest] = copy.outcome(mutant)
+                try:
+                    kept[mutant.digest] = controlled(mutant, copy, kept)
+                except RuntimeError as error:
+                    yield mutant, error
+                    continue
                 KEPT.parent.mkdir(exist_ok=True)
                 KEPT.write_text(json.dumps(kept, indent=0))
             yield mutant, kept[mutant.digest]
 
 
+def controlled(mutant, copy, kept):
+    """Its outcome; without the mutant every test passes."""
+    control = Mutant(mutant.file, "", "", mutant.tests)
+    if control.digest not in kept:
+        failed = copy.outcome(control)
+        if failed:
+            raise RuntimeError(f"fails without a mutant: {failed} (pytest {mutant.tests})")
+        kept[control.digest] = None
+    return copy.outcome(mutant)
+
+
 def verdict(mutant, outcome):
+    if isinstance(outcome, RuntimeError):
+        return f"NOT RUN: {outcome}"
     if outcome:
         return f"killed by {outcome}" if "::" in outcome else f"killed: {outcome}"
     return f"survives: {mutant.survives}" if mutant.survives else "SURVIVES"
 
 
 def report(outcomes):
-    killed = sum(outcome is not None for _, outcome in outcomes)
+    killed = sum(isinstance(outcome, str) for _, outcome in outcomes)
     rows = [
         (*(f"`{cut(text)}`" for text in (m.file, short(m.old), short(m.new))), verdict(m, outcome))
         for m, outcome in outcomes
@@ -210,7 +221,7 @@ def main():
     print(report(outcomes))
     if options.write:
         options.write.write_text(f"# Mutants\n\n`python tests/mutants.py`: {report(outcomes)}")
-    return any(outcome is None and not mutant.survives for mutant, outcome in outcomes)
+    return not all(isinstance(outcome, str) or (outcome is None and mutant.survives) for mutant, outcome in outcomes)
 
 
 if __name__ == "__main__":

@@ -405,10 +405,10 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, sh
 def test_a_nan_row_is_nan_where_it_is_masked_too(backend, layout):
     """Every way to the gradient: classes that do not exist get 0 in all other rows."""
     for classes in backend.few((5000, 7, 40), 1):
-        values = torch.randn(12, classes, generator=helpers.generator(0))
+        values = torch.randn(3, classes, generator=helpers.generator(0))
         values[:, 4:6] = -math.inf
         values[1, 2] = math.nan
-        logits, labels = helpers.lay_out(layout, values, torch.tensor([3, 3] * 6))
+        logits, labels = helpers.lay_out(layout, values, torch.tensor([3, 0, 3]))
         for name in backend.few(REPRESENTATIVE, 1):
             for mode in ("forward", "recompute", "entropy"):
                 _, grad = run(logits, labels, name, mode, backend)

@@ -241,6 +241,20 @@ def test_column_sums(kernels, dtype, rows, classes):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+def test_long_sums_of_equal_numbers(kernels, transposed):
+    """Whose roundings all go the same way."""
+    values = torch.zeros(12, 100_003)
+    values[:, 5] = torch.linspace(0.1, 2.0, 12)
+    logits, labels = values.t().contiguous().t() if transposed else values, torch.full((12,), 7)
+    for name in ("ce", "nce"):
+        grad = nan(12, 100_003, dtype=torch.float32)
+        _, loss = row_loss(kernels, EXPRESSIONS[name], logits, labels, grad, reduction="none")
+        helpers.assert_as_accurate(
+            loss, grad, labels, helpers.truth(values, labels, EXPRESSIONS[name], reduction="none")
+        )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 def test_float64_sums_have_one_order_for_any_number_of_threads(kernels, transposed):
     """Float32 would not show it."""
     values = torch.randn(3000, 40, generator=helpers.generator(0), dtype=torch.float64)

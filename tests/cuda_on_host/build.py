@@ -161,14 +161,22 @@ def copy_for_races(folder):
 
 def link(units, csrc, name, options):
     objects = objects_of(units, csrc)
-    target = BUILD / digest(*(path.name for path in objects), *options) / name
+
+    def make(target):
+        compile_missing(objects, csrc)
+        run([compiler(), "-pthread", *options, *map(str, objects), "-o", str(target)])
+
+    return once(BUILD / digest(*(path.name for path in objects), *options) / name, make)
+
+
+def once(target, make):
+    """The file `target`, made if it is not there; other processes wait for what the first one makes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here for what the first one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            compile_missing(objects, csrc)
             partial = target.with_suffix(".tmp")
-            run([compiler(), "-pthread", *options, *map(str, objects), "-o", str(partial)])
+            make(partial)
             partial.replace(target)
     return target
 

@@ -10,7 +10,7 @@ NUMBERS = 'tests/test_conformance.py -k "every_number_of_classes and float32 and
 MASKED_NAN = 'tests/test_conformance.py -k "masked_too and cpu"'
 SAME_BITS = 'tests/backends/test_cpu.py -k "float64_sums"'
 CERTAIN = 'tests/test_conformance.py -k "no_cancellation and float32 and cpu"'
-LOWEST = 'tests/test_cases.py -k "lowest_number and float32 and cpu"'
+LOWEST = 'tests/test_cases.py -k "lowest_number_in and cpu"'
 WEIGHTS = 'tests/test_conformance.py -k "weights_of_many and cpu"'
 SLICES = 'tests/test_class_parallel.py -k "slice_stats and float32 and cpu"'
 ENTROPY = 'tests/backends/test_gradient_pass.py -k "nearly_alike and cpu"'
@@ -53,7 +53,7 @@ MUTANTS = [
         SPATIAL,
         "lost += (total - sum) + part;",
         "",
-        'tests/test_conformance.py -k "thousands and float32 and transposed and cpu"',
+        "tests/backends/test_cpu.py -k equal_numbers",
     ),
     (SPATIAL, "f.gap = gap + (gap_lost == gap_lost ? gap_lost : V{});", "f.gap = gap + gap_lost;", LOWEST),
     (SPATIAL, "f.max = high == T(-INF) ? V{} : high;  // no class", "f.max = high;  // no class", SLICES),
@@ -68,7 +68,7 @@ MUTANTS = [
         SPATIAL,
         "const I dead = inv_sum == T(0);",
         "const I dead = {};",
-        'tests/test_entropy.py -k "entropy_alone and cpu"',
+        'tests/test_entropy.py -k "test_entropy and float32 and sum and cpu"',
     ),
     (SPATIAL, "const I bad = live & (y == -2);", "const I bad = {};", f"{FAULTS} -k between_forward"),
     # ---- vectors
