@@ -303,6 +303,7 @@ def test_no_rows_need_no_memory(cpu):
     x, y = torch.empty(0, 6), torch.empty(0, dtype=torch.int64)
     assert backend.row_loss(call(), x, y, None, None, None).shape == (0,)
     assert math.isnan(ak.cross_entropy(x, y, backend="cpu"))
+    assert (backend.column_sums(x, torch.empty(10, 0)) == 0).all()
 
 
 def test_the_module_refuses_null_pointers_by_name(cpu):

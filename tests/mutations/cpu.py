@@ -99,7 +99,7 @@ MUTANTS = [
         MODULE,
         "active_table = runnable_tables().front();",
         "active_table = runnable_tables().back();",
-        "tests/backends/test_cpu.py -k 'best_instruction_set or avx2'",
+        "tests/backends/test_cpu.py -k 'best_instruction_set and not avx2'",
     ),
     (
         MODULE,
@@ -111,7 +111,7 @@ MUTANTS = [
         MODULE,
         "for (int64_t k = 0; k < call.num_classes; ++k) call.sums[k] = 0.0;",
         "",
-        'tests/test_entropy.py -k "without_rows and cpu"',
+        f"{FAULTS} -k no_rows",
     ),
     (
         "csrc/arguments.h",
