@@ -152,6 +152,16 @@ def test_targets_at_the_edges_and_in_every_pack_of_a_long_row(device, name):
     helpers.check(helpers.away_from_clamp(values), labels, EXPRESSIONS[name], backend="cuda")
 
 
+@pytest.mark.parametrize("classes", [*range(29, 34), *range(61, 66), *range(125, 130)])
+def test_edges_of_rows_that_fill_their_lanes(device, classes):
+    """Each row begins in its own way within 16 bytes, and what it needs is a power of two, or just more."""
+    values, labels = helpers.rows_of_every_kind(classes, torch.float32)
+    stride = classes + 1 + classes % 2  # odd
+    room = torch.zeros(len(labels) * stride, device="cpu")
+    logits = room.as_strided(values.shape, (stride, 1)).copy_(values)
+    helpers.check(logits, labels, EXPRESSIONS["anl_ce"], backend="cuda", recompute=False)
+
+
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_the_edges_of_a_gradient_from_coefficients(device, start):
     """A tile's number of classes that begin within 16 bytes."""

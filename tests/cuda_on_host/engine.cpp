@@ -18,9 +18,12 @@ thread_local Thread* current = nullptr;
 
 Memory::Memory(size_t bytes, size_t alignment) : bytes(bytes), alignment(alignment) {
   void* p = nullptr;
-  if (posix_memalign(&p, std::max(alignment, sizeof(void*)), bytes)) abort();
+  if (posix_memalign(&p, std::max(alignment, sizeof(void*)), bytes + GUARD)) abort();
   data = static_cast<unsigned char*>(p);
-  memset(data, 0xff, bytes);
+  memset(data, 0xff, bytes + GUARD);
+}
+bool Memory::is_intact() const {
+  return std::all_of(data + bytes, data + bytes + GUARD, [](unsigned char x) { return x == 0xff; });
 }
 Memory::~Memory() { free(data); }
 
@@ -31,6 +34,11 @@ Cta::Cta(const Launch& launch, uint3 index, unsigned rank, Cluster* cluster)
     const unsigned lanes = std::min(32u, launch.threads() - first);
     warps.push_back(std::make_unique<Lanes>(lanes == 32 ? 0xffffffffu : (1u << lanes) - 1));
   }
+}
+
+bool Cta::is_intact() const {
+  return shared.is_intact() &&
+         std::all_of(statics.begin(), statics.end(), [](const auto& entry) { return entry.second.is_intact(); });
 }
 
 Cluster::Cluster(const Launch& launch, uint64_t first_cta) : barrier(launch.threads() * launch.cluster) {

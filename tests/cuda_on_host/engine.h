@@ -123,7 +123,13 @@ struct Cluster;
 
 // Exactly so many bytes, full of ones at first: NaN in every format.
 struct Memory {
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t GUARD = 0;  // AddressSanitizer has its own
+#else
+  static constexpr size_t GUARD = 64;  // bytes behind them, which nobody may write
+#endif
   Memory(size_t bytes, size_t alignment);
+  bool is_intact() const;
   ~Memory();
   Memory(const Memory&) = delete;
   unsigned char* data;
@@ -143,6 +149,7 @@ struct Cta {
   void count_static_shared(size_t size, size_t alignment);
   void* same_place(const Cta& other, const void* shared);  // in this CTA
   Lanes& lanes(unsigned warp, unsigned mask);
+  bool is_intact() const;  // whether nothing was written past its shared memory
 
   const Launch* launch;
   uint3 index;

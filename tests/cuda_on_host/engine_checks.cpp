@@ -93,6 +93,11 @@ __global__ void shared_of_nobody(const Arguments a) {
   a.out[threadIdx.x] = staged[threadIdx.x];
 }
 
+__global__ void past_the_end(const Arguments) {
+  ANL_SHARED(float, staged);
+  staged[1024 / sizeof(float) + (threadIdx.x == 0)] = 1.0f;
+}
+
 template <class K>
 int run(K kernel, unsigned grid, unsigned cluster) {
   std::vector<uint4> in(64);
@@ -124,5 +129,6 @@ int main(int, char** arguments) {
   if (name == "neighbours") return run(neighbours, 4, 4);
   if (name == "order") return run(order, 40, 1);
   if (name == "shared_of_nobody") return run(shared_of_nobody, 1, 1);
+  if (name == "past_the_end") return run(past_the_end, 1, 1);
   return 1;
 }

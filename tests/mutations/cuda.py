@@ -21,7 +21,7 @@ LAUNCHERS = "anl_kernels/backends/cuda.py"
 
 MUTANTS = [
     # ---- plans
-    (SELECT, "? 0 : pack_of(call) - 1;", "? 0 : pack_of(call) / 2;", ALIGNMENT),
+    (SELECT, "? 0 : pack_of(call) - 1;", "? 0 : pack_of(call) - 2;", "tests/backends/test_cuda.py -k fill_their_lanes"),
     (
         SELECT,
         "call.num_classes * size_of(call.dtype) + 2 * PACK_BYTES - 2)",
@@ -32,7 +32,7 @@ MUTANTS = [
         SELECT,
         "staged_row_bytes(call) + STATIC_SHARED <= limits.shared_bytes",
         "staged_row_bytes(call) <= limits.shared_bytes",
-        MODELS,
+        f"{LAUNCHES} -k rows_that_one_cta",
     ),
     (
         SELECT,
@@ -53,7 +53,12 @@ MUTANTS = [
         "tests/backends/test_cuda.py -k selection",
     ),
     # ---- what all kernels share
-    (REDUCE, "if (lane + offset < warps) x = merge(x, other);", "x = merge(x, other);", MODELS),
+    (
+        REDUCE,
+        "if (lane + offset < warps) x = merge(x, other);",
+        "x = merge(x, other);",
+        f"{MODELS} -k 'every_model and widest'",
+    ),
     (
         COMMON,
         "return call.weight && kind == Label::LIVE ? static_cast<const T*>(call.weight)[y] : T(1);",
@@ -81,7 +86,7 @@ MUTANTS = [
         BLOCK,
         "if (p.call.program.needs) {\n      __syncthreads();",
         "if (p.call.program.needs) {",
-        "tests/cuda_on_host/test_devices.py -k on_a_further_device",
+        NUMBERS,
     ),
     (STAGED, "packs((shift + count + P - 1) / P)", "packs((count + P - 1) / P)", NUMBERS),
     (
@@ -159,18 +164,22 @@ MUTANTS = [
         "tests/backends/test_cuda.py -k scaling",
     ),
     # ---- launches
-    (LAUNCH, "constexpr size_t WITHOUT_ASKING = 32 << 10;", "constexpr size_t WITHOUT_ASKING = 48 << 10;", MODELS),
     (
         LAUNCH,
-        "const std::array<int64_t, 4> key = {device, int64_t(threads), int64_t(cluster), int64_t(shared_bytes)};",
-        "const std::array<int64_t, 4> key = {0, int64_t(threads), int64_t(cluster), int64_t(shared_bytes)};",
-        MODELS,
+        "constexpr size_t WITHOUT_ASKING = 32 << 10;",
+        "constexpr size_t WITHOUT_ASKING = 48 << 10;",
+        f"{MODELS} -k 'every_model and 48'",
     ),
-    (LAUNCH, "attributes.ptxVersion < HAS_CLUSTERS || ", "", MODELS),
-    (LAUNCH, "while (2 * cluster <= widest) cluster *= 2;", "cluster = widest;", MODELS),
+    (LAUNCH, "attributes.ptxVersion < HAS_CLUSTERS || ", "", f"{MODELS} -k 'of-80 and widest'"),
+    (
+        LAUNCH,
+        "while (2 * cluster <= widest) cluster *= 2;",
+        "while (2 * cluster < widest) cluster *= 2;",
+        f"{MODELS} -k 'every_model and widest'",
+    ),
     (DEVICE, "    case cudaErrorNotSupported:\n", "", f"{LAUNCHES} -k falls_to_the_next"),
     (DEVICE, "if (pushed_) driver().pop(&popped);", "", f"{MODELS} -k contexts"),
-    (MODULE, "by_ticket && p.plan.loss_parts > 1", "by_ticket", LAUNCHES),
+    (MODULE, "by_ticket && p.plan.loss_parts > 1", "by_ticket", f"{LAUNCHES} -k is_used"),
     (
         MODULE,
         "return arch / 10 == number / 10 && arch >= number;",
@@ -188,7 +197,7 @@ MUTANTS = [
         LAUNCHERS,
         "    if shape[0] * shape[2] == 0:\n        return logits.new_zeros(shape[1], dtype=torch.float64)\n",
         "",
-        f'tests/test_entropy.py -k "without_rows and {HOST}"',
+        "tests/backends/test_cuda.py -k without_rows",
     ),
     (LAUNCHERS, "    factor = factor.to(acc_dtype(grad.dtype))\n", "", "tests/backends/test_cuda.py -k scaling"),
     (
