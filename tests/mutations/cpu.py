@@ -44,7 +44,7 @@ MUTANTS = [
     (ROWS, "total += loss.x[i] * weight;", "total += loss.x[i];", WEIGHTS),
     (ROWS, "s.cw = x[COEF_CW] * go;", "s.cw = x[COEF_CW];", LAYOUT),
     (ROWS, "s.inv_sum = exp(-s.log_sum);", "s.inv_sum = 1.0;", SLICES),
-    (SWEEPS, "const int padding = (W - n % W) % W;", "const int padding = 0;", STRETCHES),
+    (SWEEPS, "const int padding = (W - n % W) % W;", "const int padding = 0;", NUMBERS),
     (SWEEPS, "((u - center) - lost) * q_scale", "(u - center) * q_scale", ENTROPY),
     (SWEEPS, "load_part(log_q + i, m, V{}) - center", "load_part(log_q + i, m, V{})", ENTROPY),
     (SWEEPS, "offset = above ? offset + c : offset;", "offset = offset + c;", CLAMP),
