@@ -204,6 +204,28 @@ def test_statistics(kernels, dtype, classes):
         torch.testing.assert_close(got[field], want, rtol=relative, atol=atol, msg=lambda m, f=field: f"field {f}: {m}")
 
 
+def test_logarithms_are_good_to_a_few_ulps(kernels):
+    """Of two classes: log(1 + e^-d)."""
+    for dtype, relative in ((torch.float32, 5e-7), (torch.float64, 1e-15)):
+        gaps = torch.linspace(0, 12, 5000, dtype=dtype)
+        logits, labels = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(5000, dtype=torch.int64)
+        table = nan(13, 5000, dtype=torch.float64)
+        kernels.row_stats(
+            CODES[dtype], (5000, 2, 1), logits.data_ptr(), (2, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.0, 0,
+            table.data_ptr(),
+        )  # fmt: skip
+        torch.testing.assert_close(table[1], gaps.double().neg().exp().log1p(), rtol=relative, atol=0)
+
+
+def test_a_sum_of_sixteen_terms(kernels):
+    """And no more, as a call holds no more."""
+    logits, labels = torch.randn(12, 9, generator=helpers.generator(0)), torch.arange(12) % 9
+    _, loss = row_loss(kernels, EXPRESSIONS["ce"] * 16, logits, labels)
+    torch.testing.assert_close(loss[0], 16 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    with pytest.raises(ValueError, match="at most 16 terms"):
+        program(kernels, EXPRESSIONS["ce"] * 17)
+
+
 @pytest.mark.parametrize("needs", range(16))
 def test_only_the_statistics_asked_for(kernels, needs):
     values, labels = helpers.rows_of_every_kind(20, torch.float32)
