@@ -1,32 +1,39 @@
 """Breaks one line at a time and asks whether the tests notice.
 
-    python tests/mutants.py [--only TEXT] [--list] [--again] [--write FILE]
+    python tests/mutants.py [--only TEXT] [--list] [--again] [--jobs N] [--write FILE]
 
 The mutants are in tests/mutations, one module a language; the memory orders of CUDA's kernels have a program of their
 own (cuda_on_host/mutate_barriers.py). Each is applied to a copy of the sources, with the compiled modules built anew
 where it is C++, and its tests run there until one fails. Outcomes are kept by content in build/mutants.json, so that
 only what changed is run again. A survivor is an error unless the mutant says why nothing can notice it.
+
+To be quick, mutants of C++ are compiled for float32 and the baseline instruction set alone, besides what their tests'
+arguments name (float64, float16, bfloat16; avx2, avx512).
 """
 
 import argparse
 import hashlib
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from cuda_on_host import build
 from tabulate import tabulate
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "mutants.json"
-SHARED = ("conftest.py", "candidates.py", "helpers.py", "oracle.py")  # what all tests are made of
+SHARED = ("conftest.py", "tiers.py", "candidates.py", "helpers.py", "oracle.py")  # what all tests are made of
 SECONDS = 600  # a mutant whose tests take longer hangs
 
 
@@ -75,7 +82,7 @@ class Copy:
     """The sources and the compiled modules in a folder of their own."""
 
     def __init__(self, folder):
-        self.root = Path(folder)
+        self.root = folder
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
         )
@@ -85,12 +92,11 @@ class Copy:
                 target = self.root / source.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
-        (self.root / "build").mkdir()
+        (self.root / "build").mkdir(parents=True)
         for cache in ("cuda_on_host", "cuda_gates"):  # by content: both may use them
             (ROOT / "build" / cache).mkdir(parents=True, exist_ok=True)
             (self.root / "build" / cache).symlink_to(ROOT / "build" / cache)
-        self.environment = {**os.environ, "PYTHONPATH": str(self.root), "ANL_KERNELS_NO_CUDA": "1", "CXXFLAGS": "-O1"}
-        self.is_built = False
+        self.environment = {**os.environ, "PYTHONPATH": str(self.root)}
 
     def run(self, *command):
         command = [sys.executable, *command]
@@ -98,12 +104,10 @@ class Copy:
             command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=SECONDS
         )
 
-    def build(self):
-        """anl_kernels._cpu; what a change does not reach is not compiled again."""
-        result = self.run("setup.py", "--quiet", "build_ext", "--inplace")
-        if result.returncode:
-            raise RuntimeError(f"does not compile: {result.stderr[-2000:]}")
-        self.is_built = True
+    def build_cpu(self, tests):
+        """anl_kernels._cpu; the tests build CUDA's kernels themselves."""
+        module = build.build_cpu("plain", self.root / "csrc", ["baseline", *named(tests, ("avx2", "avx512"))])
+        shutil.copy2(module, self.root / "anl_kernels")
 
     def outcome_of(self, tests):
         """None: all pass; otherwise the test that fails."""
@@ -125,49 +129,77 @@ class Copy:
         )
 
     def outcome(self, mutant):
-        path = self.root / mutant.file
-        original, compiled = path.read_text(), mutant.file.startswith(("csrc/cpu/", "csrc/row_math.h", "csrc/call.h"))
-        if compiled and not self.is_built:
-            self.build()
+        """As outcome_of, with the line broken; without, if the mutant has none."""
+        path, header = self.root / mutant.file, self.root / "csrc" / "call.h"
+        before = {p: p.read_bytes() for p in (path, header, *(self.root / "anl_kernels").glob("_cpu.*.so"))}
+        compiled = mutant.file.startswith("csrc/")
         try:
-            mutant.apply(self.root)
             if compiled:
-                self.build()
+                dtypes = ("float32", *named(mutant.tests, ("float64", "float16", "bfloat16")))
+                build.compile_only(self.root / "csrc", [dtype.upper() for dtype in dtypes])
+            if mutant.old:
+                mutant.apply(self.root)
+            if compiled and "cuda" not in mutant.tests:
+                self.build_cpu(mutant.tests)
             return self.outcome_of(mutant.tests)
         finally:
-            path.write_text(original)
-            if compiled:
-                self.build()
+            for p, content in before.items():
+                p.write_bytes(content)
 
 
-def run_all(chosen, again):
-    """[(mutant, its outcome)]; control: without a mutant every test passes."""
+def named(text, words):
+    return [word for word in words if word in re.findall(r"b?float\d+|avx\d+", text.lower())]
+
+
+def run_all(chosen, again, jobs):
+    """[(mutant, its outcome)]; a RuntimeError where there is none."""
     kept = {} if again or not KEPT.exists() else json.loads(KEPT.read_text())
-    with tempfile.TemporaryDirectory(prefix="anl_mutants_") as folder:
-        copy = None
-        for mutant in tqdm(chosen, unit="mutant"):
-            if mutant.digest not in kept:
-                copy = copy or Copy(folder)
-                control = Mutant(mutant.file, "", "", mutant.tests)
-                if control.digest not in kept:
-                    failed = copy.outcome_of(mutant.tests)
-                    if failed:
-                        raise RuntimeError(f"fails without a mutant: {failed} (pytest {mutant.tests})")
-                    kept[control.digest] = None
-                kept[mutant.digest] = copy.outcome(mutant)
+    lock = threading.Lock()
+    with tempfile.TemporaryDirectory(prefix="anl_mutants_") as folder, ThreadPoolExecutor(jobs) as pool:
+        copies = queue.SimpleQueue()
+        for i in range(jobs):
+            copies.put(Copy(Path(folder, str(i))))
+
+        def run(mutant):
+            if mutant.digest in kept:
+                return kept[mutant.digest]
+            copy = copies.get()
+            try:
+                outcome = controlled(mutant, copy, kept)
+            except RuntimeError as error:
+                return error
+            finally:
+                copies.put(copy)
+            with lock:
+                kept[mutant.digest] = outcome
                 KEPT.parent.mkdir(exist_ok=True)
                 KEPT.write_text(json.dumps(kept, indent=0))
-            yield mutant, kept[mutant.digest]
+            return outcome
+
+        yield from zip(chosen, tqdm(pool.map(run, chosen), total=len(chosen), unit="mutant"))
+
+
+def controlled(mutant, copy, kept):
+    """Its outcome; without the mutant every test passes."""
+    control = Mutant(mutant.file, "", "", mutant.tests)
+    if control.digest not in kept:
+        failed = copy.outcome(control)
+        if failed:
+            raise RuntimeError(f"fails without a mutant: {failed} (pytest {mutant.tests})")
+        kept[control.digest] = None
+    return copy.outcome(mutant)
 
 
 def verdict(mutant, outcome):
+    if isinstance(outcome, RuntimeError):
+        return f"NOT RUN: {outcome}"
     if outcome:
         return f"killed by {outcome}" if "::" in outcome else f"killed: {outcome}"
     return f"survives: {mutant.survives}" if mutant.survives else "SURVIVES"
 
 
 def report(outcomes):
-    killed = sum(outcome is not None for _, outcome in outcomes)
+    killed = sum(isinstance(outcome, str) for _, outcome in outcomes)
     rows = [
         (*(f"`{cut(text)}`" for text in (m.file, short(m.old), short(m.new))), verdict(m, outcome))
         for m, outcome in outcomes
@@ -190,19 +222,20 @@ def main():
     parser.add_argument("--only", default="", help="mutants with this in their name")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--again", action="store_true", help="forget what is kept")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", type=Path, metavar="FILE", help="the table as Markdown")
     options = parser.parse_args()
     chosen = [mutant for mutant in all_mutants() if options.only in mutant.name]
     if options.list:
         return print(*(mutant.name for mutant in chosen), sep="\n")
     outcomes = []
-    for mutant, outcome in run_all(chosen, options.again):
+    for mutant, outcome in run_all(chosen, options.again, options.jobs):
         outcomes.append((mutant, outcome))
         tqdm.write(f"{mutant.name}: {verdict(mutant, outcome)}")
     print(report(outcomes))
     if options.write:
         options.write.write_text(f"# Mutants\n\n`python tests/mutants.py`: {report(outcomes)}")
-    return any(outcome is None and not mutant.survives for mutant, outcome in outcomes)
+    return not all(isinstance(outcome, str) or (outcome is None and mutant.survives) for mutant, outcome in outcomes)
 
 
 if __name__ == "__main__":

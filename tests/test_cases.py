@@ -480,3 +480,16 @@ def test_inplace_where_no_view_exists(fused):
         ak.anl_ce(
             helpers.Alias.apply(logits), torch.zeros(2, 3, 4, dtype=torch.int64), inplace=True, backend=fused.name
         )
+
+
+@pytest.mark.interpreted(layout=["transposed"])
+@pytest.mark.parametrize("layout", ["transposed", "spatial"])
+def test_masks_of_the_lowest_number_in_other_layouts(backend, layout):
+    """Sums overflow there, of which the loss sees no more than that they are large."""
+    values = torch.randn(12, 40, generator=helpers.generator(0))
+    values[:, 20:] = torch.finfo(torch.float32).min
+    values[1, 22:] = -math.inf
+    logits, target = helpers.lay_out(layout, values, torch.arange(12))
+    for name in backend.few(("ce", "nce", "nnce", "rce", "nnfl", "nfl"), 2):
+        for recompute in (False, True):
+            helpers.check(logits, target, EXPRESSIONS[name], recompute=recompute, backend=backend.name)

@@ -454,3 +454,39 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, sh
             first = results[0] if backend.fused else results[1]
             assert torch.equal(loss, first[0])
             assert torch.equal(grad, first[1])
+
+
+@pytest.mark.interpreted(layout=["rows"])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_a_nan_row_is_nan_where_it_is_masked_too(backend, layout):
+    """Every way to the gradient: classes that do not exist get 0 in all other rows."""
+    for classes in backend.few((5000, 7, 40), 1):
+        values = torch.randn(3, classes, generator=helpers.generator(0))
+        values[:, 4:6] = -math.inf
+        values[1, 2] = math.nan
+        logits, labels = helpers.lay_out(layout, values, torch.tensor([3, 0, 3]))
+        for name in backend.few(REPRESENTATIVE, 1):
+            for mode in ("forward", "recompute", "entropy"):
+                _, grad = run(logits, labels, name, mode, backend)
+                assert grad[1].isnan().all()
+                if mode != "entropy":  # through which every row sees the NaN
+                    assert (grad[[0, 2], 4:6] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["rce", "nce+rce"])
+def test_a_stretch_just_below_the_clamp(backend, name):
+    """Thousands of classes whose p is below min_prob each, and in sum is not: RCE sees it."""
+    values = torch.zeros(3, 3 * 2048)
+    values[:, 2048:] = -9 - torch.rand(3, 2 * 2048, generator=helpers.generator(0)) / 4
+    labels = torch.tensor([5, 2047, 3000])
+    for recompute in (False, True):
+        helpers.check(values, labels, EXPRESSIONS[name], reduction="sum", recompute=recompute, backend=backend.name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_class_weights_of_many_classes(fused, reduction):
+    """Every kernel that takes rows."""
+    for classes in fused.few((403, 3001, 40), 1):
+        values, labels = helpers.rows_of_every_kind(classes, torch.float32)
+        weight = torch.rand(classes, generator=helpers.generator(classes)) + 0.5
+        helpers.check(values, labels, EXPRESSIONS["anl_ce"], weight=weight, reduction=reduction, backend=fused.name)

@@ -201,8 +201,8 @@ bool runs_on(const std::string& compiled, int arch) {
   return arch / 10 == number / 10 && arch >= number;
 }
 
-// Why the kernels cannot run on that device (-1: the current one, or any at all), or "".
-std::string why_not(int device) {
+// Why kernels compiled for `archs` cannot run on that device (-1: the current one, or any at all), or "".
+std::string why_not(int device, const std::string& archs) {
   int count = 0, driver = 0;
   cudaDriverGetVersion(&driver);
   if (driver == 0) return "there is no NVIDIA driver here";
@@ -212,7 +212,6 @@ std::string why_not(int device) {
     return std::string("there is no usable NVIDIA GPU here: ") + cudaGetErrorString(error);
   }
   if (device < 0) check(cudaGetDevice(&device), "finding the current device");
-  const std::string archs = ANL_CUDA_ARCHS;
   if (archs.empty()) return "";
   const int arch = arch_of(device);
   std::istringstream list(archs);
@@ -279,7 +278,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("row_grad", &gpu::row_grad);
   m.def("column_sums", &gpu::column_sums);
   m.def("scale", &gpu::scale);
-  m.def("why_not", &gpu::why_not);
+  m.def("why_not", &gpu::why_not, py::arg("device"), py::arg("archs") = ANL_CUDA_ARCHS);
   m.def("info", &gpu::info);
   m.def("plan_for", &gpu::plan_for, py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("device"),
         py::arg("protocols") = unsigned(gpu::ALL_PROTOCOLS));

@@ -111,7 +111,6 @@ ANL_DEVICE unsigned add_acq_rel(unsigned* p, unsigned v) {
                : "memory");
   return before;
 }
-ANL_DEVICE void threadfence() { __threadfence(); }
 ANL_DEVICE void wait_a_little() { __nanosleep(40); }  // inside every loop that waits for another CTA
 
 // ---- asynchronous copies of the calling thread into shared memory -----------------------------------------------------
@@ -171,31 +170,12 @@ ANL_DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, Barr
            "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
            : "memory");
 }
-// From shared memory, of which every writer has called bulk_store_fence before the barrier that precedes the store.
-ANL_DEVICE void bulk_store_fence() { ANL_SM90("fence.proxy.async.shared::cta;" ::: "memory"); }
-ANL_DEVICE void bulk_store(void* global, const void* shared, unsigned bytes) {
-  ANL_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
-           "r"(shared_address(shared)), "r"(bytes)
-           : "memory");
-}
-ANL_DEVICE void bulk_store_commit() { ANL_SM90("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the shared memory of all but the thread's last N groups has been read; before it is written again, and before
-// the CTA ends.
-template <int N>
-ANL_DEVICE void bulk_store_wait() {
-  ANL_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-}
 
 // ---- clusters (sm_90): CTAs that see each other's shared memory -------------------------------------------------------
 
 ANL_DEVICE unsigned cluster_rank() {
   unsigned x = 0;
   ANL_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
-  return x;
-}
-ANL_DEVICE unsigned cluster_size() {
-  unsigned x = 1;
-  ANL_SM90("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
   return x;
 }
 // All threads of the cluster; shared memory written before cluster_arrive is seen after cluster_wait.

@@ -58,13 +58,13 @@ def new_coefs(logits, target):
 
 
 def row_loss(kernels, terms, logits, target, grad=None, reduction="sum", coefs=None, weight=None, ignore_index=-100):
-    """`_cpu.row_loss` for (N, K) logits of any strides, outputs poisoned."""
+    """`_cpu.row_loss` for logits of any strides, outputs poisoned."""
     acc = helpers.acc(logits.dtype)
-    loss = nan(len(logits), dtype=acc) if reduction == "none" else nan(1, dtype=acc)
-    shape = (logits.shape[0], logits.shape[1], 1)
+    loss = nan(len(target), dtype=acc) if reduction == "none" else nan(1, dtype=acc)
+    shape, strides = layout.shape_and_strides(logits)
     bad = kernels.row_loss(
-        program(kernels, terms), CODES[logits.dtype], shape, logits.data_ptr(), (*logits.stride(), 0),
-        0 if grad is None else grad.data_ptr(), (0, 0, 0) if grad is None else (*grad.stride(), 0),
+        program(kernels, terms), CODES[logits.dtype], shape, logits.data_ptr(), strides,
+        0 if grad is None else grad.data_ptr(), (0, 0, 0) if grad is None else layout.shape_and_strides(grad)[1],
         target.data_ptr(), TARGET_CODES[target.dtype], ignore_index, 0 if weight is None else weight.data_ptr(),
         REDUCTIONS[reduction], loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), False,
     )  # fmt: skip
@@ -116,6 +116,53 @@ def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
         assert memory.isnan().all()
 
 
+def test_a_gradient_whose_rows_are_no_single_run(kernels):
+    """The logits' are, and one stride will do for them; for the gradient's it will not."""
+    values, labels = helpers.batch(35, torch.float32)
+    true = helpers.truth(values, labels, EXPRESSIONS["anl_ce"], reduction="sum")
+    logits = helpers.LAYOUTS["channels_last"](values).flatten(2)
+    grad = nan(*logits.shape, dtype=torch.float32)
+    _, loss = row_loss(kernels, EXPRESSIONS["anl_ce"], logits, labels, grad)
+    helpers.assert_as_accurate(loss[0], oracle.as_rows(grad), labels, true)
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+BITS = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every number of 16 bits
+
+
+@HALVES
+@pytest.mark.parametrize("classes", [7, 40])
+def test_every_number_of_half_precision_is_read(kernels, dtype, classes):
+    """As the largest of a row of equal numbers."""
+    values = BITS.view(dtype)
+    logits, labels = values.unsqueeze(1).repeat(1, classes), torch.zeros(len(values), dtype=torch.int64)
+    table = nan(13, len(values), dtype=torch.float64)
+    kernels.row_stats(
+        CODES[dtype], (*logits.shape, 1), logits.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.0, 0,
+        table.data_ptr(),
+    )  # fmt: skip
+    finite = values.isfinite()
+    assert torch.equal(table[0, finite], values[finite].double())
+    assert table[0, ~finite].isnan().all()
+
+
+@HALVES
+@pytest.mark.parametrize("classes", [7, 40])
+def test_gradients_are_rounded_to_the_nearest_number_of_half_precision(kernels, dtype, classes):
+    """Ties to even, subnormals and what overflows included; a gradient of equal numbers is made from coefficients."""
+    near = BITS[::3].view(dtype).float()
+    near = near[near.isfinite()]
+    tie = near + near.sign() * (near.abs().to(dtype).view(torch.int16) + 1).view(dtype).float().sub(near.abs()) / 2
+    wanted = torch.cat([near, tie, tie * (1 - 2**-20), tie * (1 + 2**-20)])
+    wanted = wanted[wanted.isfinite()]
+    logits = torch.zeros(len(wanted), classes, dtype=dtype)
+    coefs = torch.zeros(10, len(wanted))
+    coefs[1], coefs[3], coefs[8] = 1.0, wanted, wanted  # the sum of exps, what every class gets, what the target gets
+    grad, labels = torch.full_like(logits, math.nan), torch.zeros(len(wanted), dtype=torch.int64)
+    row_grad(kernels, EXPRESSIONS["ce"], logits, labels, grad, coefs, torch.ones(1), 0)
+    assert torch.equal(grad, wanted.to(dtype).unsqueeze(1).expand_as(grad))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("classes", [2, 9, 64, 1025])
 def test_statistics(kernels, dtype, classes):
@@ -157,6 +204,50 @@ def test_statistics(kernels, dtype, classes):
         torch.testing.assert_close(got[field], want, rtol=relative, atol=atol, msg=lambda m, f=field: f"field {f}: {m}")
 
 
+@pytest.mark.parametrize("classes", [9, 40])
+def test_every_statistic_of_a_nan_row_is_nan(kernels, classes):
+    logits, table = torch.randn(3, classes, generator=helpers.generator(0)), nan(13, 3, dtype=torch.float64)
+    logits[1, 5], labels = math.nan, torch.zeros(3, dtype=torch.int64)
+    kernels.row_stats(
+        0, (3, classes, 1), logits.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.5, ALL_STATISTICS,
+        table.data_ptr(),
+    )  # fmt: skip
+    assert table[:12, 1].isnan().all() and table[12, 1] == 1
+    assert table[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [9, 40])
+def test_a_small_gamma_where_another_class_is_certain(kernels, classes):
+    """Its weight is 0 whatever gamma is."""
+    values = torch.randn(3, classes, generator=helpers.generator(0))
+    values[:, 5], labels = 200.0, torch.tensor([0, 3, 8])
+    terms, grad = helpers.single("nfl", gamma=0.01), nan(3, classes, dtype=torch.float32)
+    _, loss = row_loss(kernels, terms, values, labels, grad)
+    helpers.assert_as_accurate(loss[0], grad, labels, helpers.truth(values, labels, terms, reduction="sum"))
+
+
+def test_logarithms_are_good_to_a_few_ulps(kernels):
+    """Of two classes: log(1 + e^-d)."""
+    for dtype, relative in ((torch.float32, 5e-7), (torch.float64, 1e-15)):
+        gaps = torch.linspace(0, 12, 5000, dtype=dtype)
+        logits, labels = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(5000, dtype=torch.int64)
+        table = nan(13, 5000, dtype=torch.float64)
+        kernels.row_stats(
+            CODES[dtype], (5000, 2, 1), logits.data_ptr(), (2, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.0, 0,
+            table.data_ptr(),
+        )  # fmt: skip
+        torch.testing.assert_close(table[1], gaps.double().neg().exp().log1p(), rtol=relative, atol=0)
+
+
+def test_a_sum_of_sixteen_terms(kernels):
+    """And no more, as a call holds no more."""
+    logits, labels = torch.randn(12, 9, generator=helpers.generator(0)), torch.arange(12) % 9
+    _, loss = row_loss(kernels, EXPRESSIONS["ce"] * 16, logits, labels)
+    torch.testing.assert_close(loss[0], 16 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    with pytest.raises(ValueError, match="at most 16 terms"):
+        program(kernels, EXPRESSIONS["ce"] * 17)
+
+
 @pytest.mark.parametrize("needs", range(16))
 def test_only_the_statistics_asked_for(kernels, needs):
     values, labels = helpers.rows_of_every_kind(20, torch.float32)
@@ -191,6 +282,43 @@ def test_column_sums(kernels, dtype, rows, classes):
     )
     expected = values[labels >= 0].double().softmax(1).sum(0)
     torch.testing.assert_close(sums, expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_long_sums_of_equal_numbers(kernels, transposed):
+    """Whose roundings all go the same way."""
+    values = torch.zeros(12, 100_003)
+    values[:, 5] = torch.linspace(0.1, 2.0, 12)
+    logits, labels = values.t().contiguous().t() if transposed else values, torch.full((12,), 7)
+    for name in ("ce", "nce"):
+        grad = nan(12, 100_003, dtype=torch.float32)
+        _, loss = row_loss(kernels, EXPRESSIONS[name], logits, labels, grad, reduction="none")
+        helpers.assert_as_accurate(
+            loss, grad, labels, helpers.truth(values, labels, EXPRESSIONS[name], reduction="none")
+        )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float64_sums_have_one_order_for_any_number_of_threads(kernels, transposed):
+    """Float32 would not show it."""
+    values = torch.randn(3000, 40, generator=helpers.generator(0), dtype=torch.float64)
+    logits = values.t().contiguous().t() if transposed else values
+    coefs, labels = nan(10, 3000, dtype=torch.float64), torch.arange(3000) % 40
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sums = nan(40, dtype=torch.float64)
+        _, loss = row_loss(kernels, EXPRESSIONS["anl_ce"], logits, labels, coefs=coefs)
+        kernels.column_sums(
+            CODES[torch.float64],
+            (3000, 40, 1),
+            logits.data_ptr(),
+            (*logits.stride(), 0),
+            coefs.data_ptr(),
+            sums.data_ptr(),
+        )
+        found.append(torch.cat([loss, sums]))
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("dtype", TARGET_CODES, ids=str)
@@ -274,6 +402,13 @@ def test_the_module_loads_without_torch(cpu):
 def test_environment_chooses_the_instruction_set(cpu):
     code = LOAD.format(path=cpu.__file__) + "print(module.info()['isa'])"
     assert python(code, ANL_KERNELS_CPU_ISA="baseline").stdout.strip() == "baseline"
+
+
+def test_the_best_instruction_set_is_the_default(cpu):
+    code = LOAD.format(path=cpu.__file__) + "print(module.info()['isa'] == module.info()['isas'][0])"
+    environment = {name: value for name, value in os.environ.items() if name != "ANL_KERNELS_CPU_ISA"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_torchs_threads_are_used(cpu):

@@ -194,6 +194,30 @@ def test_labels_that_change_during_calls_crash_nothing(cpu):
     assert python(RACE).stdout == "through\n"
 
 
+# ---- arguments that are not one run of memory
+
+
+def with_gaps(tensor):
+    return torch.stack([tensor, torch.full_like(tensor, 99)], -1)[..., 0]
+
+
+def test_arguments_with_gaps_are_read_as_they_stand(cpu):
+    logits, target, weight = logits_of("rows"), torch.arange(ROWS) % CLASSES, torch.linspace(1, 2, CLASSES)
+    coefs, output = ak.layout.new_coefs(logits, target), torch.linspace(-1, 2, ROWS)
+    lse = torch.stack((torch.full((ROWS,), 9.0), torch.linspace(1, 2, ROWS))).double()
+    backend.row_loss(call(), logits, target, None, None, coefs)
+    for function, argument in (
+        (lambda t: backend.row_loss(call(), logits, t, None, None, None), target),
+        (lambda t: backend.row_loss(call(), logits, target, t, None, None), weight),
+        (lambda t: backend.row_stats(call(gamma=0.5), logits, t), target),
+        (lambda t: backend.slice_stats(call(gamma=0.5), logits, t, lse), target),
+        (lambda t: backend.slice_stats(call(gamma=0.5), logits, target, t), lse),
+        (lambda t: backend.row_grad(call(), logits, t, coefs, None, None), target),
+        (lambda t: backend.row_grad(call(), logits, target, coefs, t, None), output),
+    ):
+        assert torch.equal(function(with_gaps(argument)), function(argument))
+
+
 # ---- no memory
 
 
@@ -303,6 +327,7 @@ def test_no_rows_need_no_memory(cpu):
     x, y = torch.empty(0, 6), torch.empty(0, dtype=torch.int64)
     assert backend.row_loss(call(), x, y, None, None, None).shape == (0,)
     assert math.isnan(ak.cross_entropy(x, y, backend="cpu"))
+    assert (backend.column_sums(x, torch.empty(10, 0)) == 0).all()
 
 
 def test_the_module_refuses_null_pointers_by_name(cpu):

@@ -51,7 +51,7 @@ def module():
         yield found
 
 
-H100, A100 = 3, 4  # of tests/cuda_on_host/host_runtime.cpp
+H100, A100, B200, RTX4090 = 3, 4, 7, 8  # of tests/cuda_on_host/host_devices.cpp
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,37 @@ def test_a_label_out_of_bounds_is_a_row_of_nan(device, shape, label):
     assert clean_loss.isfinite()
 
 
+@pytest.mark.parametrize("name", ["anl_ce", "anl_fl"])
+def test_targets_at_the_edges_and_in_every_pack_of_a_long_row(device, name):
+    """A row begins and ends within 16 bytes, each in its own way; a thread takes several packs at a time."""
+    classes = 1901
+    labels = torch.tensor([*range(9), *range(100, 1800, 61), *range(classes - 9, classes)], device="cpu")
+    values = torch.randn(len(labels), classes, generator=helpers.generator(0), device="cpu") * 4
+    helpers.check(helpers.away_from_clamp(values), labels, EXPRESSIONS[name], backend="cuda")
+
+
+@pytest.mark.parametrize("classes", [*range(29, 34), *range(61, 66), *range(125, 130)])
+def test_edges_of_rows_that_fill_their_lanes(device, classes):
+    """They begin within 16 bytes, as does the gradient in their place, and need a power of two or just more."""
+    values, labels = helpers.rows_of_every_kind(classes, torch.float32)
+    values, labels, criterion = values.cpu(), labels.cpu(), helpers.expression(EXPRESSIONS["anl_ce"])
+    true = helpers.truth(values, labels, EXPRESSIONS["anl_ce"])
+    for start in range(4):
+        room = torch.zeros(start + values.numel(), device="cpu")
+        logits = room[start:].view(values.shape).copy_(values)
+        result = helpers.calculate(logits, labels, criterion, leaf=False, inplace=True, backend="cuda")
+        helpers.assert_as_accurate(*result, labels, true)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_the_edges_of_a_gradient_from_coefficients(device, start):
+    """A tile's number of classes that begin within 16 bytes."""
+    values, labels = helpers.rows_of_every_kind(1024, torch.float32)
+    room = torch.zeros(16 + len(labels) * 1028, device="cpu")
+    logits = room[start:].as_strided((len(labels), 1024), (1028, 1), start).copy_(values)
+    helpers.check(logits, labels, EXPRESSIONS["anl_ce"], backend="cuda", recompute=True)
+
+
 def checked_call(**changes):
     """What the backend's functions read of a checked call."""
     values = dict(terms=((0, 1.0, 0.0, 0.0),), min_prob=1e-7, gamma=None, needs=0, ignore_index=-100, reduction="none")
@@ -215,6 +246,44 @@ def test_scaling_by_one_writes_nothing(module):
     assert torch.equal(cuda.scaled(grad, torch.tensor(3.0), keep=False), 3 * before)
 
 
+@pytest.mark.parametrize("layout", helpers.LAYOUTS)
+@pytest.mark.parametrize("classes", [9, 70])
+def test_column_sums(device, classes, layout):
+    """Of rows in several chunks, one of which is ignored and NaN."""
+    values = torch.randn(132, classes, generator=helpers.generator(0), device="cpu") * 3
+    coefs = torch.zeros(10, len(values), device="cpu")
+    coefs[0], coefs[1] = values.amax(1), 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)
+    expected = values.double().softmax(1)[1:].sum(0)
+    values[0], coefs[:2, 0] = math.nan, 0.0
+    logits = helpers.moved(helpers.LAYOUTS[layout](values), torch.get_default_device().type)
+    sums = cuda.column_sums(logits, helpers.handed_out(coefs))
+    torch.testing.assert_close(sums.cpu(), expected, rtol=1e-5, atol=0)
+
+
+SCALED = {  # the gradient as a view of a larger tensor
+    "rows": lambda room: room[0, :, :1024],
+    "rows that begin within 16 bytes": lambda room: room[0, :, 3:1027],
+    "a hole": lambda room: room[:, :4, ::3],
+    "transposed": lambda room: room[1].t(),
+    "a run of memory": lambda room: room.movedim(1, 2),
+    "one class": lambda room: room[:, :1],
+    "one number": lambda room: room[0, :1, 5:6],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", SCALED)
+def test_scaling(module, dtype, view):
+    """Every element once, by a factor of any dtype, and nothing around them."""
+    room = torch.randn(2, 6, 1031, generator=helpers.generator(0)).to(dtype)
+    expected = room.clone()
+    SCALED[view](expected).mul_(3.0)
+    for factor_dtype in (torch.float32, torch.float64):
+        scaled = room.clone()
+        cuda.scaled(SCALED[view](scaled), torch.tensor(3.0, dtype=factor_dtype), keep=False)
+        assert torch.equal(scaled, expected)
+
+
 def test_a_failing_call_is_an_error(module):
     with pytest.raises(RuntimeError, match=r"anl_kernels: .*device.* failed: .*cuda"):
         row_loss(module, torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), None, device=77)
@@ -228,6 +297,25 @@ def test_the_device_is_the_current_one_while_a_call_is_launched(module):
     assert library.anl_host_use_device(H100) == 0
     assert module.plan_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), A100)["kernel"] == "rows_split"
     assert module.plan_for(FLOAT32, (1024, 100_000, 1), (100_000, 1, 0), -1)["kernel"] == "rows_cluster"
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "arch"),
+    [
+        *((A100, archs, 80 if bad else None) for archs, bad in (("80", 0), ("86", 1), ("90+PTX", 1), ("86;80", 0))),
+        *((H100, archs, 90 if bad else None) for archs, bad in (("80", 1), ("80+PTX", 0), ("90", 0), ("100+PTX", 1))),
+        *((RTX4090, archs, 89 if bad else None) for archs, bad in (("80", 0), ("86", 0), ("90", 1), ("120+PTX", 1))),
+        *((B200, archs, 100 if bad else None) for archs, bad in (("80;90", 1), ("80;90+PTX", 0), ("100", 0))),
+    ],
+)
+def test_what_the_kernels_were_compiled_for(module, device, compiled, arch):
+    """Machine code runs on later GPUs of the same generation, PTX on all that are newer. arch: the GPU's, where not."""
+    why_not = module.why_not(device, compiled)
+    if arch is None:
+        assert why_not == ""
+    else:
+        assert f"compiled for sm {compiled}, and the GPU is sm {arch}: " in why_not
+        assert why_not.endswith(f"ANL_KERNELS_CUDA_ARCHS={arch}")
 
 
 # ---- the module that nvcc built

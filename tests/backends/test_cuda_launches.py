@@ -252,7 +252,7 @@ def test_what_is_verified_is_used(host, tmp_path, monkeypatch):
         trust.record(f"cuda.{name}", device, {})
         allowed = trust.trusted("cuda", device, explicit=False)
         assert name in allowed and cuda.plan_for(24, 3001, torch.float32, device, allowed)["kernel"] == kernel
-        run(logits, target)
+        is_right(run(logits, target), logits, target)
         assert host.anl_host_protocol_uses() > 0
     trust.forget("cuda.cluster", device)
     assert trust.trusted("cuda", device, explicit=False) == {"split"}

@@ -1,31 +1,46 @@
-"""Builds csrc/cuda for the host, as a module that anl_kernels.backends.cuda drives with CPU tensors.
+"""Builds csrc/cuda for the host, as a module that anl_kernels.backends.cuda drives with CPU tensors; csrc/cpu likewise,
+where tests need another module than the installed one.
 
-    python tests/cuda_on_host/build.py [plain|address|thread]   prints the module's path
+    python tests/cuda_on_host/build.py [plain|address|thread]   prints the path of the module for CUDA
 
 Every source is compiled once for each of its states, into build/cuda_on_host.
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
+import io
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_on_host"
 VARIANTS = {  # name: (flags, the engine)
-    "plain": (["-O2"], "engine_fibers.cpp"),
+    "plain": (["-O1"], "engine_fibers.cpp"),
     "address": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "engine_fibers.cpp"),
     "thread": (["-O1", "-g1", "-fsanitize=thread", "-DANL_HOST_THREADS"], "engine_threads.cpp"),
 }
 FLAGS = "-std=c++20 -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -DANL_CUDA_ON_HOST -w".split()
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+class Unit(NamedTuple):
+    """A source, and what the compiler is told besides where headers are."""
+
+    source: Path
+    flags: list
 
 
 def compiler():
@@ -40,7 +55,7 @@ def sources(csrc):
 
 
 def digest(*what):
-    return hashlib.sha256(repr((compiler(), FLAGS, what)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((compiler(), what)).encode()).hexdigest()[:16]
 
 
 def folders(csrc):
@@ -60,85 +75,126 @@ def contents(path, csrc, seen):
     return seen
 
 
-def is_kernels(unit):
-    """Whether it is CUDA C++."""
-    return unit.parent != HERE or unit.name.endswith("_checks.cpp")
-
-
-def object_of(unit, variant, csrc):
+def object_of(unit, csrc):
     """Named by all that it is compiled from: what a change does not reach is not compiled again."""
-    seen = contents(HERE / "shim.h", csrc, {}) if is_kernels(unit) else {}
-    return BUILD / f"{unit.stem}-{digest(contents(unit, csrc, seen), variant, VARIANTS[variant])}.o"
+    seen = contents(HERE / "shim.h", csrc, {}) if "shim.h" in unit.flags else {}
+    return BUILD / f"{unit.source.stem}-{digest(contents(unit.source, csrc, seen), unit.flags)}.o"
 
 
-def engine_units(variant):
-    return [HERE / name for name in ("engine.cpp", VARIANTS[variant][1], "host_devices.cpp", "host_runtime.cpp")]
+def cuda_units(variant, paths, csrc):
+    """The sources, and the engine that runs them."""
+    flags, engine = VARIANTS[variant]
+    kernels = [path for path in paths if path.parent != HERE or path.name.endswith("_checks.cpp")]  # CUDA C++
+    engine = [HERE / name for name in ("engine.cpp", engine, "host_devices.cpp", "host_runtime.cpp")]
+    units = [Unit(path, [*FLAGS, *flags, "-include", "shim.h"]) for path in kernels]
+    return units + [Unit(path, [*FLAGS, *flags]) for path in engine]
 
 
 def module_units(variant, csrc):
-    return [*sources(csrc), *engine_units(variant)]
+    return cuda_units(variant, sources(csrc), csrc)
 
 
-def objects_of(units, variant, csrc):
+@functools.cache
+def setup_py():
+    """What setup.py defines; it is asked for the package's name."""
+    with mock.patch.object(sys, "argv", ["setup.py", "--quiet", "--name"]), redirect_stdout(io.StringIO()):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def cpu_units(variant, csrc, isas):
+    setup = setup_py()
+    flags = [*setup["CXX_FLAGS"], *VARIANTS[variant][0], "-w"]
+    have = [f"-DANL_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
+    units = [Unit(csrc / "cpu" / "module.cpp", [*flags, *have])]
+    for isa in isas:
+        kinds = [f"-DANL_ISA={isa}", *setup["ISA_FLAGS"][isa]]
+        units += [Unit(csrc / "cpu" / name, [*flags, *kinds]) for name in setup["KERNEL_SOURCES"]]
+    return units
+
+
+def objects_of(units, csrc):
     """{its object: the unit}, by name."""
-    return dict(sorted((object_of(unit, variant, csrc), unit) for unit in units))
+    return dict(sorted((object_of(unit, csrc), unit) for unit in units))
 
 
 def build(variant="plain", csrc=ROOT / "csrc"):
     """The path of the module, of these sources (csrc: another copy of them, for tests that break it)."""
-    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return link(module_units(variant, csrc), variant, csrc, name, ["-shared"])
+    return link(module_units(variant, csrc), csrc, f"_cuda{SUFFIX}", ["-shared", *VARIANTS[variant][0]])
+
+
+def build_cpu(variant, csrc=ROOT / "csrc", isas=None):
+    """Likewise, of anl_kernels._cpu; isas: None for all."""
+    isas = isas or setup_py()["instruction_sets"]([compiler()])
+    return link(cpu_units(variant, csrc, isas), csrc, f"_cpu{SUFFIX}", ["-shared", *VARIANTS[variant][0]])
 
 
 def build_program(source):
     """The path of a program of its own that runs kernels."""
-    return link([source, *engine_units("plain")], "plain", ROOT / "csrc", source.stem, [])
+    csrc = ROOT / "csrc"
+    return link(cuda_units("plain", [source], csrc), csrc, source.stem, VARIANTS["plain"][0])
+
+
+STORAGE = {"FLOAT32": "float", "FLOAT64": "double", "FLOAT16": "H", "BFLOAT16": "B"}
+
+
+def compile_only(csrc, dtypes):
+    """Changes a copy of csrc so that its kernels exist for few dtypes (of call.h), and are compiled in less time."""
+    cases = "".join(f"case {dtype}: return f(Stored<{STORAGE[dtype]}>()); " for dtype in dtypes)
+    others = f"default: __builtin_trap(); return f(Stored<{STORAGE[dtypes[0]]}>());"
+    replace(csrc / "call.h", r"switch \(dtype\) {[^}]*FLOAT64[^}]*}", f"switch (dtype) {{ {cases}{others} }}")
+
+
+def replace(path, pattern, instead):
+    text, count = re.subn(pattern, instead, path.read_text(), count=1)
+    assert count == 1, f"{path.name} has no {pattern} any more"
+    path.write_text(text)
 
 
 def copy_for_races(folder):
     """A copy of csrc that ThreadSanitizer gets through in time: float32 alone, and CTAs that take several rows."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    float32 = (r"switch \(dtype\) {[^}]*FLOAT64[^}]*}", "return f(Stored<float>());")
-    few_parts = (r"LOSS_PARTS = [^;]*;", "LOSS_PARTS = 2;")
-    for name, (pattern, instead) in (("call.h", float32), ("cuda/select.cpp", few_parts)):
-        text, count = re.subn(pattern, instead, (csrc / name).read_text(), count=1)
-        assert count == 1, f"{name} has no {pattern} any more"
-        (csrc / name).write_text(text)
+    compile_only(csrc, ["FLOAT32"])
+    replace(csrc / "cuda" / "select.cpp", r"LOSS_PARTS = [^;]*;", "LOSS_PARTS = 2;")
     return csrc
 
 
-def link(units, variant, csrc, name, options):
-    objects = objects_of(units, variant, csrc)
-    target = BUILD / digest(*(path.name for path in objects), *options) / name
+def link(units, csrc, name, options):
+    objects = objects_of(units, csrc)
+
+    def make(target):
+        compile_missing(objects, csrc)
+        run([compiler(), "-pthread", *options, *map(str, objects), "-o", str(target)])
+
+    return once(BUILD / digest(*(path.name for path in objects), *options) / name, make)
+
+
+def once(target, make):
+    """The file `target`, made if it is not there; other processes wait for what the first one makes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here for what the first one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            flags = VARIANTS[variant][0]
-            compile_missing(objects, flags, csrc)
             partial = target.with_suffix(".tmp")
-            run([compiler(), "-pthread", *options, *flags, *map(str, objects), "-o", str(partial)])
+            make(partial)
             partial.replace(target)
     return target
 
 
-def compile_missing(objects, flags, csrc):
+def compile_missing(objects, csrc):
     import pybind11
 
-    paths = [*folders(csrc), pybind11.get_include(), sysconfig.get_paths()["include"]]
-    includes = [f"-I{path}" for path in paths]
+    includes = [f"-I{path}" for path in (*folders(csrc), pybind11.get_include(), sysconfig.get_paths()["include"])]
 
     def compile_one(target):
-        unit = objects[target]
-        shim = ["-include", "shim.h"] if is_kernels(unit) else []
+        source, flags = objects[target]
         partial = target.with_suffix(".tmp")
-        run([compiler(), *FLAGS, *flags, *includes, *shim, "-x", "c++", "-c", str(unit), "-o", str(partial)])
+        run([compiler(), *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(partial)])
         partial.replace(target)
 
     missing = [target for target in objects if not target.exists()]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_one, sorted(missing, key=lambda target: -objects[target].stat().st_size)))
+        list(pool.map(compile_one, sorted(missing, key=lambda target: -objects[target].source.stat().st_size)))
 
 
 def run(command):

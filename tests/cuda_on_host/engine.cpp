@@ -18,9 +18,12 @@ thread_local Thread* current = nullptr;
 
 Memory::Memory(size_t bytes, size_t alignment) : bytes(bytes), alignment(alignment) {
   void* p = nullptr;
-  if (posix_memalign(&p, std::max(alignment, sizeof(void*)), bytes)) abort();
+  if (posix_memalign(&p, std::max(alignment, sizeof(void*)), bytes + GUARD)) abort();
   data = static_cast<unsigned char*>(p);
-  memset(data, 0xff, bytes);
+  memset(data, 0xff, bytes + GUARD);
+}
+bool Memory::is_intact() const {
+  return std::all_of(data + bytes, data + bytes + GUARD, [](unsigned char x) { return x == 0xff; });
 }
 Memory::~Memory() { free(data); }
 
@@ -31,6 +34,11 @@ Cta::Cta(const Launch& launch, uint3 index, unsigned rank, Cluster* cluster)
     const unsigned lanes = std::min(32u, launch.threads() - first);
     warps.push_back(std::make_unique<Lanes>(lanes == 32 ? 0xffffffffu : (1u << lanes) - 1));
   }
+}
+
+bool Cta::is_intact() const {
+  return shared.is_intact() &&
+         std::all_of(statics.begin(), statics.end(), [](const auto& entry) { return entry.second.is_intact(); });
 }
 
 Cluster::Cluster(const Launch& launch, uint64_t first_cta) : barrier(launch.threads() * launch.cluster) {
@@ -92,6 +100,8 @@ Lanes& Cta::lanes(unsigned warp, unsigned mask) {
 
 namespace {
 
+bool is_first(const Thread& thread) { return thread.index.x + thread.index.y + thread.index.z == 0; }
+
 Lanes& lanes_of(unsigned mask) {
   if (!(mask >> self().lane & 1)) fail("a lane that is not in its own mask");
   return self().cta->lanes(self().warp, mask);
@@ -112,21 +122,27 @@ void sync_warp(unsigned mask) {
   lanes.barrier.wait(lanes.barrier.arrive());
 }
 
-void sync_cta() {
-  self().fruitless = 0;
-  Barrier& barrier = self().cta->barrier;
-  barrier.wait(barrier.arrive());
+void sync_cta(std::source_location where) {
+  Thread& thread = self();
+  thread.fruitless = 0;
+  Cta& cta = *thread.cta;
+  const unsigned turn = thread.meetings++, here = where.line() << 10 | where.column();
+  unsigned there = 0;
+  if (!cta.sites[turn % 3].compare_exchange_strong(there, here, std::memory_order_relaxed) && there != here)
+    fail("threads of a block meet at different barriers");
+  cta.barrier.wait(cta.barrier.arrive());
+  if (is_first(thread)) cta.sites[(turn + 2) % 3].store(0, std::memory_order_relaxed);
 }
 
 void cluster_arrive() { self().cluster_token = self().cta->cluster->barrier.arrive(); }
 void cluster_wait() { self().cta->cluster->barrier.wait(self().cluster_token); }
 
-int sync_cta_or(bool predicate) {
+int sync_cta_or(bool predicate, std::source_location where) {
   Thread& thread = self();
   const unsigned turn = thread.votes++;
   if (predicate) thread.cta->votes[turn % 3] = 1;
-  sync_cta();
-  if (thread.index.x + thread.index.y + thread.index.z == 0) thread.cta->votes[(turn + 2) % 3] = 0;
+  sync_cta(where);
+  if (is_first(thread)) thread.cta->votes[(turn + 2) % 3] = 0;
   return thread.cta->votes[turn % 3];
 }
 
@@ -145,7 +161,7 @@ void CopyGroups::wait(size_t leave) {
 }
 
 void Thread::finish() const {
-  if (!copies.open.empty() || !copies.committed.empty() || !stores.open.empty() || !stores.committed.empty())
+  if (!copies.open.empty() || !copies.committed.empty())
     fail("a thread ended before its asynchronous copies");
 }
 

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <source_location>
 #include <vector>
 
 struct dim3 {
@@ -122,7 +123,13 @@ struct Cluster;
 
 // Exactly so many bytes, full of ones at first: NaN in every format.
 struct Memory {
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t GUARD = 0;  // AddressSanitizer has its own
+#else
+  static constexpr size_t GUARD = 64;  // bytes behind them, which nobody may write
+#endif
   Memory(size_t bytes, size_t alignment);
+  bool is_intact() const;
   ~Memory();
   Memory(const Memory&) = delete;
   unsigned char* data;
@@ -142,13 +149,15 @@ struct Cta {
   void count_static_shared(size_t size, size_t alignment);
   void* same_place(const Cta& other, const void* shared);  // in this CTA
   Lanes& lanes(unsigned warp, unsigned mask);
+  bool is_intact() const;  // whether nothing was written past its shared memory
 
   const Launch* launch;
   uint3 index;
   unsigned rank;  // in the cluster
   Cluster* cluster;
   Barrier barrier;
-  std::atomic<int> votes[3] = {0, 0, 0};  // of three calls in turn
+  std::atomic<unsigned> sites[3] = {0, 0, 0};  // where the threads meet, of three barriers in turn
+  std::atomic<int> votes[3] = {0, 0, 0};       // likewise
   Memory shared;
   std::map<const void*, std::vector<Copy>> late_copies;  // by the mbarrier that waits for them
   std::mutex mutex;  // of what follows
@@ -179,9 +188,10 @@ struct Thread {
   unsigned warp, lane;
   Cta* cta;
   std::vector<std::pair<const void*, void*>> statics;  // those it has seen
-  unsigned votes = 0;          // __syncthreads_or so far
+  unsigned meetings = 0;       // __syncthreads so far
+  unsigned votes = 0;          // of them __syncthreads_or
   unsigned fruitless = 0;      // yields since it last got on
-  CopyGroups copies, stores;
+  CopyGroups copies;
   void finish() const;  // fails if a copy was not waited for
   Barrier::Token cluster_token = 0;
 };
@@ -192,8 +202,9 @@ inline unsigned lane() { return self().lane; }
 
 Exchanged exchange(unsigned mask, uint64_t value);
 void sync_warp(unsigned mask);
-void sync_cta();
-int sync_cta_or(bool predicate);
+// `where` is the same for all threads: it is undefined what a device does where they are apart.
+void sync_cta(std::source_location where);
+int sync_cta_or(bool predicate, std::source_location where);
 void cluster_arrive();
 void cluster_wait();
 

@@ -20,6 +20,13 @@ __global__ void barrier_of_some(const Arguments) {
   if (threadIdx.x % 2) __syncthreads();
 }
 
+__global__ void barriers_apart(const Arguments) {
+  if (threadIdx.x % 2)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+
 // A thread may not see a copy before it waited for it: `out` gets what was there before and after.
 __global__ void copies(const Arguments a) {
   ANL_SHARED(uint4, staged);
@@ -71,7 +78,7 @@ __global__ void neighbours(const Arguments a) {
   ANL_STATIC_SHARED(float[64], own);
   own[threadIdx.x] = float(100 * cluster_rank() + threadIdx.x);
   cluster_sync();
-  const unsigned next = (cluster_rank() + 1) % cluster_size();
+  const unsigned next = (cluster_rank() + 1) % 4;
   a.out[blockIdx.x * blockDim.x + threadIdx.x] = cluster_map(own, next)[threadIdx.x];
   cluster_sync();
 }
@@ -84,6 +91,11 @@ __global__ void order(const Arguments a) {
 __global__ void shared_of_nobody(const Arguments a) {
   ANL_SHARED(float, staged);
   a.out[threadIdx.x] = staged[threadIdx.x];
+}
+
+__global__ void past_the_end(const Arguments) {
+  ANL_SHARED(float, staged);
+  staged[1024 / sizeof(float) + (threadIdx.x == 0)] = 1.0f;
 }
 
 template <class K>
@@ -105,6 +117,7 @@ int run(K kernel, unsigned grid, unsigned cluster) {
 int main(int, char** arguments) {
   const std::string name = arguments[1];
   if (name == "barrier_of_some") return run(barrier_of_some, 1, 1);
+  if (name == "barriers_apart") return run(barriers_apart, 1, 1);
   if (name == "copies") return run(copies, 1, 1);
   if (name == "copy_not_waited_for") return run(copy_not_waited_for, 1, 1);
   if (name == "copy_of_unaligned") return run(copy_of_unaligned, 1, 1);
@@ -116,5 +129,6 @@ int main(int, char** arguments) {
   if (name == "neighbours") return run(neighbours, 4, 4);
   if (name == "order") return run(order, 40, 1);
   if (name == "shared_of_nobody") return run(shared_of_nobody, 1, 1);
+  if (name == "past_the_end") return run(past_the_end, 1, 1);
   return 1;
 }

@@ -186,6 +186,10 @@ struct Running {
     std::shuffle(fibers.begin(), fibers.end(), random);
   }
 
+  bool is_intact() const {
+    return std::all_of(cluster.ctas.begin(), cluster.ctas.end(), [](const auto& cta) { return cta->is_intact(); });
+  }
+
   bool round() {
     bool got_on = false;
     for (const std::unique_ptr<Fiber>& f : fibers) {
@@ -252,6 +256,11 @@ Outcome run_clusters(const Launch& launch, const std::vector<unsigned>& order, u
     for (const auto& running : active) {
       got_on |= running->round();
       if (own.outcome != Outcome::DONE) return own.outcome;
+    }
+    for (const auto& running : active) {
+      if (running->left || running->is_intact()) continue;
+      fprintf(stderr, "CUDA on the host: a block has written past its shared memory\n");
+      return Outcome::FAILED;
     }
     std::erase_if(active, [](const auto& running) { return running->left == 0; });
     fruitless = got_on ? 0 : fruitless + 1;

@@ -51,7 +51,6 @@ inline unsigned add_acq_rel(unsigned* p, unsigned v) {
   host::note_protocol();
   return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_acq_rel);
 }
-inline void threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void wait_a_little() { host::yield(); }
 
 inline void check_copy(const void* shared, const void* global, unsigned bytes) {
@@ -170,22 +169,6 @@ inline void wait(Barrier* barrier, unsigned parity, std::memory_order order) {
 }
 inline void barrier_wait(Barrier* barrier, unsigned parity) { wait(barrier, parity, std::memory_order_acquire); }
 
-inline void bulk_store_fence() { needs_sm90(); }
-inline void bulk_store(void* global, const void* shared, unsigned bytes) {
-  needs_sm90();
-  check_copy(shared, global, bytes);
-  self().stores.open.push_back({global, shared, bytes});
-}
-inline void bulk_store_commit() {
-  needs_sm90();
-  self().stores.commit();
-}
-template <int N>
-void bulk_store_wait() {
-  needs_sm90();
-  self().stores.wait(N);
-}
-
 // What mutate_barriers.py puts in place of a stronger one.
 inline void barrier_wait_relaxed(Barrier* barrier, unsigned parity) { wait(barrier, parity, std::memory_order_relaxed); }
 inline void barrier_expect_relaxed(Barrier* barrier, unsigned bytes) { arrive(barrier, bytes, std::memory_order_relaxed); }
@@ -205,10 +188,6 @@ inline unsigned add_acquire_alone(unsigned* p, unsigned v) {
 inline unsigned cluster_rank() {
   needs_sm90();
   return self().cta->rank;
-}
-inline unsigned cluster_size() {
-  needs_sm90();
-  return self().cta->launch->cluster;
 }
 inline void cluster_arrive() {
   needs_sm90();

@@ -45,9 +45,7 @@ MUTATIONS = [
     (r"\bcluster_(?:sync|arrive|wait)\(\)", REMOVED),
     (rf"\bbarrier_wait{ARGUMENTS}", [*REMOVED, ("relaxed", r"barrier_wait_relaxed(\1)")]),
     (rf"\bbarrier_expect{ARGUMENTS}", [*REMOVED, ("relaxed", r"barrier_expect_relaxed(\1)")]),
-    (rf"\b(?:bulk_store_fence|threadfence){ARGUMENTS}", REMOVED),
     (rf"\bcopy_async_wait<\w+>{ARGUMENTS}", REMOVED),
-    (rf"\bbulk_store_wait<\w+>{ARGUMENTS}", REMOVED),
     (rf"\bload_acquire{ARGUMENTS}", [("relaxed", r"load_relaxed(\1)")]),
     (rf"\badd_release{ARGUMENTS}", [("relaxed", r"add_relaxed(\1)")]),
     (
@@ -132,7 +130,7 @@ def run(module, cases, seed, limit):
 
 def name_of(csrc, seeds):
     """Of what is run: whatever it is made of, but not where that lies."""
-    objects = build.objects_of(build.module_units("thread", csrc), "thread", csrc)
+    objects = build.objects_of(build.module_units("thread", csrc), csrc)
     return build.digest(sanitizers.CALLS.read_text(), *(path.name for path in objects), seeds)
 
 

@@ -1,4 +1,4 @@
-"""calls.py on a build with a sanitizer, in a process of its own."""
+"""Programs that call a build with a sanitizer, in a process of their own."""
 
 import os
 import platform
@@ -17,28 +17,30 @@ def runtime(name):
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def run(module, libraries, *arguments, seed=0, limit=600, **options):
-    """With a sanitizer's runtime; every allocation is the sanitizer's, and no address is random."""
+def run(program, libraries, *arguments, limit=600, **environment):
+    """With a sanitizer's runtime, and no random addresses."""
     fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
-    environment = {
-        "ANL_HOST_SEED": str(seed),
-        "PYTHONMALLOC": "malloc",
-        "LD_PRELOAD": " ".join(map(runtime, libraries)),
-    }
     return subprocess.run(
-        [*fixed, sys.executable, str(CALLS), str(module), *arguments],
-        env={**os.environ, **environment, **options},
+        [*fixed, sys.executable, str(program), *map(str, arguments)],
+        env={**os.environ, "LD_PRELOAD": " ".join(map(runtime, libraries)), **environment},
         capture_output=True,
         text=True,
         timeout=limit,
     )
 
 
-def address(module, *arguments):
-    return run(module, ("libasan.so", "libubsan.so"), *arguments, ASAN_OPTIONS="detect_leaks=0")
+def address(program, *arguments, **environment):
+    libraries = ("libasan.so", "libubsan.so")
+    return run(program, libraries, *arguments, ASAN_OPTIONS="detect_leaks=0", **environment)
+
+
+def calls(module, *arguments):
+    """CUDA's; every allocation is the sanitizer's."""
+    return address(CALLS, module, *arguments, PYTHONMALLOC="malloc")
 
 
 def races(module, cases, seed=0, limit=600, stop=False):
     """ThreadSanitizer's; stop: at the first."""
     options = f"exitcode={RACE} halt_on_error={int(stop)}"
-    return run(module, ("libtsan.so",), cases, "--float32", seed=seed, limit=limit, TSAN_OPTIONS=options)
+    environment = dict(PYTHONMALLOC="malloc", ANL_HOST_SEED=str(seed), TSAN_OPTIONS=options)
+    return run(CALLS, ("libtsan.so",), module, cases, "--float32", limit=limit, **environment)

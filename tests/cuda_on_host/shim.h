@@ -89,7 +89,8 @@ using std::min;
 // ---- barriers, shuffles and votes ----------------------------------------------------------------------------------------
 
 // Inlined, so that a race report names the kernel's line.
-__forceinline__ void __syncthreads() { ::anl::host::sync_cta(); }
+using anl_location = std::source_location;
+__forceinline__ void __syncthreads(anl_location where = anl_location::current()) { ::anl::host::sync_cta(where); }
 __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) { ::anl::host::sync_warp(mask); }
 
 namespace anl {
@@ -141,8 +142,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
-__forceinline__ int __syncthreads_or(int predicate) { return ::anl::host::sync_cta_or(predicate != 0); }
-__forceinline__ int __syncthreads_and(int predicate) { return !::anl::host::sync_cta_or(predicate == 0); }
+__forceinline__ int __syncthreads_or(int predicate, anl_location where = anl_location::current()) {
+  return ::anl::host::sync_cta_or(predicate != 0, where);
+}
+__forceinline__ int __syncthreads_and(int predicate, anl_location where = anl_location::current()) {
+  return !::anl::host::sync_cta_or(predicate == 0, where);
+}
 
 // ---- atomics: relaxed, as CUDA's ------------------------------------------------------------------------------------------
 

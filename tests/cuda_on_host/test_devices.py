@@ -10,6 +10,8 @@ import torch
 from cuda_on_host import adapter, build
 from tiers import thorough
 
+from anl_kernels import layout
+
 pytestmark = pytest.mark.skipif(
     build.compiler() is None or torch.cuda.is_available(), reason="needs g++ on Linux and the source tree, and no GPU"
 )
@@ -62,6 +64,7 @@ FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 CASES = {
     "small": (FLOAT32, 300, 100),
     "block": (FLOAT32, 300, 3000),
+    "block of 48 KB": (FLOAT32, 300, 11_900),
     "wide block": (FLOAT64, 170, 9000),
     "cluster of one": (BFLOAT16, 170, 24_600),
     "cluster": (BFLOAT16, 40, 24_600),
@@ -86,8 +89,9 @@ MODELS = [name if name == "host-h200" else thorough(name) for name in adapter.LA
 
 @pytest.mark.parametrize("device", MODELS)
 @pytest.mark.parametrize("case", CASES)
-def test_on_every_model(device, case):
+def test_on_every_model(device, case, caplog, monkeypatch):
     """Whatever the plan is there, it is not refused, and right."""
+    monkeypatch.setattr(layout, "_said", set())  # what is said once is said anew
     logits, labels, live = few_live_rows(*CASES[case])
     terms = helpers.EXPRESSIONS["anl_ce"]
     true = helpers.truth(logits[live], labels[live], terms)
@@ -98,6 +102,7 @@ def test_on_every_model(device, case):
             )
         helpers.assert_as_accurate(loss, grad[live], labels[live], true)
         assert grad.count_nonzero() == grad[live].count_nonzero()
+    assert "refuses to launch" not in caplog.text
 
 
 @pytest.mark.parametrize("device", adapter.LARGE)

@@ -64,6 +64,8 @@ def test_ctas_run_in_no_particular_order(checks):
     "name, message",
     [
         ("barrier_of_some", "a deadlock"),
+        ("barriers_apart", "meet at different barriers"),
+        ("past_the_end", "past its shared memory"),
         ("copy_not_waited_for", "ended before its asynchronous copies"),
         ("copy_of_unaligned", "no multiples of 16"),
         ("bulk_too_little", "expect fewer bytes"),

@@ -15,7 +15,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def address():
     module = build.build("address")
-    return lambda *arguments: sanitizers.address(module, *arguments)
+    return lambda *arguments: sanitizers.calls(module, *arguments)
 
 
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(address):

@@ -141,7 +141,7 @@ def test_static_and_dynamic_shared_memory_are_one(checks, room):
     assert checks("host-h100", "launch", shared=0, ask=most, **launch)[1] == expected
 
 
-INSTRUCTIONS = 13
+INSTRUCTIONS = 8
 
 
 @pytest.mark.parametrize("which", range(INSTRUCTIONS))

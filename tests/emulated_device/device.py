@@ -1,10 +1,7 @@
 """The device "emulated" of device.cpp, built with g++ into build/ and made known to PyTorch."""
 
 import ctypes
-import fcntl
 import gc
-import hashlib
-import subprocess
 import sys
 import types
 from contextlib import contextmanager, nullcontext
@@ -12,38 +9,25 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from cuda_on_host.build import ROOT, compiler
+from cuda_on_host import build as host_build
 
 NAME = "emulated"
 SOURCE = Path(__file__).with_name("device.cpp")
-BUILD = ROOT / "build" / "emulated_device"
 FLAGS = "-std=c++20 -O1 -fPIC -shared -w".split()
 
 
 def build():
     """The path of the library, of this source and this PyTorch."""
-    state = repr((compiler(), FLAGS, torch.__version__, sys.version_info[:2])).encode() + SOURCE.read_bytes()
-    library = BUILD / f"{hashlib.sha256(state).hexdigest()[:16]}.so"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here for what the first one builds
-        if not library.exists():
-            compile_to(library)
-    return library
+    state = host_build.digest(FLAGS, torch.__version__, sys.version_info[:2], SOURCE.read_text())
+    return host_build.once(host_build.BUILD / f"device-{state}.so", compile_to)
 
 
 def compile_to(library):
     home = Path(torch.__file__).parent
     includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    partial = library.with_suffix(".tmp")
-    command = [compiler(), *FLAGS, abi, *includes, str(SOURCE), "-o", str(partial)]
-    done = subprocess.run(
-        [*command, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch"], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:6000]}")
-    partial.replace(library)
+    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch"]
+    host_build.run([host_build.compiler(), *FLAGS, abi, *includes, str(SOURCE), "-o", str(library), *libraries])
 
 
 @lru_cache(maxsize=1)

@@ -1,3 +1,197 @@
-"""Mutants of the CPU kernels, as those of python.py."""
+"""Mutants of the CPU kernels and the headers that CUDA's share with them, as those of python.py."""
 
-MUTANTS = []
+ROWS, SWEEPS, SPATIAL = "csrc/cpu/rows.cpp", "csrc/cpu/row_sweeps.h", "csrc/cpu/spatial.cpp"
+SIMD, MODULE, MATH = "csrc/cpu/simd.h", "csrc/cpu/module.cpp", "csrc/row_math.h"
+STRETCHES = 'tests/test_conformance.py -k "stretches and 2311 and float32 and cpu"'
+BELOW = 'tests/test_conformance.py -k "just_below and cpu"'
+LAYOUT = 'tests/test_conformance.py -k "every_layout and float32 and cpu"'
+CLAMP = 'tests/test_conformance.py -k "around_the_clamp and float32 and cpu"'
+NUMBERS = 'tests/test_conformance.py -k "every_number_of_classes and float32 and cpu"'
+MASKED_NAN = 'tests/test_conformance.py -k "masked_too and cpu"'
+SAME_BITS = 'tests/backends/test_cpu.py -k "float64_sums"'
+CERTAIN = 'tests/test_conformance.py -k "no_cancellation and float32 and cpu"'
+LOWEST = 'tests/test_cases.py -k "lowest_number_in and cpu"'
+WEIGHTS = 'tests/test_conformance.py -k "weights_of_many and cpu"'
+SLICES = 'tests/test_class_parallel.py -k "slice_stats and float32 and cpu"'
+ENTROPY = 'tests/backends/test_gradient_pass.py -k "nearly_alike and cpu"'
+STATISTICS = 'tests/backends/test_cpu.py -k "test_statistics and float32"'
+HALVES = 'tests/backends/test_cpu.py -k "half_precision and (float16 or bfloat16)"'
+AUTOGRAD = "tests/test_autograd.py -k avx512"
+FAULTS = "tests/backends/test_cpu_faults.py"
+
+MUTANTS = [
+    # ---- rows whose classes lie side by side
+    (ROWS, "if (s.inv_sum != s.inv_sum) return fill(r, T(NaN));", "", MASKED_NAN),
+    (ROWS, "s.gap += k.gap;  // 0 or NaN", "// 0 or NaN", SLICES),
+    (ROWS, "k.below_mass = k.tail * exp_of_gap(below) * s.inv_sum;", "k.below_mass = 0.0;", BELOW),
+    (ROWS, "k.above_sum = k.count * (lse_gap - below) - k.gap;", "k.above_sum = k.count * lse_gap - k.gap;", STRETCHES),
+    (ROWS, "exist = blocks && blocks[b].min != -INF;", "exist = blocks;", STRETCHES),
+    (ROWS, "const RowState& k = above ? all : s;", "const RowState& k = s;", STRETCHES),
+    (ROWS, "e ? exp_of_gap(s.max - blocks[b].max) : 1.0", "1.0", STRETCHES),
+    (ROWS, "mean = mean_log_q(z, log_q, s, mean);", "", ENTROPY),
+    (
+        ROWS,
+        "for (int64_t r = r0; r < min_of(stop, r0 + 32); ++r) {",
+        "for (int64_t r = r0; r < min_of(stop, r0 + 31); ++r) {",
+        'tests/backends/test_cpu.py -k "column_sums and float32"',
+    ),
+    (
+        ROWS,
+        "min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES)",
+        "min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES) / num_threads()",
+        SAME_BITS,
+    ),
+    (ROWS, "total += loss.x[i] * weight;", "total += loss.x[i];", WEIGHTS),
+    (ROWS, "s.cw = x[COEF_CW] * go;", "s.cw = x[COEF_CW];", LAYOUT),
+    (ROWS, "s.inv_sum = exp(-s.log_sum);", "s.inv_sum = 1.0;", SLICES),
+    (SWEEPS, "const int padding = (W - n % W) % W;", "const int padding = 0;", NUMBERS),
+    (SWEEPS, "((u - center) - lost) * q_scale", "(u - center) * q_scale", ENTROPY),
+    (SWEEPS, "load_part(log_q + i, m, V{}) - center", "load_part(log_q + i, m, V{})", ENTROPY),
+    (SWEEPS, "offset = above ? offset + c : offset;", "offset = offset + c;", CLAMP),
+    # ---- any strides
+    (
+        SPATIAL,
+        "lost += (total - sum) + part;",
+        "",
+        "tests/backends/test_cpu.py -k equal_numbers",
+    ),
+    (SPATIAL, "f.gap = gap + (gap_lost == gap_lost ? gap_lost : V{});", "f.gap = gap + gap_lost;", LOWEST),
+    (SPATIAL, "f.max = high == T(-INF) ? V{} : high;  // no class", "f.max = high;  // no class", SLICES),
+    (SPATIAL, "if (call_.log_q && any(~live)) clear(~live);", "", 'tests/test_entropy.py -k "without_rows and cpu"'),
+    (
+        SPATIAL,
+        "columns ? ceil_div(num_tiles, 16) : 1",
+        "columns ? ceil_div(num_tiles, 8 * num_threads()) : 1",
+        SAME_BITS,
+    ),
+    (
+        SPATIAL,
+        "const I dead = inv_sum == T(0);",
+        "const I dead = {};",
+        'tests/test_entropy.py -k "test_entropy and float32 and sum and cpu"',
+    ),
+    (SPATIAL, "const I bad = live & (y == -2);", "const I bad = {};", f"{FAULTS} -k between_forward"),
+    # ---- vectors
+    (SIMD, "(b + ((b >> 16) & 1) + 0x7fff) >> 16", "(b + 0x8000) >> 16", HALVES),
+    (SIMD, "const IntF out = a < 0x38800000 ? small", "const IntF out = a < 0x38000000 ? small", HALVES),
+    (SIMD, "const IntF special = bit_cast<IntF>(scaled) | 0x7f800000;", "const IntF special = {};", HALVES),
+    (
+        SIMD,
+        "return (1u << n) - 1u;",
+        "return (2u << n) - 1u;",
+        'tests/test_conformance.py -k "alignment and float32 and avx512"',
+    ),
+    (
+        SIMD,
+        "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)",
+        "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_ZERO)",
+        'tests/backends/test_cpu.py -k "half_precision and avx2 and (float16 or bfloat16)"',
+    ),
+    (SIMD, "return vlog_corrected<T>(u, (x - (u - T(1))) / u);", "return vlog_corrected<T>(u, V{});", CERTAIN),
+    (
+        SIMD,
+        "y = y * z + 0.40000972152f;",
+        "y = y * z + 0.402f;",
+        "tests/backends/test_cpu.py -k 'logarithms and not float64'",
+    ),
+    # ---- the module, its arguments, a row's mathematics
+    (
+        MODULE,
+        "active_table = runnable_tables().front();",
+        "active_table = runnable_tables().back();",
+        "tests/backends/test_cpu.py -k 'best_instruction_set and not avx2'",
+    ),
+    (
+        MODULE,
+        "bad += counts && (y < 0 || y >= K);",
+        "bad += counts && y >= K;",
+        'tests/test_cases.py -k "out_of_bounds and cpu"',
+    ),
+    (
+        MODULE,
+        "for (int64_t k = 0; k < call.num_classes; ++k) call.sums[k] = 0.0;",
+        "",
+        f"{FAULTS} -k no_rows",
+    ),
+    (
+        "csrc/arguments.h",
+        "|| !one_run(call.grad_strides)) return;",
+        ") return;",
+        'tests/backends/test_cpu.py -k "no_single_run"',
+    ),
+    (
+        "csrc/arguments.h",
+        "terms.size() > MAX_TERMS",
+        "terms.size() >= MAX_TERMS",
+        "tests/backends/test_cpu.py -k sixteen",
+    ),
+    ("csrc/arguments.h", "pow(1.0 - min_prob, gamma) * p.log_floor_neg", "p.log_floor_neg", CLAMP),
+    (
+        "csrc/call.h",
+        "static_cast<const ANL_READ_ONCE uint8_t*>",
+        "static_cast<const ANL_READ_ONCE int8_t*>",
+        'tests/test_cases.py -k "(last_label or label_dtypes) and cpu"',
+    ),
+    (
+        "csrc/call.h",
+        "&& (!call.grad || call.grad_strides.sk == 1)",
+        "",
+        'tests/backends/test_cpu.py -k "nothing_outside and float32 and anl_ce"',
+    ),
+    (
+        MATH,
+        "f.a += F < infinity ? r * (s.focal_sum + s.focal_weight * l) / F : zero;",
+        "f.a += r * (s.focal_sum + s.focal_weight * l) / F;",
+        LOWEST,
+    ),
+    (MATH, "(below - below_y) * s.target_prob * f.P", "below * s.target_prob * f.P", CLAMP),
+    (
+        MATH,
+        "return x > zero ? M::exp(M::set(gamma) * M::log(x)) : zero;",
+        "return M::exp(M::set(gamma) * M::log(x));",
+        "tests/backends/test_cpu.py -k small_gamma",
+    ),
+    (
+        MATH,
+        "out[STAT_ABOVE_COUNT] = above ? s.above_count + I_y + poison : absent;",
+        "out[STAT_ABOVE_COUNT] = above ? s.above_count + I_y : absent;",
+        "tests/backends/test_cpu.py -k every_statistic_of",
+    ),
+    # ---- tensors to pointers
+    (
+        "anl_kernels/backends/cpu.py",
+        "weight = weight.to(acc).contiguous()",
+        "weight = weight.to(acc)",
+        f"{FAULTS} -k with_gaps",
+    ),
+    (
+        "anl_kernels/backends/cpu.py",
+        "    target = target.contiguous()\n    table = logits.new_empty((13,",
+        "    table = logits.new_empty((13,",
+        f"{FAULTS} -k with_gaps",
+    ),
+    (
+        "anl_kernels/backends/cpu.py",
+        "lse = None if lse is None else lse.contiguous()",
+        "",
+        f"{FAULTS} -k with_gaps",
+    ),
+    (
+        "anl_kernels/backends/cpu.py",
+        "    if keep:\n        return grad * factor\n    return grad if",
+        "    return grad if",
+        AUTOGRAD,
+    ),
+    (
+        "anl_kernels/backends/compiled.py",
+        "    elif not grad_output.is_contiguous():\n        grad_output = grad_output.contiguous()\n",
+        "",
+        f"{FAULTS} -k with_gaps",
+    ),
+    (
+        "anl_kernels/backends/compiled.py",
+        "    if call.inplace:\n        torch.autograd.graph.increment_version(logits)\n",
+        "",
+        AUTOGRAD,
+    ),
+]

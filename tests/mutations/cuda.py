@@ -1,3 +1,215 @@
 """Mutants of the CUDA kernels and their launchers, as those of python.py."""
 
-MUTANTS = []
+SELECT, COMMON, REDUCE = "csrc/cuda/select.cpp", "csrc/cuda/row_common.cuh", "csrc/cuda/reduce.cuh"
+SMALL, BLOCK, STAGED = "csrc/cuda/rows_small.cu", "csrc/cuda/rows_block.cu", "csrc/cuda/staged.cuh"
+LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
+GRADIENT, SPATIAL, COLUMNS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/columns.cu"
+LAUNCH, DEVICE, MODULE = "csrc/cuda/launch.cuh", "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
+HOST = "cuda-host and not (sm80 or warp or launches)"
+ALIGNMENT = f'tests/test_conformance.py -k "alignment and float32 and {HOST}"'
+NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
+STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
+LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
+LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
+MASKED_NAN = f'tests/test_conformance.py -k "masked_too and {HOST}"'
+ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
+COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
+MANY_GROUPS = 'tests/test_conformance.py -k "thousands and float32 and rows and cuda-host-sm80"'
+LAUNCHES = "tests/backends/test_cuda_launches.py"
+MODELS = "tests/cuda_on_host/test_devices.py"
+LAUNCHERS = "anl_kernels/backends/cuda.py"
+
+MUTANTS = [
+    # ---- plans
+    (SELECT, "? 0 : pack_of(call) - 1;", "? 0 : pack_of(call) - 2;", "tests/backends/test_cuda.py -k fill_their_lanes"),
+    (
+        SELECT,
+        "call.num_classes * size_of(call.dtype) + 2 * PACK_BYTES - 2)",
+        "call.num_classes * size_of(call.dtype) + PACK_BYTES - 1)",
+        NUMBERS,
+    ),
+    (
+        SELECT,
+        "staged_row_bytes(call) + STATIC_SHARED <= limits.shared_bytes",
+        "staged_row_bytes(call) <= limits.shared_bytes",
+        f"{LAUNCHES} -k rows_that_one_cta",
+    ),
+    (
+        SELECT,
+        "const Strides difference = {l.so - g.so, 0, l.si - g.si};",
+        "const Strides difference = {l.so - g.so, 0, 0};",
+        LAYOUT,
+    ),
+    (
+        SELECT,
+        "ceil_div(N * ceil_div(K + pack - 1, plan.tile) * plan.lanes",
+        "ceil_div(N * ceil_div(K, plan.tile) * plan.lanes",
+        "tests/backends/test_cuda.py -k edges",
+    ),
+    (
+        SELECT,
+        "if (!few && fits_cluster(call, limits)) return plan_cluster(call, limits);",
+        "",
+        "tests/backends/test_cuda.py -k selection",
+    ),
+    # ---- what all kernels share
+    (
+        REDUCE,
+        "if (lane + offset < warps) x = merge(x, other);",
+        "x = merge(x, other);",
+        f"{MODELS} -k 'every_model and widest'",
+    ),
+    (
+        COMMON,
+        "return call.weight && kind == Label::LIVE ? static_cast<const T*>(call.weight)[y] : T(1);",
+        "return kind == Label::BAD ? T(0) : call.weight ? static_cast<const T*>(call.weight)[y] : T(1);",
+        'tests/backends/test_cuda.py -k "out_of_bounds and host"',
+    ),
+    (COMMON, "if (count > A(0)) gap += count * (larger - max);", "gap += count * (larger - max);", STRETCHES),
+    (COMMON, "focal ? T(s.below_mass) : T(s.below_mass) * inv_sum", "T(s.below_mass) * inv_sum", LOSSES),
+    (COMMON, "return d == T(-INF) ? missing : value;", "return d == T(-INF) ? T(0) : value;", MASKED_NAN),
+    (
+        COMMON,
+        "rest = l > T(-0.5) ? -Scalar<T>::expm1(l) : T(1) - e;",
+        "rest = T(1) - e;",
+        f'tests/test_accuracy.py -k "plain_pytorch and nnfl and {HOST}"',
+    ),
+    # ---- rows in registers, and in one CTA's memory
+    (
+        SMALL,
+        "used = (num_classes + shift + chunk_step - 1) / chunk_step;",
+        "used = (num_classes + chunk_step - 1) / chunk_step;",
+        ALIGNMENT,
+    ),
+    (SMALL, "if (row.second) row.take(sums, FOCAL);", "row.take(sums, FOCAL);", LOSSES),
+    (
+        BLOCK,
+        "if (p.call.program.needs) {\n      __syncthreads();",
+        "if (p.call.program.needs) {",
+        NUMBERS,
+    ),
+    (STAGED, "packs((shift + count + P - 1) / P)", "packs((count + P - 1) / P)", NUMBERS),
+    (
+        STAGED,
+        "const bool straight = int(reinterpret_cast<uintptr_t>(grad) / sizeof(S) % P) == shift;",
+        "const bool straight = shift == 0;",
+        LAYOUT,
+    ),
+    # ---- long rows
+    (LONG, "edge_is_target = has && k == y;", "edge_is_target = false;", "tests/backends/test_cuda.py -k edges"),
+    (
+        LONG,
+        "unsigned(away) > unsigned((U - 1) * step)",
+        "unsigned(away) >= unsigned((U - 1) * step)",
+        "tests/backends/test_cuda.py -k edges",
+    ),
+    (LONG, "if (all_exist && gradient.plain()) {", "if (gradient.plain()) {", STRETCHES),
+    (CLUSTER, "turn ^= 1;", "", f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"'),
+    (
+        CLUSTER,
+        "if (slot >= slots()) {",
+        "if (slot > slots()) {",
+        f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"',
+    ),
+    (
+        SPLIT,
+        "groups > phases ? groups - phases : 0",
+        "groups > phases ? groups - phases + 1 : 0",
+        MANY_GROUPS,
+    ),
+    (
+        SPLIT,
+        "plan.separate ? 0 : 1 + 2 * num_rows",
+        "plan.separate ? 0 : 1 + num_rows",
+        MANY_GROUPS,
+    ),
+    (
+        SPLIT,
+        "if (item.phase == FIRST && item.part == 0) {",
+        "if (item.phase == FIRST) {",
+        "tests/backends/test_cuda.py -k 'ignored_rows and host'",
+    ),
+    # ---- gradients from coefficients, any strides, sums down the rows
+    (GRADIENT, "entropy.take_lost(entropy_sums(p, row, entropy, shared + WARP));", "", ENTROPY),
+    (
+        GRADIENT,
+        "return known.unread ? own : own + entropy.at(x, log_q[k]);",
+        "return own + entropy.at(x, log_q[k]);",
+        LAYOUT,
+    ),
+    (
+        SPATIAL,
+        "if (pixel.groups == 1 ? second : __syncthreads_or(second)) {",
+        "if (second) {",
+        f'tests/test_conformance.py -k "a_row_of_nan and anl_ce and transposed and {HOST}"',
+    ),
+    (
+        SPATIAL,
+        "part = nothing;",
+        "part = FirstSums<T>::none();",
+        f'tests/test_conformance.py -k "thousands and float32 and transposed and {HOST}"',
+    ),
+    (COLUMNS, "if (++i == p.call.inner) i = 0, ++o;", "++i;", COLUMN_SUMS),
+    (COLUMNS, "i = chunk * p.plan.rows % p.call.inner;", "i = 0;", COLUMN_SUMS),
+    (
+        COLUMNS,
+        "const int64_t shares = ceil_div(n + P - 1, share)",
+        "const int64_t shares = ceil_div(n, share)",
+        "tests/backends/test_cuda.py -k scaling",
+    ),
+    (
+        COLUMNS,
+        "if (at < 3 && stride == s.strides[at] * s.size[at]) {",
+        "if (at < 3) {",
+        "tests/backends/test_cuda.py -k scaling",
+    ),
+    # ---- launches
+    (
+        LAUNCH,
+        "constexpr size_t WITHOUT_ASKING = 32 << 10;",
+        "constexpr size_t WITHOUT_ASKING = 48 << 10;",
+        f"{MODELS} -k 'every_model and 48'",
+    ),
+    (LAUNCH, "attributes.ptxVersion < HAS_CLUSTERS || ", "", f"{MODELS} -k 'of-80 and widest'"),
+    (
+        LAUNCH,
+        "while (2 * cluster <= widest) cluster *= 2;",
+        "while (2 * cluster < widest) cluster *= 2;",
+        f"{MODELS} -k 'every_model and widest'",
+    ),
+    (DEVICE, "    case cudaErrorNotSupported:\n", "", f"{LAUNCHES} -k falls_to_the_next"),
+    (DEVICE, "if (pushed_) driver().pop(&popped);", "", f"{MODELS} -k contexts"),
+    (MODULE, "by_ticket && p.plan.loss_parts > 1", "by_ticket", f"{LAUNCHES} -k is_used"),
+    (
+        MODULE,
+        "return arch / 10 == number / 10 && arch >= number;",
+        "return arch >= number;",
+        "tests/backends/test_cuda.py -k compiled_for",
+    ),
+    (
+        MODULE,
+        "if (reduction == NONE) call.row_loss = reinterpret_cast<void*>(loss);\n  return run",
+        "call.row_loss = reinterpret_cast<void*>(loss);\n  return run",
+        "tests/backends/test_cuda.py -k one_launch",
+    ),
+    # ---- tensors to pointers
+    (
+        LAUNCHERS,
+        "    if shape[0] * shape[2] == 0:\n        return logits.new_zeros(shape[1], dtype=torch.float64)\n",
+        "",
+        "tests/backends/test_cuda.py -k without_rows",
+    ),
+    (LAUNCHERS, "    factor = factor.to(acc_dtype(grad.dtype))\n", "", "tests/backends/test_cuda.py -k scaling"),
+    (
+        LAUNCHERS,
+        "trust.trusted(NAME, logits.device, call.explicit)",
+        "trust.trusted(NAME, logits.device, True)",
+        f"{LAUNCHES} -k not_verified",
+    ),
+    (
+        LAUNCHERS,
+        "    except _cuda.LaunchRefused as error:\n        raise LaunchRefused(str(error)) from None\n",
+        "    except _cuda.LaunchRefused as error:\n        raise RuntimeError(str(error)) from None\n",
+        f"{LAUNCHES} -k reference",
+    ),
+]
