@@ -8,6 +8,7 @@ from functools import lru_cache
 from unittest import mock
 
 import cuda_on_host.build
+import helpers
 from devices import GPU
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
@@ -114,6 +115,9 @@ class Backend:
             device = self.variant.removesuffix("-launches")
             trust = {} if device == self.variant else {"ANL_KERNELS_TRUST": "none"}
             with adapter.on_host(device), mock.patch.dict(os.environ, trust):
+                yield
+        elif self.name == "reference":
+            with mock.patch.object(helpers, "CANCELLED", helpers.CANCELLED_IN_REFERENCE):
                 yield
         else:
             yield
