@@ -97,6 +97,22 @@ def test_protocols_are_verified_from_the_least_to_the_largest_size(monkeypatch):
             assert sizes[0] == possible[0] and sizes[-1] == possible[-1]
 
 
+def test_a_protocol_is_tried_every_way_with_every_loss(monkeypatch):
+    calls = []
+
+    def compare(loss, backend, logits, target, expected, way):
+        calls.append((loss.name, backend, way))
+        return check.Errors(grad=1.0 if way == "none" else 0.0)
+
+    monkeypatch.setattr(check, "compare", compare)
+    monkeypatch.setattr(verify, "cases", lambda protocol, device: [check.rows(torch.float32, 10, 5)])
+    monkeypatch.setattr(verify, "same_bits", lambda loss, *call: loss.name != "ANL-FL")
+    made, wrong = verify.failures("cuda.split", HERE)
+    assert sorted(calls) == sorted((loss, "cuda", way) for loss in verify.LOSSES for way in ("mean", "inplace", "none"))
+    assert made == len(verify.LOSSES) * (3 + verify.REPEATS) and len(wrong) == len(verify.LOSSES) + 1
+    assert sum("other bits" in text for text in wrong) == 1 and sum(" none: error" in text for text in wrong) == 3
+
+
 def test_times_are_quantiles():
     assert timing.Times.of([float(x) for x in reversed(range(21))]) == (10.0, 2.0, 18.0, 21)
 
