@@ -11,7 +11,8 @@ import helpers
 import oracle
 import pytest
 import torch
-from helpers import DTYPES, EXPRESSIONS, dtype_id
+from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
+from tiers import thorough
 
 import anl_kernels as ak
 from anl_kernels import layout
@@ -82,8 +83,11 @@ def row_grad(kernels, terms, logits, target, grad, coefs, grad_output, step):
     )  # fmt: skip
 
 
+NAMES = pytest.mark.parametrize("name", [n if n in REPRESENTATIVE else thorough(n) for n in EXPRESSIONS])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@NAMES
 def test_nothing_outside_the_gradient_is_written(kernels, name, dtype):
     """The gradient is a view into poisoned memory: all of it is written, and not one element around it."""
     values, labels = helpers.batch(35, dtype)
@@ -99,7 +103,7 @@ def test_nothing_outside_the_gradient_is_written(kernels, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("name", EXPRESSIONS)
+@NAMES
 def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
     """row_loss without a gradient, then row_grad: into other strides, scaled by a number a row."""
     values, labels = helpers.batch(35, dtype)

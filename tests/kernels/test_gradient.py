@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from helpers import DTYPES, EPS, dtype_id
+from tiers import thorough
 
 from anl_kernels.backends import cpu
 from anl_kernels.kernels import gradient
@@ -124,7 +125,7 @@ def test_formula(classes, needs, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", helpers.LAYOUTS)
-@pytest.mark.parametrize("classes", [16, 37])
+@pytest.mark.parametrize("classes", [thorough(16), 37])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 def test_layouts(layout, classes, dtype, entropy, device):
     case = Case(layout, classes, dtype, 15)
@@ -168,7 +169,7 @@ def test_entropy_of_nearly_equal_log_q(device):
     case.check(case.run(device, **terms), *case.exact(**terms))
 
 
-@pytest.mark.parametrize("offset", [0, 1, 5, 8])
+@pytest.mark.parametrize("offset", [thorough(0), thorough(1), 5, thorough(8)])
 @pytest.mark.parametrize("dtype, classes", [(torch.float32, 4095), (torch.bfloat16, 9001)], ids=dtype_id)
 def test_long_rows_of_any_alignment(offset, dtype, classes, device):
     """Rows are cut where addresses are multiples of 16 bytes; what lies beside them is not touched."""

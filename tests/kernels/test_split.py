@@ -6,6 +6,7 @@ Interpreted programs run one after another, so what is not there when a program 
 import pytest
 import torch
 from candidates import Backend
+from tiers import thorough
 
 import anl_kernels as ak
 from anl_kernels import trust
@@ -94,7 +95,10 @@ CASES = {
 FEW = ("gradient", "inplace", "statistics")  # with the losses that differ from ANL-CE by what they sum up alone
 
 
-@pytest.mark.parametrize("name, case", [(n, c) for n in LOSSES for c in CASES if n == "anl_ce" or c in FEW])
+@pytest.mark.parametrize(
+    "name, case",
+    [(n, c) if n == "anl_ce" else thorough(n, c) for n in LOSSES for c in CASES if n == "anl_ce" or c in FEW],
+)
 def test_a_launch_a_phase_gives_the_same_bits(name, case, device, launched):
     (one, apart), counts = results_both_ways(lambda: CASES[case](name, device), launched)
     needs = call_of(name).needs
