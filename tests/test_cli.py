@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import anl_kernels as ak
 from anl_kernels import trust
 from anl_kernels.__main__ import main
 from anl_kernels.cli import bench, check, contenders, timing, verify, workloads
