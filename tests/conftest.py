@@ -4,6 +4,7 @@
 there, and the tests marked so. Fresh memory is full of NaN while a test runs (poison).
 """
 
+import gc
 import importlib.util
 import os
 
@@ -63,6 +64,10 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=dropped)
     for item in items:
         tiers.mark(item)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the tests live to the end: the garbage collector need not look at them again and again
 
 
 def speed_up_interpreter():
