@@ -70,6 +70,10 @@ def pytest_collection_finish():
     gc.freeze()  # the tests live to the end: the garbage collector need not look at them again and again
 
 
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 def speed_up_interpreter():
     """Triton's interpreter replaces the functions of triton.language whenever a kernel calls a function, which takes
     longer than the call: once is enough, as each launch begins with the same."""
