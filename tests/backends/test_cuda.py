@@ -165,6 +165,15 @@ def test_edges_of_rows_that_fill_their_lanes(device, classes):
         helpers.assert_as_accurate(*result, labels, true)
 
 
+@pytest.mark.parametrize("classes", [35, 403, 1899, 8003])
+def test_a_gradient_aligned_otherwise_than_its_logits(device, classes):
+    """Their rows begin at 16 bytes each, the gradient's do not."""
+    values, labels = helpers.rows_of_every_kind(classes, torch.float32)
+    for rows in (3, len(labels)):
+        logits = helpers.LAYOUTS["padded"](values[:rows].cpu())
+        helpers.check(logits, labels[:rows].cpu(), EXPRESSIONS["anl_ce"], backend="cuda")
+
+
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_the_edges_of_a_gradient_from_coefficients(device, start):
     """A tile's number of classes that begin within 16 bytes."""
