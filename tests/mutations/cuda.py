@@ -119,12 +119,6 @@ MUTANTS = [
     ),
     (
         SPLIT,
-        "groups > phases ? groups - phases : 0",
-        "groups > phases ? groups - phases + 2 : 0",
-        MANY_GROUPS,
-    ),
-    (
-        SPLIT,
         "plan.separate ? 0 : 1 + 2 * num_rows",
         "plan.separate ? 0 : 1 + num_rows",
         MANY_GROUPS,
