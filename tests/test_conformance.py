@@ -473,7 +473,7 @@ def test_a_nan_row_is_nan_where_it_is_masked_too(backend, layout):
                     assert (grad[[0, 2], 4:6] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["rce", "nce+rce"])
+@pytest.mark.parametrize("name", ["rce", "nce+rce", "nfl+rce"])
 def test_a_stretch_just_below_the_clamp(backend, name):
     """Thousands of classes whose p is below min_prob each, and in sum is not: RCE sees it."""
     values = torch.zeros(3, 3 * 2048)

@@ -220,16 +220,6 @@ def test_every_statistic_of_a_nan_row_is_nan(kernels, classes):
     assert table[:, [0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("classes", [9, 40])
-def test_a_small_gamma_where_another_class_is_certain(kernels, classes):
-    """Its weight is 0 whatever gamma is."""
-    values = torch.randn(3, classes, generator=helpers.generator(0))
-    values[:, 5], labels = 200.0, torch.tensor([0, 3, 8])
-    terms, grad = helpers.single("nfl", gamma=0.01), nan(3, classes, dtype=torch.float32)
-    _, loss = row_loss(kernels, terms, values, labels, grad)
-    helpers.assert_as_accurate(loss[0], grad, labels, helpers.truth(values, labels, terms, reduction="sum"))
-
-
 def test_logarithms_are_good_to_a_few_ulps(kernels):
     """Of two classes: log(1 + e^-d)."""
     for dtype, relative in ((torch.float32, 5e-7), (torch.float64, 1e-15)):

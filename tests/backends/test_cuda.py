@@ -165,6 +165,15 @@ def test_edges_of_rows_that_fill_their_lanes(device, classes):
         helpers.assert_as_accurate(*result, labels, true)
 
 
+@pytest.mark.parametrize("classes", [35, 403, 1899, 8003])
+def test_a_gradient_aligned_otherwise_than_its_logits(device, classes):
+    """Their rows begin at 16 bytes each, the gradient's do not."""
+    values, labels = helpers.rows_of_every_kind(classes, torch.float32)
+    for rows in (3, len(labels)):
+        logits = helpers.LAYOUTS["padded"](values[:rows].cpu())
+        helpers.check(logits, labels[:rows].cpu(), EXPRESSIONS["anl_ce"], backend="cuda")
+
+
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_the_edges_of_a_gradient_from_coefficients(device, start):
     """A tile's number of classes that begin within 16 bytes."""
@@ -246,7 +255,16 @@ def test_scaling_by_one_writes_nothing(module):
     assert torch.equal(cuda.scaled(grad, torch.tensor(3.0), keep=False), 3 * before)
 
 
-@pytest.mark.parametrize("layout", helpers.LAYOUTS)
+def in_several_runs(values):
+    """Images of 12 pixels, channels last, with more pixels between them."""
+    room = torch.full((len(values) // 12, 14, values.shape[1]), math.nan, device="cpu")
+    return room[:, :12].copy_(values.view(-1, 12, values.shape[1])).movedim(2, 1)
+
+
+COLUMN_LAYOUTS = {**helpers.LAYOUTS, "in_several_runs": in_several_runs}
+
+
+@pytest.mark.parametrize("layout", COLUMN_LAYOUTS)
 @pytest.mark.parametrize("classes", [9, 70])
 def test_column_sums(device, classes, layout):
     """Of rows in several chunks, one of which is ignored and NaN."""
@@ -255,7 +273,7 @@ def test_column_sums(device, classes, layout):
     coefs[0], coefs[1] = values.amax(1), 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)
     expected = values.double().softmax(1)[1:].sum(0)
     values[0], coefs[:2, 0] = math.nan, 0.0
-    logits = helpers.moved(helpers.LAYOUTS[layout](values), torch.get_default_device().type)
+    logits = helpers.moved(COLUMN_LAYOUTS[layout](values), torch.get_default_device().type)
     sums = cuda.column_sums(logits, helpers.handed_out(coefs))
     torch.testing.assert_close(sums.cpu(), expected, rtol=1e-5, atol=0)
 

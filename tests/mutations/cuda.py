@@ -6,11 +6,11 @@ LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "
 GRADIENT, SPATIAL, COLUMNS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/columns.cu"
 LAUNCH, DEVICE, MODULE = "csrc/cuda/launch.cuh", "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
 HOST = "cuda-host and not (sm80 or warp or launches)"
-ALIGNMENT = f'tests/test_conformance.py -k "alignment and float32 and {HOST}"'
 NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
+BELOW = f'tests/test_conformance.py -k "just_below and nfl and {HOST}"'
 MASKED_NAN = f'tests/test_conformance.py -k "masked_too and {HOST}"'
 ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
 COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
@@ -66,22 +66,29 @@ MUTANTS = [
         'tests/backends/test_cuda.py -k "out_of_bounds and host"',
     ),
     (COMMON, "if (count > A(0)) gap += count * (larger - max);", "gap += count * (larger - max);", STRETCHES),
-    (COMMON, "focal ? T(s.below_mass) : T(s.below_mass) * inv_sum", "T(s.below_mass) * inv_sum", LOSSES),
+    (COMMON, "focal ? T(s.below_mass) : T(s.below_mass) * inv_sum", "T(s.below_mass) * inv_sum", BELOW),
     (COMMON, "return d == T(-INF) ? missing : value;", "return d == T(-INF) ? T(0) : value;", MASKED_NAN),
     (
         COMMON,
         "rest = l > T(-0.5) ? -Scalar<T>::expm1(l) : T(1) - e;",
         "rest = T(1) - e;",
         f'tests/test_accuracy.py -k "plain_pytorch and nnfl and {HOST}"',
+        "a class whose p is nearly 1 has a log p of nearly 0: its weight is lost among the others' roundings",
     ),
     # ---- rows in registers, and in one CTA's memory
     (
         SMALL,
         "used = (num_classes + shift + chunk_step - 1) / chunk_step;",
         "used = (num_classes + chunk_step - 1) / chunk_step;",
-        ALIGNMENT,
+        "tests/backends/test_cuda.py -k fill_their_lanes",
     ),
-    (SMALL, "if (row.second) row.take(sums, FOCAL);", "row.take(sums, FOCAL);", LOSSES),
+    (
+        SMALL,
+        "if (row.second) row.take(sums, FOCAL);",
+        "row.take(sums, FOCAL);",
+        LOSSES,
+        "the sums of a row that needs no second sweep are right as well",
+    ),
     (
         BLOCK,
         "if (p.call.program.needs) {\n      __syncthreads();",
@@ -93,7 +100,7 @@ MUTANTS = [
         STAGED,
         "const bool straight = int(reinterpret_cast<uintptr_t>(grad) / sizeof(S) % P) == shift;",
         "const bool straight = shift == 0;",
-        LAYOUT,
+        "tests/backends/test_cuda.py -k aligned_otherwise",
     ),
     # ---- long rows
     (LONG, "edge_is_target = has && k == y;", "edge_is_target = false;", "tests/backends/test_cuda.py -k edges"),
@@ -104,18 +111,11 @@ MUTANTS = [
         "tests/backends/test_cuda.py -k edges",
     ),
     (LONG, "if (all_exist && gradient.plain()) {", "if (gradient.plain()) {", STRETCHES),
-    (CLUSTER, "turn ^= 1;", "", f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"'),
     (
         CLUSTER,
         "if (slot >= slots()) {",
         "if (slot > slots()) {",
         f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"',
-    ),
-    (
-        SPLIT,
-        "groups > phases ? groups - phases : 0",
-        "groups > phases ? groups - phases + 1 : 0",
-        MANY_GROUPS,
     ),
     (
         SPLIT,
@@ -135,7 +135,7 @@ MUTANTS = [
         GRADIENT,
         "return known.unread ? own : own + entropy.at(x, log_q[k]);",
         "return own + entropy.at(x, log_q[k]);",
-        LAYOUT,
+        f'tests/test_entropy.py -k "without_rows and {HOST}"',
     ),
     (
         SPATIAL,
