@@ -117,7 +117,7 @@ class Backend:
             with adapter.on_host(device), mock.patch.dict(os.environ, trust):
                 yield
         elif self.name == "reference":
-            with mock.patch.object(helpers, "CANCELLED", helpers.CANCELLED_IN_REFERENCE):
+            with mock.patch.object(helpers, "CANCELLED", helpers.CANCELLED_MORE):
                 yield
         else:
             yield

@@ -327,11 +327,10 @@ def scales(grad, target):
 
 
 # How far the package may be from float64, row by row (test_accuracy asks for more, of many rows at once):
-# The largest error seen is a third of what is allowed in float32, half in float64.
 PLAIN_FACTOR = 3  # times plain PyTorch's own error in that row, one sample of what rounding does there,
 ROUNDINGS = 16  # half ulps of what an element is measured by,
 CANCELLED = 8  # and half ulps of the largest gradient the loss ever has: what is left where terms of that size cancel.
-CANCELLED_IN_REFERENCE = 32  # autograd's gradient of RCE cut by the clamp needs 13 of them
+CANCELLED_MORE = 32  # of them in float64, whose sums no wider number takes, and in plain PyTorch: 13 are seen there
 
 
 class Truth(NamedTuple):
@@ -436,7 +435,8 @@ def check_grad(grad, target, true, scaled=0.0):
     assert torch.equal(rows.isnan().any(1), exact.isnan().any(1)), "NaN rows"
     scale = scales(exact, target)
     magnitude = true.magnitude + (scale.nan_to_num(0).max() if scale.numel() else 0.0)
-    allowed = PLAIN_FACTOR * true.grad_error + EPS[dtype] * (ROUNDINGS * scale + CANCELLED * magnitude)
+    cancelled = CANCELLED_MORE if dtype == torch.float64 else CANCELLED
+    allowed = PLAIN_FACTOR * true.grad_error + EPS[dtype] * (ROUNDINGS * scale + cancelled * magnitude)
     if grad.dtype != dtype:  # the rounding of the gradient itself, subnormals included
         smallest = torch.finfo(grad.dtype).smallest_normal * EPS[grad.dtype]
         once, again = (

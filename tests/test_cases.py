@@ -482,7 +482,7 @@ def test_inplace_where_no_view_exists(fused):
         )
 
 
-@pytest.mark.interpreted(layout=["transposed"])
+@pytest.mark.few(layout=["transposed"])
 @pytest.mark.parametrize("layout", ["transposed", "spatial"])
 def test_masks_of_the_lowest_number_in_other_layouts(backend, layout):
     """Sums overflow there, of which the loss sees no more than that they are large."""

@@ -456,7 +456,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(backend, name, sh
             assert torch.equal(grad, first[1])
 
 
-@pytest.mark.interpreted(layout=["rows"])
+@pytest.mark.few(layout=["rows"])
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
 def test_a_nan_row_is_nan_where_it_is_masked_too(backend, layout):
     """Every way to the gradient: classes that do not exist get 0 in all other rows."""

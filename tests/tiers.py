@@ -68,7 +68,7 @@ def marks_of(function):
 
 def parametrize(metafunc):
     """The backends of a test, unless it names its own."""
-    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = [name for mark in metafunc.definition.iter_markers("parametrize") for name in names_of(mark.args[0])]
     variants = metafunc.definition.get_closest_marker("variants") or is_thorough(metafunc.config)
     for fixture in [name for name in FIXTURES if name in metafunc.fixturenames and name not in own]:
         chosen = FIXTURES[fixture]
@@ -76,6 +76,11 @@ def parametrize(metafunc):
             chosen = [b for b in chosen if not b.few_cases]
         nothing = [pytest.param(None, marks=pytest.mark.skip(reason="no such backend is built here"))]
         metafunc.parametrize(fixture, chosen or nothing, indirect=True, ids=repr)
+
+
+def names_of(names):
+    """The parameters that pytest.mark.parametrize names, in either way."""
+    return names.replace(" ", "").split(",") if isinstance(names, str) else names
 
 
 def drop_calls(metafunc):

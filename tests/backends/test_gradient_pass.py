@@ -13,7 +13,7 @@ from anl_kernels import registry
 CALL = types.SimpleNamespace(min_prob=1e-7, gamma=None, needs=0, inplace=False, explicit=True, program=None, terms=())
 
 
-@pytest.mark.interpreted(layout=["rows"], forced=dict())
+@pytest.mark.few(layout=["rows"], forced=dict())
 @THERE
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
 def test_entropys_gradient_where_all_log_q_are_nearly_alike(fused, layout):
