@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, THERE, calculate, dtype_id, expression
+from tiers import thorough
 
 import anl_kernels as ak
 from anl_kernels.cli.timing import Run, profile
@@ -436,6 +437,7 @@ def test_func_grad(one_backend, keywords):
 
 
 @THERE
+@pytest.mark.few(dims=[(0, None)])
 @pytest.mark.parametrize(
     "keywords",
     [
@@ -603,7 +605,9 @@ def test_checkpoint_keeps_as_little_as_for_cross_entropy(cpu, use_reentrant):
     assert kept(lambda z, y: ak.anl_ce(z, y, backend="cpu")) <= kept(torch.nn.functional.cross_entropy) + 4096
 
 
-@pytest.mark.parametrize("keywords", [dict(), dict(recompute=True), dict(entropy_weight=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "keywords", [dict(entropy_weight=0.5), *map(thorough, (dict(), dict(recompute=True)))], ids=str
+)
 def test_several_python_threads(fused, keywords):
     """The kernels run without the interpreter's lock: calls side by side do not disturb each other."""
     if fused.interpreted:
@@ -622,6 +626,7 @@ def test_several_python_threads(fused, keywords):
 
 
 @THERE
+@pytest.mark.few(tier="thorough")
 def test_changing_knobs_keeps_no_memory(one_fused, monkeypatch):
     """A schedule hands in a new number at every step: what a call remembers of its keywords must not grow with them."""
     import gc

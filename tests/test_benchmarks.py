@@ -136,6 +136,7 @@ def test_pictures_of_a_run(measured, tmp_path):
     assert ("CPU:" in (tmp_path / kind / "speedup.svg").read_text()) == (kind == "cpu")
 
 
+@pytest.mark.thorough
 def test_a_contender_that_failed_has_no_mark(measured):
     pytest.importorskip("matplotlib")
     plots = script("plots")
@@ -180,6 +181,7 @@ def test_a_line_of_the_table():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 @no_gpu
 def test_memory_says_who_runs_out():

@@ -25,6 +25,7 @@ gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available())
 CHECKS = [name.removeprefix("check_") for name in dir(class_parallel_checks) if name.startswith("check_")]
 
 
+@pytest.mark.thorough
 @gloo
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("part", [0, 1])
@@ -287,6 +288,7 @@ def test_a_margin_before_the_loss_composes():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thorough
 @gloo
 def test_the_example_trains_with_two_processes():
     """Under torchrun, at a size for a test: the loss falls, and both processes print their peak."""

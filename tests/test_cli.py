@@ -280,6 +280,7 @@ def remembered():
     return {key.split(" on ")[0] for key in trust.FILE.read()}
 
 
+@pytest.mark.thorough
 def test_check_verifies_a_gpus_protocols_and_remembers(emulated, capsys, monkeypatch):
     arguments = ["check", "--backend", "cuda", "--loss", "CE", "--dtype", "fp32"]
     assert main(arguments) == 0

@@ -13,13 +13,13 @@ import pytest
 import torch
 from allpairspy import AllPairs
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
-from tiers import thorough
+from tiers import mainly, thorough
 
 pytestmark = pytest.mark.variants
 ALL = pytest.mark.parametrize("name", EXPRESSIONS)
 SOME = pytest.mark.parametrize("name", REPRESENTATIVE)
 # By default the one with focal weights and all sums over the classes.
-ONE = pytest.mark.parametrize("name", [n if n == "anl_fl" else thorough(n) for n in REPRESENTATIVE])
+ONE = pytest.mark.parametrize("name", mainly(["anl_fl"], REPRESENTATIVE))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 
@@ -63,7 +63,7 @@ def test_every_pair(backend, name):
         compare_case(backend, *case)
 
 
-@pytest.mark.few(forced=dict(layout=["rows", "spatial_hole"]))
+@pytest.mark.few(forced=dict(layout=["spatial_hole"]))
 @pytest.mark.parametrize("layout", helpers.LAYOUTS)
 def test_few_pairs(other, layout):
     for case in [case for case in FEW_PAIRS if case[1] == layout]:
@@ -144,8 +144,8 @@ def test_every_layout(backend, name, dtype, layout):
             compare_batch(classes, dtype, name, mode, backend, layout)
 
 
-@pytest.mark.few(name=["nce+rce"], dtype=[torch.float32, torch.bfloat16])
-@SOME
+@pytest.mark.few(name=["anl_fl"], dtype=[torch.float32, torch.bfloat16])
+@ONE
 @EVERY_DTYPE
 def test_every_number_of_classes(backend, name, dtype):
     """Every tail of a vector loop."""
@@ -156,7 +156,7 @@ def test_every_number_of_classes(backend, name, dtype):
 
 
 @pytest.mark.few(name=["anl_ce"], dtype=[torch.float32], layout=["rows", "spatial_1d"], tier="thorough")
-@SOME
+@ONE
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["rows", "transposed", "spatial_1d"])
 def test_thousands_of_classes(backend, name, dtype, layout):
@@ -167,7 +167,7 @@ def test_thousands_of_classes(backend, name, dtype, layout):
 @pytest.mark.few(dtype=[torch.float32], classes=[300_001], tier="thorough")
 @pytest.mark.parametrize("classes", [thorough(65_536), thorough(300_000), 300_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-@SOME
+@ONE
 def test_few_long_rows(backend, name, dtype, classes):
     """So few that each is split over the threads; the clamp cuts through one row and spares the other."""
     torch.set_num_threads(2)
@@ -183,7 +183,7 @@ def true_long(classes, dtype, name, mode):
     return helpers.truth(values, labels, EXPRESSIONS[name], **shared_keywords(mode, len(labels)))
 
 
-@pytest.mark.few(name=["anl_fl"], mode=["forward", "row_loss", "entropy"])
+@pytest.mark.few(name=["anl_fl"], mode=["forward", "row_loss", "entropy"], tier="thorough")
 @ONE
 @pytest.mark.parametrize("mode", MODES)
 def test_one_row(backend, name, mode):
@@ -215,7 +215,8 @@ def test_every_alignment_of_a_row(backend, name, dtype):
         helpers.assert_as_accurate(loss, grad, labels, true)
 
 
-@pytest.mark.few(name=REPRESENTATIVE, dtype=[torch.float32], forced=dict(name=["nce+rce"]))
+@pytest.mark.few(name=REPRESENTATIVE, dtype=[torch.float32])
+@pytest.mark.few(name=["nce+rce"], dtype=[torch.float32], forced=dict(), tier="thorough")
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_around_the_clamp(backend, name, dtype):
@@ -273,10 +274,19 @@ ORDERS = [
 ]
 
 
-@pytest.mark.few(length=[700], dtype=[torch.float32], forced=dict(name=["nce+rce"]))
+@pytest.mark.few(length=[700], dtype=[torch.float32])
+@pytest.mark.few(length=[700], dtype=[torch.float32], forced=dict(name=["nce+rce"]), tier="thorough")
 @SOME
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("length", [700, thorough(2048), 2311])
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        *((torch.float32, length) for length in (700, 2311)),
+        *((torch.float64, 700), (torch.bfloat16, 2311), thorough(torch.float32, 2048)),
+        *(thorough(torch.float64, length) for length in (2048, 2311)),
+        *(thorough(torch.bfloat16, length) for length in (700, 2048)),
+    ],
+    ids=str,
+)
 def test_stretches_above_and_below_the_clamp(backend, name, dtype, length):
     """A kernel may take a stretch of classes wholly on one side of the clamp, or wholly masked, by a shorter way."""
     for min_prob in backend.few((1e-7, 1e-6), 1):
@@ -360,7 +370,8 @@ def exact_row(row, label, name):
     return oracle.exact(row, label, EXPRESSIONS[name])
 
 
-@pytest.mark.few(forced=dict())
+@pytest.mark.few()
+@pytest.mark.few(forced=dict(), tier="thorough")
 def test_certain_rows(backend):
     """p_y = 1 to every digit: nothing divides by the zero that is left, and what 120 digits find is found."""
     margins, label = (60.0, 200.0, 3e4), 4
@@ -415,8 +426,9 @@ def test_a_row_of_nan_harms_no_other(backend, name, layout):
         helpers.check_grad(grad[others], labels[others], clean.of(others))
 
 
-@pytest.mark.few(name=REPRESENTATIVE, forced=dict(name=["anl_ce"]))
-@ALL
+@pytest.mark.few(name=REPRESENTATIVE)
+@pytest.mark.few(name=["anl_ce"], forced=dict(), tier="thorough")
+@pytest.mark.parametrize("name", mainly(REPRESENTATIVE, EXPRESSIONS))
 def test_a_target_that_does_not_exist_is_nan(backend, name):
     """Few classes and many: other kernels, each with its own test for it."""
     for classes in backend.few((7, 40, 5000)):

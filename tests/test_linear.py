@@ -516,6 +516,7 @@ def test_frozen_weight_needs_no_gradient_memory():
     assert profile(Run(step)).peak_bytes < 4 * weight.numel() / 4
 
 
+@pytest.mark.thorough
 def test_the_benchmark(tmp_path):
     """Its table of a small case: gradients compared, times and peaks of every contender; the full logits need most."""
     pytest.importorskip("tabulate")

@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 from helpers import EXPRESSIONS, expression
+from tiers import mainly
 
 import anl_kernels as ak
 from anl_kernels.cli import timing
@@ -75,6 +76,7 @@ KINDS = {
     "entropy_recompute": dict(entropy_weight=0.5, recompute=True),
     "weight": dict(weight=torch.ones(4001)),
 }
+SOME_KINDS = mainly(("default", "none", "entropy"), KINDS)
 LOSSES = pytest.mark.parametrize(
     "build", [lambda: expression(EXPRESSIONS["anl_fl"]), lambda: ak.RowLoss(lambda s: s.lse)], ids=["fused", "row_loss"]
 )
@@ -88,7 +90,7 @@ def step(logits, target, criterion, **keywords):
 @pytest.mark.few(kind=["default"])
 @pytest.mark.few(tier="thorough")
 @LOSSES
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_forward_and_backward_allocate_the_gradient(case, build, kind):
     criterion, keywords = build(), case.keywords(kind)
     logits, target = case.tensors()
@@ -100,7 +102,7 @@ def test_forward_and_backward_allocate_the_gradient(case, build, kind):
 
 @pytest.mark.few(kind=["none"])
 @pytest.mark.few(tier="thorough")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_grad_output_costs_nothing_more(case, kind):
     """A GradScaler's factor is multiplied into the gradient where it lies."""
     keywords = case.keywords(kind)
@@ -116,7 +118,7 @@ def test_grad_output_costs_nothing_more(case, kind):
 
 @pytest.mark.few(kind=["default"])
 @pytest.mark.few(tier="thorough")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_inplace_allocates_no_gradient(case, kind):
     keywords = dict(case.keywords(kind), inplace=True)
     logits, target = case.tensors()
@@ -135,7 +137,7 @@ def test_inplace_allocates_no_gradient(case, kind):
 @pytest.mark.few(kind=["entropy"])
 @pytest.mark.few(kind=["default", "weight", "entropy"], tier="thorough")
 @LOSSES
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME_KINDS)
 def test_without_grad_nothing_is_written(case, build, kind):
     criterion, keywords = build(), case.keywords(kind)
     logits, target = case.tensors()
@@ -172,8 +174,8 @@ def test_layouts_are_not_copied(fused, layout):
     assert 0.9 * case.bytes <= peak <= case.bytes + case.small
 
 
-@pytest.mark.few(kind=[])  # the test above is the same there
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(kind=["default"])
+@pytest.mark.parametrize("kind", SOME_KINDS)
 @LOSSES
 def test_tensors_made_by_a_call(fused, build, kind):
     """In PyTorch's own allocations: the gradient, and numbers for rows and classes."""

@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 from helpers import EXPRESSIONS, THERE, expression
+from tiers import mainly
 from torch.testing._internal.two_tensor import TwoTensor
 
 import anl_kernels as ak
@@ -55,6 +56,7 @@ CLOSE = dict(rtol=2e-6, atol=1e-8)
 
 
 @THERE
+@pytest.mark.few(case=["entropy"])
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_in_one_graph(one_fused, case):
     """fullgraph=True, traced and differentiated ahead of time."""
@@ -79,6 +81,7 @@ def test_compiled_dtypes_and_shapes(one_fused, dtype, shape):
 
 
 @THERE
+@pytest.mark.few(tier="thorough")
 def test_compiled_row_loss(one_fused):
     criterion = 2 * ak.RowLoss(lambda s: -s.target_log_prob / s.neg_log_sum) + 0.5 * ak.RCE()
     compare(lambda z, y: criterion(z, y, backend=one_fused.name), *problem(), "aot_eager", **CLOSE)
@@ -159,7 +162,7 @@ TRACED = {
 
 @THERE
 @pytest.mark.few(case=["default"])
-@pytest.mark.parametrize("case", TRACED)
+@pytest.mark.parametrize("case", mainly(("default", "row_loss_entropy", "inplace"), TRACED))
 def test_compiled_autograd_over_an_eager_forward(one_fused, case):
     """The tracer sees operators, never the address of a tensor that is gone when the graph runs."""
     build, keywords = TRACED[case]

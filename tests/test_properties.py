@@ -21,6 +21,7 @@ settings.register_profile(
 )
 settings.load_profile("anl_kernels")
 
+pytestmark = pytest.mark.few(tier="thorough")
 names = st.sampled_from(sorted(EXPRESSIONS))
 classes = st.one_of(st.integers(2, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 257, 1000]))
 rows = st.integers(1, 9)

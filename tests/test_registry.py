@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import thorough
 
 import anl_kernels as ak
 
@@ -34,6 +35,7 @@ def test_the_compiled_module_is_there():
         assert "cpu" in AVAILABLE, f"in {ak.__file__}: {[b for b in ak.backends() if b.name == 'cpu']}"
 
 
+@pytest.mark.thorough
 def test_a_built_module_is_used(cpu):
     """If it loads, it is a backend, and the one that auto takes."""
     assert "cpu" in AVAILABLE
@@ -55,6 +57,7 @@ def test_a_backend_that_cannot_run_says_why(name):
         ak.anl_ce(LOGITS, TARGET, backend=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("environment", "reason"), [(dict(TRITON_INTERPRET="0"), "GPU"), (dict(), "Triton's device")])
 def test_triton_says_why_it_does_not_run(environment, reason):
     """Without a GPU; and interpreted, where its tensors are the CPU's."""
@@ -70,6 +73,7 @@ def test_triton_says_why_it_does_not_run(environment, reason):
     assert result.returncode != 0 and reason in result.stderr.splitlines()[-1], result.stderr
 
 
+@pytest.mark.thorough
 def test_auto_never_interprets(cpu):
     """TRITON_INTERPRET=1 makes the triton backend available on the CPU, for tests: only by its name."""
     call = "ak.anl_ce(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]))"
@@ -112,7 +116,12 @@ def test_auto_takes_the_fastest(cpu):
 
 @pytest.mark.parametrize(
     ("value", "argument", "expected"),
-    [("reference", "", "reference"), ("reference", ", backend='cpu'", "cpu"), ("auto", "", "cpu"), ("", "", "cpu")],
+    [
+        ("reference", "", "reference"),
+        thorough("reference", ", backend='cpu'", "cpu"),
+        thorough("auto", "", "cpu"),
+        thorough("", "", "cpu"),
+    ],
 )
 def test_the_environment_overrides_auto(cpu, value, argument, expected):
     result = python(used(CALL.format(argument)), ANL_KERNELS_BACKEND=value)
@@ -169,6 +178,7 @@ def test_a_fallback_is_logged_once(cpu):
     assert result.stdout.strip().endswith("reference")
 
 
+@pytest.mark.thorough
 def test_without_the_compiled_module():
     """ANL_KERNELS_NO_EXT's package: everything runs on the reference, and says why."""
     code = (

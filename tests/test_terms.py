@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from helpers import EXPRESSIONS, THERE, dtype_id
+from tiers import thorough
 
 import anl_kernels as ak
 
@@ -453,8 +454,8 @@ VALUES = [0.25 + k for k in range(12)]
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("alpha", "float"), ("alpha", "int"), ("alpha", "tensor"), ("sum", "float"), ("sum", "tensor"),
-     ("row loss", "float"), ("entropy", "float")],
+    [thorough("alpha", "float"), thorough("alpha", "int"), ("alpha", "tensor"), ("sum", "float"),
+     thorough("sum", "tensor"), thorough("row loss", "float"), thorough("entropy", "float")],
 )  # fmt: skip
 def test_a_factor_that_changes_is_compiled_at_most_once_more(name, kind):
     """Dynamo makes a changed number symbolic; an operator that takes it as a number would be compiled for each."""

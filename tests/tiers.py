@@ -28,6 +28,11 @@ def thorough(*values):
     return pytest.param(*values, marks=pytest.mark.thorough)
 
 
+def mainly(chosen, values):
+    """All values, of which only --thorough has those that are not chosen."""
+    return [value if value in chosen else thorough(value) for value in values]
+
+
 def add_options(parser):
     group = parser.getgroup("tiers")
     group.addoption("--thorough", action="store_true", help="all tests, on every variant of every backend")
@@ -129,12 +134,19 @@ def takes_part(case, full):
     if backend is None:
         return True
     if backend.repeats or fixture == "other":
+        if backend.repeats and not full:
+            return False
         return fixture == "other" and (not backend.forced or is_among_few(case, full))
     if full and backend.name == "triton" and not backend.limited:  # compiled
         return True
-    if backend.few_cases and not full and "variants" not in (mark.name for mark in case.marks):
+    special = "variants" in (mark.name for mark in case.marks)
+    if backend.few_cases and not full and not special:
         return False
-    if not (backend.limited or backend.name == "triton" or (backend.few_cases and not full)):
+    if backend.on_host and not backend.few_cases:
+        is_limited = not full and not special  # emulated: slow enough where only wrappers differ
+    else:
+        is_limited = backend.limited or backend.name == "triton" or (backend.few_cases and not full)
+    if not is_limited:
         return True
     if case.few:
         return is_among_few(case, full)

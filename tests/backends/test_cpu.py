@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
-from tiers import thorough
+from tiers import mainly
 
 import anl_kernels as ak
 from anl_kernels import layout
@@ -83,7 +83,7 @@ def row_grad(kernels, terms, logits, target, grad, coefs, grad_output, step):
     )  # fmt: skip
 
 
-NAMES = pytest.mark.parametrize("name", [n if n in REPRESENTATIVE else thorough(n) for n in EXPRESSIONS])
+NAMES = pytest.mark.parametrize("name", mainly(REPRESENTATIVE, EXPRESSIONS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

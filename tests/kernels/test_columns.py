@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 from helpers import DTYPES, EPS, dtype_id
+from tiers import thorough
 
 from anl_kernels.backends import cpu
 from anl_kernels.kernels import columns
@@ -61,7 +62,7 @@ def many_rows(layout, classes):
     return values.repeat(100, 1), labels.repeat(100)
 
 
-@pytest.mark.parametrize("layout", ["rows", "transposed", "spatial", "channels_last"])
+@pytest.mark.parametrize("layout", ["rows", thorough("transposed"), thorough("spatial"), thorough("channels_last")])
 def test_many_rows(layout, device, monkeypatch):
     """Several chunks, each of several groups of tiles, neither of which the rows fill."""
     values, labels = many_rows(layout, 70)

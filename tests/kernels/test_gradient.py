@@ -114,7 +114,7 @@ def log_q_of(classes, acc, spread=3.0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("needs", NEEDS)
-@pytest.mark.parametrize("classes", [2, 10, 257])
+@pytest.mark.parametrize("classes", [thorough(2), 10, 257])
 def test_formula(classes, needs, dtype, device):
     case = Case("rows", classes, dtype, needs)
     exact, size = case.exact()
@@ -151,7 +151,7 @@ def test_grad_output(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("classes", [3, 300, 9001])
+@pytest.mark.parametrize("classes", [3, 300, thorough(9001)])
 def test_entropy(classes, dtype, device):
     case = Case("rows", classes, dtype, 3)
     terms = dict(log_q=log_q_of(classes, case.acc), scale=torch.tensor(-1.3, dtype=case.acc))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiers import thorough
 
 from anl_kernels.kernels import reduce
 
@@ -87,9 +88,9 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *FLOATS])
+@pytest.mark.parametrize("dtype", [thorough(torch.float16), torch.bfloat16, *FLOATS])
 @pytest.mark.parametrize("layout", GRADIENTS)
-@pytest.mark.parametrize("factor", [1.0, 0.1, math.nan])
+@pytest.mark.parametrize("factor", [1.0, 0.1, thorough(math.nan)])
 def test_scale(layout, dtype, factor, device):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     grad = GRADIENTS[layout](device, dtype)
