@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, THERE, calculate, dtype_id, expression
-from tiers import thorough
+from tiers import mainly, thorough
 
 import anl_kernels as ak
 from anl_kernels.cli.timing import Run, profile
@@ -25,12 +25,12 @@ def batch(dtype=torch.float32, classes=17):
 # ---- grad_output
 
 
-@pytest.mark.few(name=["anl_ce"], dtype=[torch.float32, torch.float16])
+@pytest.mark.few(name=["anl_ce"], dtype=[torch.float16])
 @SOME
 @MADE
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_scalar_grad_output(backend, name, recompute, dtype):
-    for scale in backend.few((3.7, 1.0, 0.0, -2.0, 65536.0)):
+    for scale in backend.few((3.7, 0.0, -2.0, 65536.0)):
         values, labels = batch(dtype)
         if dtype == torch.float16 and scale == 65536.0:
             labels = labels.where(torch.arange(len(labels)) < 12, torch.tensor(-100))
@@ -393,7 +393,7 @@ DIFFERENTIABLE = [name for name, terms in EXPRESSIONS.items() if not any("gamma"
 
 @THERE
 @pytest.mark.few(name=["anl_ce"])
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", mainly(("anl_ce", "nce+rce", "nce+agce", "gce"), DIFFERENTIABLE))
 def test_gradcheck(one_backend, name):
     logits = helpers.randn(4, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()
     target = torch.tensor([0, 5, 2, -100])

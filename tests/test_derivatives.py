@@ -126,7 +126,7 @@ def test_a_gradient_made_in_forward_is_never_differentiated_in_silence(cpu, rout
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("compiler", [thorough("eager"), "aot_eager"])
-@pytest.mark.parametrize("keeps", ["recompute", "entropy"])
+@pytest.mark.parametrize("keeps", [thorough("recompute"), "entropy"])
 def test_a_compiled_gradient_is_never_differentiated_in_silence(cpu, keeps, compiler):
     """PyTorch compiles no double backward: it says so, or the operators do. (Not in functional.hessian, whatever it is
     given: it takes the missing graph of a compiled function for zeros.)"""

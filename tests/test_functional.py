@@ -63,6 +63,7 @@ def differentiate(function, logits, *args, **keywords):
 
 
 @THERE
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize(
     ("name", "parameters", "terms"), CALLS, ids=[f"{n}{list(p.values()) or ''}" for n, p, _ in CALLS]
 )

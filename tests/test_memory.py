@@ -100,7 +100,6 @@ def test_forward_and_backward_allocate_the_gradient(case, build, kind):
     assert peak <= case.bytes + case.small
 
 
-@pytest.mark.few(kind=["none"])
 @pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_grad_output_costs_nothing_more(case, kind):
@@ -134,7 +133,6 @@ def test_inplace_allocates_no_gradient(case, kind):
     assert grads == [logits.data_ptr()]
 
 
-@pytest.mark.few(kind=["entropy"])
 @pytest.mark.few(kind=["default", "weight", "entropy"], tier="thorough")
 @LOSSES
 @pytest.mark.parametrize("kind", SOME_KINDS)
@@ -147,7 +145,6 @@ def test_without_grad_nothing_is_written(case, build, kind):
         assert case.peak_of(lambda: ak.robust_loss(logits, target, criterion, **keywords)) <= case.small
 
 
-@pytest.mark.few(kind=["recompute"])
 @pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("kind", ["recompute", "none", "entropy_recompute"])
 def test_between_forward_and_backward(case, kind):
@@ -162,7 +159,6 @@ def test_between_forward_and_backward(case, kind):
     assert peak <= case.small
 
 
-@pytest.mark.few(layout=["transposed"])
 @pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("layout", ["padded", "transposed", "every_other_class", "spatial_1d", "channels_last"])
 def test_layouts_are_not_copied(fused, layout):

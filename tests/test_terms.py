@@ -35,6 +35,8 @@ TERMS = [
 # ---- partials by hand == autograd of f
 
 
+@pytest.mark.few(dtype=[torch.float32], name=["anl_fl", "everything"])
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("name", EXPRESSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_fused_gradient_is_autograds_of_the_formula(backend, name, dtype):

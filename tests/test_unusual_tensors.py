@@ -117,6 +117,7 @@ def local(tensor):
     return tensor.as_subclass(torch.Tensor)
 
 
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("kind", RIGHT)
