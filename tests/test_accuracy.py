@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from helpers import EXPRESSIONS, REPRESENTATIVE
-from tiers import thorough
+from tiers import mainly, thorough
 
 pytestmark = pytest.mark.variants
 KINDS = ("normal", "peaked", "wrong", "uniform", "high", "low", "narrow", "mixed", "wide")
@@ -70,13 +70,12 @@ def test_never_worse_than_plain_pytorch(fused, name):
 
 
 @pytest.mark.few(name=["anl_fl"], tier="thorough")
-@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("name", mainly(["anl_fl"], REPRESENTATIVE))
 def test_never_worse_than_plain_pytorch_with_many_classes(fused, name):
     compare(name, 1003, fused)
 
 
-@pytest.mark.few(classes=[33])
-@pytest.mark.few(classes=[10, 1003], tier="thorough")
+@pytest.mark.few(classes=[10, 33, 1003], tier="thorough")
 @pytest.mark.few(classes=[20_000], spread=[3.0], tier="thorough")
 @pytest.mark.parametrize("classes", [10, 33, 1003, thorough(20_000)])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])

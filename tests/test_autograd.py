@@ -392,7 +392,7 @@ DIFFERENTIABLE = [name for name, terms in EXPRESSIONS.items() if not any("gamma"
 
 
 @THERE
-@pytest.mark.few(name=["anl_ce"])
+@pytest.mark.few(name=["anl_ce"], tier="thorough")
 @pytest.mark.parametrize("name", mainly(("anl_ce", "nce+rce", "nce+agce", "gce"), DIFFERENTIABLE))
 def test_gradcheck(one_backend, name):
     logits = helpers.randn(4, 6, dtype=torch.float64, generator=helpers.generator(0)).requires_grad_()

@@ -53,6 +53,7 @@ def gpu_stages(tmp_path):
     return run
 
 
+@pytest.mark.thorough
 @no_gpu
 def test_gpu_stages_say_what_they_skip(gpu_stages):
     done = gpu_stages(*GPU_STAGES, PYTHON=sys.executable)
@@ -154,6 +155,7 @@ def test_a_contender_that_failed_has_no_mark(measured):
     assert "anl_kernels" in labels and "F.cross_entropy" not in labels
 
 
+@pytest.mark.thorough
 def test_table_of_a_run(measured, tmp_path):
     document = tmp_path / "README.md"
     document.write_text("before\n<!-- measured: x -->\nold\n<!-- /measured -->\nafter\n")

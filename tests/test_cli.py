@@ -293,6 +293,7 @@ def test_check_verifies_a_gpus_protocols_and_remembers(emulated, capsys, monkeyp
     assert [line[2] for line in verify.report("cuda", again=True)[0]] == ["now"] * 4
 
 
+@pytest.mark.thorough
 def test_a_protocol_that_a_gpu_never_uses(emulated):
     emulated("host-sm80")
     assert verify.verify("cuda.cluster", HERE) == ("never used", "no call on this GPU takes it")
@@ -307,6 +308,7 @@ def test_a_protocol_that_hangs_or_kills_costs_its_process_only(emulated, device,
     assert remembered() == set() and trust.trusted("cuda", HERE, explicit=False) == set()
 
 
+@pytest.mark.thorough
 def test_a_protocol_that_is_wrong_is_not_trusted(emulated, monkeypatch, capsys):
     for name, few in (("CLASSES", (3001,)), ("ROWS", (24,)), ("LOSSES", ("ANL-CE",)), ("DTYPES", ("fp32",))):
         monkeypatch.setattr(verify, name, few)

@@ -146,7 +146,7 @@ def test_every_layout(backend, name, dtype, layout):
             compare_batch(classes, dtype, name, mode, backend, layout)
 
 
-@pytest.mark.few(name=["anl_fl"], dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.few(name=["anl_fl"], dtype=[torch.float32, torch.bfloat16], tier="thorough")
 @ONE
 @TWO_DTYPES
 def test_every_number_of_classes(backend, name, dtype):
@@ -278,7 +278,7 @@ ORDERS = [
 
 @pytest.mark.few(length=[700], dtype=[torch.float32])
 @pytest.mark.few(length=[700], dtype=[torch.float32], forced=dict(name=["nce+rce"]), tier="thorough")
-@SOME
+@pytest.mark.parametrize("name", mainly(("anl_fl", "nce+rce"), REPRESENTATIVE))
 @pytest.mark.parametrize(
     ("dtype", "length"),
     [
@@ -398,7 +398,8 @@ def test_certain_rows(backend):
 POISONS = (math.nan, math.inf)
 
 
-@pytest.mark.few(name=REPRESENTATIVE, forced=dict(name=["anl_ce"], layout=["rows"]))
+@pytest.mark.few(name=["anl_ce"])
+@pytest.mark.few(name=REPRESENTATIVE, forced=dict(name=["anl_ce"], layout=["rows"]), tier="thorough")
 @MOST
 @pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
 def test_a_row_of_nan_harms_no_other(backend, name, layout):
@@ -428,8 +429,8 @@ def test_a_row_of_nan_harms_no_other(backend, name, layout):
         helpers.check_grad(grad[others], labels[others], clean.of(others))
 
 
-@pytest.mark.few(name=REPRESENTATIVE)
-@pytest.mark.few(name=["anl_ce"], forced=dict(), tier="thorough")
+@pytest.mark.few(name=["anl_ce"])
+@pytest.mark.few(name=REPRESENTATIVE, forced=dict(name=["anl_ce"]), tier="thorough")
 @MOST
 def test_a_target_that_does_not_exist_is_nan(backend, name):
     """Few classes and many: other kernels, each with its own test for it."""

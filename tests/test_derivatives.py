@@ -6,7 +6,6 @@ import helpers
 import pytest
 import torch
 from helpers import EXPRESSIONS, THERE, expression
-from tiers import thorough
 
 import anl_kernels as ak
 from anl_kernels import layout
@@ -124,9 +123,10 @@ def test_a_gradient_made_in_forward_is_never_differentiated_in_silence(cpu, rout
         ROUTES[route](*problem(LOSSES["anl_ce"](), "cpu"))
 
 
+@pytest.mark.thorough
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("compiler", [thorough("eager"), "aot_eager"])
-@pytest.mark.parametrize("keeps", [thorough("recompute"), "entropy"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("keeps", ["recompute", "entropy"])
 def test_a_compiled_gradient_is_never_differentiated_in_silence(cpu, keeps, compiler):
     """PyTorch compiles no double backward: it says so, or the operators do. (Not in functional.hessian, whatever it is
     given: it takes the missing graph of a compiled function for zeros.)"""

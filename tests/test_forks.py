@@ -34,6 +34,7 @@ print("through")
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_loss_in_a_data_loader_s_workers(cpu):
     """A worker has none of the threads that its parent's pool had, and one thread of its own."""

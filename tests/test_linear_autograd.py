@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_derivatives import FUNC_ROUTES, ROUTES, grad_of
-from tiers import thorough
 
 import anl_kernels as ak
 from anl_kernels import linear
@@ -326,8 +325,9 @@ def compiled_by_config(loss):
         yield torch.compile(lambda: loss.backward(), backend="aot_eager")
 
 
-@pytest.mark.parametrize("way", [thorough(compiled_by_enable), compiled_by_config])
-@pytest.mark.parametrize("kind", [thorough("mean"), "entropy"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("way", [compiled_by_enable, compiled_by_config])
+@pytest.mark.parametrize("kind", ["mean", "entropy"])
 def test_compiled_autograd_over_an_eager_forward(kind, way):
     """Backward is not traced, which would break its graph at every kernel; the gradients are those of its own call."""
     torch._dynamo.reset()

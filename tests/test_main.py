@@ -17,6 +17,7 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=300)
 
 
+@pytest.mark.thorough
 def test_info_names_every_backend_and_the_instruction_set():
     result = run("info", ANL_KERNELS_CPU_ISA="baseline")
     assert result.returncode == 0, result.stderr

@@ -110,6 +110,7 @@ def used(call):
 CALL = "ak.anl_ce(torch.randn(4, 6), torch.tensor([0, 1, 2, 3]){})"
 
 
+@pytest.mark.thorough
 def test_auto_takes_the_fastest(cpu):
     assert python(used(CALL.format(""))).stdout.strip() == "cpu"
 
@@ -153,11 +154,13 @@ def test_a_backend_is_named_by_the_caller_or_the_environment(monkeypatch, backen
     assert ak.functional.checked_call(ak.NCE(), *OPTIONS[:-1], backend).explicit == named
 
 
+@pytest.mark.thorough
 def test_a_wrong_environment_is_an_error():
     result = python(used(CALL.format("")), ANL_KERNELS_BACKEND="nothing")
     assert result.returncode != 0 and "nothing" in result.stderr
 
 
+@pytest.mark.thorough
 def test_a_fallback_is_logged_once(cpu):
     """What the fused backend cannot do goes to the next, with one line that says why."""
     code = used(

@@ -150,7 +150,7 @@ def takes_part(case, full):
         return True
     if case.few:
         return is_among_few(case, full)
-    return not backend.few_cases or (full and not backend.forced)
+    return not backend.forced if full else not (backend.few_cases or backend.interpreted)
 
 
 def is_among_few(case, full):

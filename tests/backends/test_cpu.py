@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
-from tiers import mainly
+from tiers import mainly, thorough
 
 import anl_kernels as ak
 from anl_kernels import layout
@@ -471,7 +471,7 @@ print(cases)
 @pytest.mark.parametrize(
     "shapes",
     [
-        [(1, k) for k in (2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 200, 1000)],
+        thorough([(1, k) for k in (2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 200, 1000)]),
         [(5, k) for k in (2, 3, 10, 17, 33)] + [(2, 3, 5), (1, 5, 17), (3, 2, 33), (1, 9, 64), (2, 17, 7), (1, 2, 130)],
     ],
     ids=["one_row", "rows_and_spatial"],
