@@ -62,7 +62,6 @@ def compare(name, classes, backend):
             assert ((loss.double() - loss64).abs() <= allowed).all(), (kind, classes, criterion)
 
 
-@pytest.mark.few(name=["anl_fl"])
 @pytest.mark.few(name=REPRESENTATIVE, tier="thorough")
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_never_worse_than_plain_pytorch(fused, name):

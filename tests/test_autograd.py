@@ -69,7 +69,7 @@ def test_gradscaler_saves_small_gradients(backend):
     helpers.assert_as_accurate(*result, target, true)
 
 
-@pytest.mark.few(name=["anl_ce"])
+@pytest.mark.few(name=["anl_ce"], layout=["channels_last"])
 @SOME
 @pytest.mark.parametrize("layout", ["rows", "spatial", "channels_last", "transposed"])
 def test_per_row_grad_output(backend, name, layout):
@@ -605,6 +605,7 @@ def test_checkpoint_keeps_as_little_as_for_cross_entropy(cpu, use_reentrant):
     assert kept(lambda z, y: ak.anl_ce(z, y, backend="cpu")) <= kept(torch.nn.functional.cross_entropy) + 4096
 
 
+@pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize(
     "keywords", [dict(entropy_weight=0.5), *map(thorough, (dict(), dict(recompute=True)))], ids=str
 )

@@ -195,6 +195,7 @@ def test_bench_measures_memory_exactly():
     assert found.peak_bytes == 2 * logits.nbytes and found.allocations == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what, more", [("peak_bytes", 1 << 30), ("allocations", 10), ("launches", 100)])
 def test_bench_reports_a_broken_promise(monkeypatch, capsys, what, more):
     def greedy(run, device):
@@ -205,6 +206,7 @@ def test_bench_reports_a_broken_promise(monkeypatch, capsys, what, more):
     assert "promised" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_bench_times_each_phase(tmp_path):
     file = tmp_path / "bench.json"
     options = ["--shapes", "16x10", "--no-compile", "--seconds", "0.01", "--phase", "all", "--json", str(file)]

@@ -87,7 +87,6 @@ def step(logits, target, criterion, **keywords):
     loss.backward(torch.ones_like(loss))
 
 
-@pytest.mark.few(kind=["default"])
 @pytest.mark.few(tier="thorough")
 @LOSSES
 @pytest.mark.parametrize("kind", SOME_KINDS)
@@ -115,7 +114,6 @@ def test_grad_output_costs_nothing_more(case, kind):
     assert case.peak_of(run) <= case.bytes + case.small
 
 
-@pytest.mark.few(kind=["default"])
 @pytest.mark.few(tier="thorough")
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_inplace_allocates_no_gradient(case, kind):
@@ -170,7 +168,7 @@ def test_layouts_are_not_copied(fused, layout):
     assert 0.9 * case.bytes <= peak <= case.bytes + case.small
 
 
-@pytest.mark.few(kind=["default"])
+@pytest.mark.few(kind=["default"], tier="thorough")
 @pytest.mark.parametrize("kind", SOME_KINDS)
 @LOSSES
 def test_tensors_made_by_a_call(fused, build, kind):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiers import thorough
 
 import anl_kernels as ak
 
@@ -115,13 +114,14 @@ def test_auto_takes_the_fastest(cpu):
     assert python(used(CALL.format(""))).stdout.strip() == "cpu"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("value", "argument", "expected"),
     [
         ("reference", "", "reference"),
-        thorough("reference", ", backend='cpu'", "cpu"),
-        thorough("auto", "", "cpu"),
-        thorough("", "", "cpu"),
+        ("reference", ", backend='cpu'", "cpu"),
+        ("auto", "", "cpu"),
+        ("", "", "cpu"),
     ],
 )
 def test_the_environment_overrides_auto(cpu, value, argument, expected):

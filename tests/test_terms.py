@@ -456,7 +456,7 @@ VALUES = [0.25 + k for k in range(12)]
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [thorough("alpha", "float"), thorough("alpha", "int"), ("alpha", "tensor"), ("sum", "float"),
+    [thorough("alpha", "float"), thorough("alpha", "int"), thorough("alpha", "tensor"), ("sum", "float"),
      thorough("sum", "tensor"), thorough("row loss", "float"), thorough("entropy", "float")],
 )  # fmt: skip
 def test_a_factor_that_changes_is_compiled_at_most_once_more(name, kind):

@@ -190,6 +190,7 @@ print("through")
 """
 
 
+@pytest.mark.thorough
 def test_labels_that_change_during_calls_crash_nothing(cpu):
     assert python(RACE).stdout == "through\n"
 

@@ -18,7 +18,7 @@ import oracle
 import pytest
 import torch
 from helpers import EXPRESSIONS
-from tiers import thorough
+from tiers import mainly, thorough
 
 import anl_kernels as ak
 from anl_kernels.backends import cuda
@@ -109,7 +109,9 @@ def test_a_small_batch_is_one_launch(module, rows, classes, launches):
     helpers.assert_as_accurate(loss, grad, target, helpers.truth(logits, target, EXPRESSIONS["anl_ce"]))
 
 
-SHAPES = [(7, 6), (40, 33), (5, 700), (3, 3000), (2, 20_001), (2, 6, 5), (3, 40, 4)]
+SHAPES = mainly(
+    [(7, 6), (3, 3000), (2, 6, 5)], [(7, 6), (40, 33), (5, 700), (3, 3000), (2, 20_001), (2, 6, 5), (3, 40, 4)]
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -123,7 +123,7 @@ def test_formula(classes, needs, dtype, device):
         case.check(case.second_opinion(), exact, size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [thorough(torch.float32), torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", helpers.LAYOUTS)
 @pytest.mark.parametrize("classes", [thorough(16), 37])
 @pytest.mark.parametrize("entropy", [thorough(False), True], ids=["", "entropy"])
@@ -170,7 +170,7 @@ def test_entropy_of_nearly_equal_log_q(device):
 
 
 @pytest.mark.parametrize("offset", [thorough(0), thorough(1), 5, thorough(8)])
-@pytest.mark.parametrize("dtype, classes", [(torch.float32, 4095), (torch.bfloat16, 9001)], ids=dtype_id)
+@pytest.mark.parametrize("dtype, classes", [thorough(torch.float32, 4095), (torch.bfloat16, 9001)], ids=dtype_id)
 def test_long_rows_of_any_alignment(offset, dtype, classes, device):
     """Rows are cut where addresses are multiples of 16 bytes; what lies beside them is not touched."""
     case = Case("rows", classes, dtype, 3)

@@ -1,15 +1,16 @@
 """Training: settings, resuming to the same bits, augmentation, the command at toy size."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
-pytest.importorskip("sklearn")
-
 from benchmarks.noisy_labels import __main__ as command
 from benchmarks.noisy_labels import data, report, runner, settings, train
 from benchmarks.noisy_labels.train import Run, Where
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 
 
 def toy(**changes):
