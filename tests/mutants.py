@@ -112,7 +112,9 @@ class Copy:
     def outcome_of(self, tests):
         """None: all pass; otherwise the test that fails."""
         try:
-            result = self.run("-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(tests))
+            result = self.run(
+                "-m", "pytest", "--thorough", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(tests)
+            )
         except subprocess.TimeoutExpired:
             return "hangs"
         if result.returncode == 0:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import tritons
 from candidates import Backend
-from tiers import mainly
+from tiers import mainly, thorough
 
 from anl_kernels.kernels import launch
 
@@ -51,7 +51,7 @@ def test_threads_at_once(launches):
     assert not launches["threads"]["wrong"]
 
 
-@pytest.mark.parametrize("way", ["tile", "split"])
+@pytest.mark.parametrize("way", [thorough("tile"), "split"])
 def test_results_of_threads_at_once(way, device):
     problems = [
         (helpers.batch(classes, torch.float32), name) for classes in (10, 65) for name in helpers.REPRESENTATIVE
