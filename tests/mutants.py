@@ -34,6 +34,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "mutants.json"
 SHARED = ("conftest.py", "tiers.py", "candidates.py", "helpers.py", "oracle.py")  # what all tests are made of
+PYTEST = ("--thorough", "-x", "-q", "-n", "0", "-p", "no:cacheprovider")
 SECONDS = 600  # a mutant whose tests take longer hangs
 
 
