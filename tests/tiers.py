@@ -133,20 +133,18 @@ def takes_part(case, full):
     backend, fixture = case.backend
     if backend is None:
         return True
-    if backend.repeats or fixture == "other":
-        if backend.repeats and not full:
-            return False
-        return fixture == "other" and (not backend.forced or is_among_few(case, full))
+    if fixture == "other":
+        return (full or not backend.repeats) and (not backend.forced or is_among_few(case, full))
+    if backend.repeats:
+        return False
     if full and backend.name == "triton" and not backend.limited:  # compiled
         return True
-    special = "variants" in (mark.name for mark in case.marks)
-    if backend.few_cases and not full and not special:
+    kernels = "variants" in (mark.name for mark in case.marks)  # the test is one of kernels, others of what calls them
+    slow = backend.limited or backend.name == "triton" or (backend.on_host and not full and not kernels)
+    further = backend.few_cases and not (full and kernels)
+    if not full and further and not kernels:
         return False
-    if backend.on_host and not backend.few_cases:
-        is_limited = not full and not special  # emulated: slow enough where only wrappers differ
-    else:
-        is_limited = backend.limited or backend.name == "triton" or (backend.few_cases and not full)
-    if not is_limited:
+    if not (slow or further):
         return True
     if case.few:
         return is_among_few(case, full)

@@ -155,13 +155,13 @@ MUTANTS = [
         COLUMNS,
         "const int64_t shares = ceil_div(n + P - 1, share)",
         "const int64_t shares = ceil_div(n, share)",
-        "tests/backends/test_cuda.py -k scaling",
+        "tests/backends/test_cuda.py -k 'scaling and float32'",
     ),
     (
         COLUMNS,
         "if (at < 3 && stride == s.strides[at] * s.size[at]) {",
         "if (at < 3) {",
-        "tests/backends/test_cuda.py -k scaling",
+        "tests/backends/test_cuda.py -k 'scaling and float32'",
     ),
     # ---- launches
     (
