@@ -117,6 +117,14 @@ def test_the_cases_take_every_kernel_there_is(device):
     assert picked == {"rows_small", "rows_block", "rows_split"} | clusters
 
 
+@pytest.mark.parametrize(("device", "expected"), [("host-h200", ("rows_cluster", 16)), ("host-h20", ("rows_split", 1))])
+def test_the_widest_cluster_of_a_device(device, expected):
+    """Rows that only 16 CTAs hold: an H20 has too few multiprocessors in a GPC for so many."""
+    with adapter.on_host(device) as module:
+        plan = module.plan_for(0, (2, 500_000, 1), (500_000, 1, 0), -1)
+    assert (plan["kernel"], plan["cluster"]) == expected
+
+
 # ---- contexts
 
 

@@ -175,7 +175,7 @@ MUTANTS = [
         LAUNCH,
         "while (2 * cluster <= widest) cluster *= 2;",
         "while (2 * cluster < widest) cluster *= 2;",
-        f"{MODELS} -k 'every_model and widest'",
+        f"{MODELS} -k widest_cluster_of",
     ),
     (DEVICE, "    case cudaErrorNotSupported:\n", "", f"{LAUNCHES} -k falls_to_the_next"),
     (DEVICE, "if (pushed_) driver().pop(&popped);", "", f"{MODELS} -k contexts"),
