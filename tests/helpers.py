@@ -330,7 +330,7 @@ def scales(grad, target):
 PLAIN_FACTOR = 3  # times plain PyTorch's own error in that row, one sample of what rounding does there,
 ROUNDINGS = 16  # half ulps of what an element is measured by,
 CANCELLED = 8  # and half ulps of the largest gradient the loss ever has: what is left where terms of that size cancel.
-CANCELLED_MORE = 64  # of them in float64, whose sums no wider number takes, and in plain PyTorch: two thirds of them are seen
+CANCELLED_MORE = 64  # of them in float64, whose sums no wider number takes, and in plain PyTorch
 
 
 class Truth(NamedTuple):
