@@ -32,6 +32,7 @@ VARIANTS = {  # name: (flags, the engine)
     "address": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "engine_fibers.cpp"),
     "thread": (["-O1", "-g1", "-fsanitize=thread", "-DANL_HOST_THREADS"], "engine_threads.cpp"),
 }
+QUICKLY = {"module.cpp": ["-O0"]}  # bindings: compiling them takes longer than they ever will
 FLAGS = "-std=c++20 -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -DANL_CUDA_ON_HOST -w".split()
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -86,7 +87,7 @@ def cuda_units(variant, paths, csrc):
     flags, engine = VARIANTS[variant]
     kernels = [path for path in paths if path.parent != HERE or path.name.endswith("_checks.cpp")]  # CUDA C++
     engine = [HERE / name for name in ("engine.cpp", engine, "host_devices.cpp", "host_runtime.cpp")]
-    units = [Unit(path, [*FLAGS, *flags, "-include", "shim.h"]) for path in kernels]
+    units = [Unit(path, [*FLAGS, *flags, *QUICKLY.get(path.name, []), "-include", "shim.h"]) for path in kernels]
     return units + [Unit(path, [*FLAGS, *flags]) for path in engine]
 
 

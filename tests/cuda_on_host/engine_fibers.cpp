@@ -162,10 +162,13 @@ bool resume(Fiber& f) {
   return f.state != Fiber::SPINS;
 }
 
-// A cluster under way, its fibers in an order of their own.
+using Warp = std::vector<std::unique_ptr<Fiber>>;
+
+// A cluster under way, its warps in an order of their own, and the lanes of each. A warp runs until all of its lanes wait
+// for others: most of what lanes wait for is one another, and few stacks at a time stay in the cache.
 struct Running {
   Cluster cluster;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
   size_t left;
 
   Running(const Launch& launch, unsigned number, std::minstd_rand& random)
@@ -173,17 +176,19 @@ struct Running {
     const unsigned x = launch.block.x, y = launch.block.y;
     for (const std::unique_ptr<Cta>& cta : cluster.ctas) {
       for (unsigned i = 0; i < launch.threads(); ++i) {
+        if (i % 32 == 0) warps.emplace_back();
         auto f = std::make_unique<Fiber>();
         f->index = {i % x, i / x % y, i / x / y};
         f->warp = i / 32;
         f->lane = i % 32;
         f->cta = cta.get();
         f->context.prepare(f->stack, fiber_main);
-        fibers.push_back(std::move(f));
+        warps.back().push_back(std::move(f));
       }
     }
-    left = fibers.size();
-    std::shuffle(fibers.begin(), fibers.end(), random);
+    left = launch.threads() * cluster.ctas.size();
+    for (Warp& warp : warps) std::shuffle(warp.begin(), warp.end(), random);
+    std::shuffle(warps.begin(), warps.end(), random);
   }
 
   bool is_intact() const {
@@ -192,7 +197,14 @@ struct Running {
 
   bool round() {
     bool got_on = false;
-    for (const std::unique_ptr<Fiber>& f : fibers) {
+    for (const Warp& warp : warps)
+      while (scheduler->outcome == Outcome::DONE && round_of(warp)) got_on = true;
+    return got_on;
+  }
+
+  bool round_of(const Warp& warp) {
+    bool got_on = false;
+    for (const std::unique_ptr<Fiber>& f : warp) {
       if (f->state == Fiber::DONE || (f->state == Fiber::WAITS && !f->waits_for->passed(f->token))) continue;
       got_on |= resume(*f);
       if (scheduler->outcome != Outcome::DONE) return false;
