@@ -66,8 +66,13 @@ def pytest_collection_modifyitems(config, items):
         tiers.mark(item)
 
 
+def pytest_sessionstart():
+    gc.disable()
+
+
 def pytest_collection_finish():
     gc.freeze()  # the tests live to the end: the garbage collector need not look at them again and again
+    gc.enable()
 
 
 def pytest_unconfigure():

@@ -302,11 +302,13 @@ def test_a_protocol_that_a_gpu_never_uses(emulated):
     assert remembered() == set()
 
 
-@pytest.mark.parametrize(("device", "reason"), [("dies", "ended by SIGABRT"), ("hangs", "no answer in 5 s")])
-def test_a_protocol_that_hangs_or_kills_costs_its_process_only(emulated, device, reason):
+@pytest.mark.parametrize(
+    ("device", "seconds", "reason"), [("dies", 60, "ended by SIGABRT"), ("hangs", 1, "no answer in 1 s")]
+)
+def test_a_protocol_that_hangs_or_kills_costs_its_process_only(emulated, device, seconds, reason):
     trust.record("cuda.split", HERE, {})
     emulated(device)
-    assert verify.verify("cuda.split", HERE, seconds=5) == ("FAIL", reason)
+    assert verify.verify("cuda.split", HERE, seconds=seconds) == ("FAIL", reason)
     assert remembered() == set() and trust.trusted("cuda", HERE, explicit=False) == set()
 
 

@@ -549,7 +549,6 @@ STEPS = {
 
 @pytest.fixture
 def no_gc():
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -5,6 +5,8 @@ from pathlib import Path
 import offline
 import pytest
 
+pytestmark = pytest.mark.thorough  # kernels are compiled
+
 
 @pytest.fixture(scope="module")
 def intermediate():
