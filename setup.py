@@ -130,11 +130,21 @@ def escape(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def module_includes():
-    """-isystem: pybind11 is no dependency of the kernels, and its warnings are not ours."""
+def module_flags():
+    """What the modules' object depends on besides the headers: their folder is no part of the command."""
     import pybind11
 
-    return [word for path in [pybind11.get_include(), *python_includes()] for word in ("-isystem", path)]
+    return [f"-DANL_PYBIND11={pybind11.__version__}"]
+
+
+def module_environment():
+    """Where pybind11's and Python's headers are. pip puts pybind11 into a new folder for each build: were that in the
+    compiler's command, ninja would compile the module each time."""
+    import pybind11
+
+    given = [path for path in [os.environ.get("CPLUS_INCLUDE_PATH")] if path]
+    folders = [pybind11.get_include(), *python_includes(), *given]
+    return {**os.environ, "CPLUS_INCLUDE_PATH": os.pathsep.join(folders)}
 
 
 def ninja_file(compile_command, link_command, objects, target):
@@ -160,7 +170,7 @@ def cpu_rules(target):
     compiler = find_compiler()
     isas = instruction_sets(compiler)
     have = [f"-DANL_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
-    objects = [("module.o", CPU / "module.cpp", [*module_includes(), *have])]
+    objects = [("module.o", CPU / "module.cpp", [*module_flags(), *have])]
     for isa in isas:
         for source in KERNEL_SOURCES:
             objects.append((f"{Path(source).stem}_{isa}.o", CPU / source, [f"-DANL_ISA={isa}", *ISA_FLAGS[isa]]))
@@ -243,7 +253,7 @@ def cuda_rules(target):
     sources = sorted((HERE / CUDA).glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
     objects = [(f"{path.stem}.o", CUDA / path.name, code_flags(archs)) for path in sources]
     objects += [(f"{name}.o", CUDA / f"{name}.cpp", []) for name in ("select", "device")]
-    objects.append(("module.o", CUDA / "module.cpp", [*module_includes(), f'-DANL_CUDA_ARCHS="{";".join(archs)}"']))
+    objects.append(("module.o", CUDA / "module.cpp", [*module_flags(), f'-DANL_CUDA_ARCHS="{";".join(archs)}"']))
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
     folders = [Path(nvcc).resolve().parents[1] / name for name in ("lib64", "lib")]
     link = [nvcc, *host, "-shared", "-cudart=static", *(f"-L{folder}" for folder in folders if folder.is_dir())]
@@ -270,7 +280,8 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).name
         (folder / "build.ninja").write_text((cuda_rules if is_cuda else cpu_rules)(target))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        if subprocess.run([find_ninja(), "-C", str(folder), "-j", jobs], stdin=subprocess.DEVNULL).returncode != 0:
+        build = [find_ninja(), "-C", str(folder), "-j", jobs]
+        if subprocess.run(build, stdin=subprocess.DEVNULL, env=module_environment()).returncode != 0:
             way_out = NO_CUDA if is_cuda else WAY_OUT
             raise SetupError(f"compiling {ext.name} failed, the compiler's messages are above; {way_out}.")
         destination = Path(self.get_ext_fullpath(ext.name))
