@@ -45,12 +45,23 @@ def narrow(text: str) -> list[str]:
     return sorted(found)
 
 
+def widened(text: str) -> list[str]:
+    """32-bit products that are widened afterwards, when they may have overflowed; by the variable's name."""
+    products = set(re.findall(r"%(\w+) = arith\.muli [^:]*: (?:tensor<[\dx]+x)?i32\b", text))
+    found = set(re.findall(r"arith\.extsi %(\w+) :", text)) & products
+    return sorted({re.sub(r"_\d+$", "", name) for name in found if not name.isdigit()})
+
+
 def main() -> dict:
     scenarios, found = aot.scenarios(), {}
     for call in sys.argv[1:] or CALLS:
         for name, _, compiled in offline.compiled_by(scenarios[call], "sm_90"):
             text = compiled.asm["ttir"]
-            found.setdefault(name, {})[call] = {"meetings": meetings(text), "narrow": narrow(text)}
+            found.setdefault(name, {})[call] = {
+                "meetings": meetings(text),
+                "narrow": narrow(text),
+                "widened": widened(text),
+            }
     return found
 
 

@@ -31,6 +31,13 @@ NARROW = {  # what is far below 2^31, or comes last behind 64 bits
     "scale_kernel": set(),
 }
 
+WIDENED = {  # sizes and strides, passed as multiples in 32 bits where those suffice; numbers in a row
+    **dict.fromkeys(("tile_kernel", "loop_kernel"), {"v"}),
+    "split_kernel": {"v", "sums"},
+    "gradient_kernel": {"k0"},
+    "scale_kernel": {"K", "so", "si", "out_so", "out_si"},
+}
+
 
 def test_programs_and_threads_meet_where_they_must(intermediate):
     for name, calls in intermediate.items():
@@ -43,3 +50,4 @@ def test_offsets_have_64_bits(intermediate):
     for name, calls in intermediate.items():
         for call, found in calls.items():
             assert set(found["narrow"]) <= NARROW[name], (name, call)
+            assert set(found["widened"]) <= WIDENED.get(name, set()), (name, call)

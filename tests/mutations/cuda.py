@@ -179,7 +179,7 @@ MUTANTS = [
     ),
     (DEVICE, "    case cudaErrorNotSupported:\n", "", f"{LAUNCHES} -k falls_to_the_next"),
     (DEVICE, "if (pushed_) driver().pop(&popped);", "", f"{MODELS} -k contexts"),
-    (MODULE, "by_ticket && p.plan.loss_parts > 1", "by_ticket", f"{LAUNCHES} -k is_used"),
+    (MODULE, "by_ticket && p.plan.loss_parts > 1", "by_ticket", f"{LAUNCHES} -k one_cluster"),
     (
         MODULE,
         "return arch / 10 == number / 10 && arch >= number;",
