@@ -32,7 +32,8 @@ NARROW = {  # what is far below 2^31, or comes last behind 64 bits
 }
 
 WIDENED = {  # sizes and strides, passed as multiples in 32 bits where those suffice; numbers in a row
-    **dict.fromkeys(("tile_kernel", "loop_kernel"), {"v"}),
+    "tile_kernel": {"v"},
+    "loop_kernel": {"v"},
     "split_kernel": {"v", "sums"},
     "gradient_kernel": {"k0"},
     "scale_kernel": {"K", "so", "si", "out_so", "out_si"},

@@ -59,9 +59,7 @@ def test_threads_at_once(further_launches):
 
 @pytest.mark.parametrize("way", [thorough("tile"), "split"])
 def test_results_of_threads_at_once(way, device):
-    problems = [
-        (helpers.batch(classes, torch.float32), name) for classes in (10, 65) for name in ("anl_ce", "anl_fl")
-    ]
+    problems = [(helpers.batch(classes, torch.float32), name) for classes in (10, 65) for name in ("anl_ce", "anl_fl")]
     run = lambda problem: helpers.calculate(
         *problem[0], helpers.expression(helpers.EXPRESSIONS[problem[1]]), backend="triton"
     )
