@@ -362,7 +362,8 @@ class Truth(NamedTuple):
 
 def truth(logits, target, terms, **keywords):
     """Made once of the same numbers: every backend, and every way to a gradient, is compared with it."""
-    return _truth(Problem(logits, target, terms, keywords))
+    problem = Problem(logits, target, terms, keywords)
+    return kept_truth(problem) if logits.numel() <= 100_000 else problem.solve()
 
 
 class Problem:
@@ -379,6 +380,9 @@ class Problem:
     def __eq__(self, other):
         return self.key == other.key
 
+    def solve(self):
+        return calculate_truth(terms=self.terms, **self.given)
+
 
 def content_of(value):
     if not isinstance(value, torch.Tensor):
@@ -387,9 +391,7 @@ def content_of(value):
     return value.dtype, value.shape, hashlib.sha256(numbers).digest()
 
 
-@lru_cache(maxsize=1000)
-def _truth(problem):
-    return calculate_truth(terms=problem.terms, **problem.given)
+kept_truth = lru_cache(maxsize=1000)(Problem.solve)
 
 
 @on_cpu
