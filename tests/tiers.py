@@ -172,11 +172,11 @@ def select(config, items):
 
 def in_part(items, number, parts):
     """Part `number` of `parts`. Files that are thorough as a whole build what their tests share: they stay together."""
-    whole = sorted({str(item.path) for item in items if is_whole(item)})
+    whole = sorted({item.path.name for item in items if is_whole(item)})
     return [
         item
         for item in items
-        if (whole.index(str(item.path)) if is_whole(item) else zlib.crc32(item.nodeid.encode())) % parts == number - 1
+        if (whole.index(item.path.name) if is_whole(item) else zlib.crc32(item.nodeid.encode())) % parts == number - 1
     ]
 
 
