@@ -247,6 +247,8 @@ def test_a_batch_without_rows(module):
     assert ak.anl_ce(logits, target, backend="cuda").isnan()
     assert ak.anl_ce(logits, target, backend="cuda", reduction="sum", entropy_weight=1.0) == 0
     assert ak.anl_ce(logits, target, backend="cuda", reduction="none").shape == (0,)
+    for shape in ((0, 10), (0, 10, 4), (3, 10, 0)):  # as where other processes have rows
+        assert torch.equal(cuda.column_sums(torch.empty(shape), torch.empty(10, 0)), torch.zeros(10).double())
 
 
 def test_scaling_by_one_writes_nothing(module):
