@@ -131,15 +131,15 @@ def escape(path):
 
 
 def module_flags():
-    """What the modules' object depends on besides the headers: their folder is no part of the command."""
+    """Another pybind11 compiles the modules anew; the folder that it is in is not part of the command."""
     import pybind11
 
     return [f"-DANL_PYBIND11={pybind11.__version__}"]
 
 
 def module_environment():
-    """Where pybind11's and Python's headers are. pip puts pybind11 into a new folder for each build: were that in the
-    compiler's command, ninja would compile the module each time."""
+    """Tells the compiler where the headers of pybind11 and Python are. With build isolation pip puts pybind11 into a
+    new folder for each build; if the command named it, ninja would compile the modules each time."""
     import pybind11
 
     given = [path for path in [os.environ.get("CPLUS_INCLUDE_PATH")] if path]

@@ -66,13 +66,15 @@ def pytest_collection_modifyitems(config, items):
         tiers.mark(item)
 
 
-def pytest_sessionstart():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The tests live to the end: the garbage collector need not look at them again and again."""
     gc.disable()
-
-
-def pytest_collection_finish():
-    gc.freeze()  # the tests live to the end: the garbage collector need not look at them again and again
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure():

@@ -113,9 +113,7 @@ class Copy:
     def outcome_of(self, tests):
         """None: all pass; otherwise the test that fails."""
         try:
-            result = self.run(
-                "-m", "pytest", "--thorough", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(tests)
-            )
+            result = self.run("-m", "pytest", *PYTEST, *shlex.split(tests))
         except subprocess.TimeoutExpired:
             return "hangs"
         if result.returncode == 0:
