@@ -131,7 +131,7 @@ def escape(path):
 
 
 def module_flags():
-    """Another pybind11 compiles the modules anew; the folder that it is in is not part of the command."""
+    """In the compiler's command, so that another version of pybind11 compiles the modules anew."""
     import pybind11
 
     return [f"-DANL_PYBIND11={pybind11.__version__}"]

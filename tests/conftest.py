@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """The tests live to the end: the garbage collector need not look at them again and again."""
+    """Without the garbage collector, which afterwards leaves the collected tests alone: they live to the end."""
     gc.disable()
     try:
         return (yield)

@@ -362,7 +362,7 @@ class Truth(NamedTuple):
 
 def truth(logits, target, terms, **keywords):
     """Made once of the same numbers: every backend, and every way to a gradient, is compared with it."""
-    problem = Problem(logits, target, terms, keywords)
+    problem = Problem(logits, target, terms, keywords)  # large ones are not kept: a thousand of them fill the memory
     return kept_truth(problem) if logits.numel() <= 100_000 else problem.solve()
 
 

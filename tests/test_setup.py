@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,16 @@ def test_every_source_is_compiled_and_the_runtime_is_static(environment):
     assert rules.count("-cudart=static") == 2
     assert 'ANL_CUDA_ARCHS="80;90;90+PTX"' in rules
     assert "torch" not in rules.replace(str(ROOT), "")
+
+
+def test_a_second_install_finds_its_objects(environment):
+    """With build isolation pybind11 is in a new folder each time: the environment names it, the command does not."""
+    environment.setenv("CPLUS_INCLUDE_PATH", "/mine")
+    setup = setup_py(environment)
+    for rules in (setup["cpu_rules"]("_cpu.so"), setup["cuda_rules"]("_cuda.so")):
+        assert pybind11.get_include() not in rules and pybind11.__version__ in rules
+    folders = setup["module_environment"]()["CPLUS_INCLUDE_PATH"].split(os.pathsep)
+    assert folders[0] == pybind11.get_include() and folders[-1] == "/mine"
 
 
 @pytest.mark.parametrize(

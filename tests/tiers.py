@@ -171,7 +171,8 @@ def select(config, items):
 
 
 def in_part(items, number, parts):
-    """Part `number` of `parts`. Files that are thorough as a whole build what their tests share: they stay together."""
+    """Part `number` of `parts`. Files that are thorough as a whole build what their tests share: they stay together,
+    and are dealt out in the order of their names, which makes parts of similar length."""
     whole = sorted({item.path.name for item in items if is_whole(item)})
     return [
         item

@@ -32,7 +32,7 @@ VARIANTS = {  # name: (flags, the engine)
     "address": (["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], "engine_fibers.cpp"),
     "thread": (["-O1", "-g1", "-fsanitize=thread", "-DANL_HOST_THREADS"], "engine_threads.cpp"),
 }
-QUICKLY = {"module.cpp": ["-O0"]}  # bindings: compiling them takes longer than they ever will
+QUICKLY = {"module.cpp": ["-O0"]}  # bindings take longer to compile than to run
 FLAGS = "-std=c++20 -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -DANL_CUDA_ON_HOST -w".split()
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 

@@ -164,8 +164,8 @@ bool resume(Fiber& f) {
 
 using Warp = std::vector<std::unique_ptr<Fiber>>;
 
-// A cluster under way, its warps in an order of their own, and the lanes of each. A warp runs until all of its lanes wait
-// for others: most of what lanes wait for is one another, and few stacks at a time stay in the cache.
+// A cluster under way. Its warps, and the lanes of each warp, run in a random order. A warp runs on until all of its lanes
+// wait for other warps: so the lanes that exchange values run one after another, while their stacks are in the cache.
 struct Running {
   Cluster cluster;
   std::vector<Warp> warps;

@@ -46,7 +46,10 @@ def narrow(text: str) -> list[str]:
 
 
 def widened(text: str) -> list[str]:
-    """32-bit products that are widened afterwards, when they may have overflowed; by the variable's name."""
+    """32-bit products that are widened to 64 bits, when they may have overflowed already: the variables' names.
+
+    Those without a name are sizes and strides, as the arguments of a kernel have them.
+    """
     products = set(re.findall(r"%(\w+) = arith\.muli [^:]*: (?:tensor<[\dx]+x)?i32\b", text))
     found = set(re.findall(r"arith\.extsi %(\w+) :", text)) & products
     return sorted({re.sub(r"_\d+$", "", name) for name in found if not name.isdigit()})

@@ -31,7 +31,7 @@ NARROW = {  # what is far below 2^31, or comes last behind 64 bits
     "scale_kernel": set(),
 }
 
-WIDENED = {  # sizes and strides, passed as multiples in 32 bits where those suffice; numbers in a row
+WIDENED = {  # sizes and strides, which the host passes in 32 bits only where they fit; offsets within one row
     "tile_kernel": {"v"},
     "loop_kernel": {"v"},
     "split_kernel": {"v", "sums"},

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from tiers import thorough
+from helpers import DTYPES
+from tiers import mainly, thorough
 
 from anl_kernels.kernels import reduce
 
@@ -88,7 +89,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [*map(thorough, (torch.float16, torch.float64)), torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", mainly((torch.float32, torch.bfloat16), DTYPES))
 @pytest.mark.parametrize("layout", GRADIENTS)
 @pytest.mark.parametrize("factor", [1.0, 0.1, thorough(math.nan)])
 def test_scale(layout, dtype, factor, device):
