@@ -70,7 +70,7 @@ run_build() {
 pytest_gpu() {  # MARKS NAMES; in a rehearsal these names too
     local names=$2
     [ -z "$rehearse" ] || names="($2) and (${3:-$2})"
-    "$python" -m pytest ${TIER:-} tests/test_*.py tests/backends tests/kernels -m "$1" -k "$names" -n "$workers" -v -rfE --tb=short \
+    "$python" -m pytest ${TIER:-} tests/test_*.py tests/backends tests/triton_kernels -m "$1" -k "$names" -n "$workers" -v -rfE --tb=short \
         --durations=15 -p no:cacheprovider --continue-on-collection-errors
 }
 AWKWARD="test_every_pair or test_few_long_rows or test_one_row or test_thousands or test_stretches or test_entropy_alone"

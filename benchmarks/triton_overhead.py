@@ -66,7 +66,7 @@ def use_driver():
     from triton.backends.nvidia.driver import CudaDriver
 
     from anl_kernels.backends import triton as backend
-    from anl_kernels.kernels import launch
+    from anl_kernels.triton_kernels import launch
 
     driver = CudaDriver()
     driver.get_current_device = lambda: 0
@@ -85,7 +85,7 @@ def measure() -> None:
     import triton
 
     import anl_kernels as ak
-    from anl_kernels.kernels import launch
+    from anl_kernels.triton_kernels import launch
 
     use_driver()
     count = ctypes.CDLL("libcuda.so.1").count_launches

@@ -20,7 +20,7 @@ if devices.EMULATED:
     devices.emulate()
 
 import tiers
-from candidates import cpu_module
+from backends_under_test import cpu_module
 
 
 def pytest_addoption(parser):

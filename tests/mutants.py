@@ -33,7 +33,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "mutants.json"
-SHARED = ("conftest.py", "tiers.py", "candidates.py", "helpers.py", "oracle.py")  # what all tests are made of
+SHARED = (
+    "conftest.py",
+    *(f"support/{name}.py" for name in ("tiers", "backends_under_test", "helpers", "oracle")),
+)  # what all tests are made of
 PYTEST = ("--thorough", "-x", "-q", "-n", "0", "-p", "no:cacheprovider")
 SECONDS = 600  # a mutant whose tests take longer hangs
 

@@ -47,12 +47,13 @@ def test_random_numbers_of_the_cpu(one_fused):
 
 
 def pytest_on_the_emulated_device(*arguments):
+    folders = TESTS, TESTS / "support", Path(ak.__file__).parents[1]
     return subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-c", str(TESTS.parent / "pyproject.toml"), "-m", "gpu", "-n", "0"),
             *("-q", "-rfE", "-p", "no:cacheprovider", *arguments),
         ],
-        env={**os.environ, "ANL_TEST_DEVICE": "emulated", "PYTHONPATH": f"{TESTS}:{Path(ak.__file__).parents[1]}"},
+        env={**os.environ, "ANL_TEST_DEVICE": "emulated", "PYTHONPATH": ":".join(map(str, folders))},
         cwd="/",
         capture_output=True,
         text=True,

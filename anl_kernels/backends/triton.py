@@ -60,7 +60,7 @@ def target() -> str:
 
 @lru_cache(maxsize=1)
 def _kernels():
-    from ..kernels import columns, gradient, launch, passes, reduce
+    from ..triton_kernels import columns, gradient, launch, passes, reduce
 
     return passes, launch, gradient, columns, reduce
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import candidates
+import backends_under_test
 import helpers
 import oracle
 import pytest
@@ -24,7 +24,7 @@ ALL_STATISTICS = 15
 KINDS = dict(ce=0, nce=1, nnce=2, fl=3, nfl=4, nnfl=5, mae=6, rce=7, gce=8, agce=9, aul=10, ael=11)
 
 
-@pytest.fixture(params=[b for b in candidates.BACKENDS if b.name == "cpu"] or [None], ids=repr)
+@pytest.fixture(params=[b for b in backends_under_test.BACKENDS if b.name == "cpu"] or [None], ids=repr)
 def kernels(request, cpu):
     """The module, with each instruction set that runs here."""
     if request.param is None:
@@ -342,7 +342,7 @@ def test_instruction_sets_agree(cpu):
     """On what is exact, to the bit; on the rest, to rounding."""
     results = []
     before = cpu.info()["isa"]
-    for backend in candidates.BACKENDS:
+    for backend in backends_under_test.BACKENDS:
         if backend.isa:
             cpu.set_isa(backend.isa)
             values, labels = helpers.batch(129, torch.float32)
@@ -478,7 +478,7 @@ print(cases)
 )
 def test_no_access_outside_the_tensors(cpu, shapes):
     """Logits, gradient (in place), labels and weights end or begin at a page that may not be touched: no crash."""
-    isas = [b.isa for b in candidates.BACKENDS if b.isa]
+    isas = [b.isa for b in backends_under_test.BACKENDS if b.isa]
     result = python(GUARDED.format(isas=isas, shapes=shapes))
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr[-2000:]}"
     assert int(result.stdout) > 100 * len(isas)

@@ -7,7 +7,7 @@ import sys
 import types
 from pathlib import Path
 
-import candidates
+import backends_under_test
 import helpers
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import anl_kernels as ak
 from anl_kernels.backends import cpu as backend
 
-ISAS = [b.isa for b in candidates.BACKENDS if b.name == "cpu"]
+ISAS = [b.isa for b in backends_under_test.BACKENDS if b.name == "cpu"]
 ANL_CE = ((1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0))
 ROWS, CLASSES, FEW = 64, 40, 7  # FEW: of them a vector holds pixels, not classes
 NO_CLASSES = [CLASSES, 2**40, -7, -(2**62), 2**63 - 1]

@@ -156,7 +156,7 @@ def test_a_triton_kernel_that_does_not_fit(monkeypatch, caplog, keywords):
     pytest.importorskip("triton")
     from triton.runtime.errors import OutOfResources
 
-    from anl_kernels.kernels import launch
+    from anl_kernels.triton_kernels import launch
 
     def refuse(kernel, *arguments):
         raise OutOfResources(300_000, 232_448, "shared memory")

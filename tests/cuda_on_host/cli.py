@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def run(device, arguments):
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests.parent), str(tests / "support"), str(tests)]
     os.environ.pop("TRITON_INTERPRET", None)
     from cuda_on_host import adapter
 

@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cuda_on_host import build, sanitizers
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "support")]
+from cuda_on_host import build, sanitizers  # noqa: E402
 
 # file: the calls that come by. A header's are those of a few files that include it.
 REACHED_BY = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 os.environ.update(ANL_TEST_DEVICE="emulated", TRITON_INTERPRET="1")
-sys.path[:1] = [os.getcwd(), str(HERE.parent)]
+sys.path[:1] = [os.getcwd(), str(HERE.parent), str(HERE.parent / "support")]
 
 import devices  # noqa: E402
 

@@ -1,11 +1,11 @@
 """Mutants of the Triton kernels and their launchers, as those of python.py."""
 
-SPLIT, ROWS, MATH = (f"anl_kernels/kernels/{name}.py" for name in ("split", "rows", "math"))
-GRADIENT, COLUMNS, REDUCE = (f"anl_kernels/kernels/{name}.py" for name in ("gradient", "columns", "reduce"))
-LAUNCH, PASSES, AUTOTUNE = (f"anl_kernels/kernels/{name}.py" for name in ("launch", "passes", "autotune"))
+SPLIT, ROWS, MATH = (f"anl_kernels/triton_kernels/{name}.py" for name in ("split", "rows", "math"))
+GRADIENT, COLUMNS, REDUCE = (f"anl_kernels/triton_kernels/{name}.py" for name in ("gradient", "columns", "reduce"))
+LAUNCH, PASSES, AUTOTUNE = (f"anl_kernels/triton_kernels/{name}.py" for name in ("launch", "passes", "autotune"))
 BACKEND = "anl_kernels/backends/triton.py"
-COMPILED = "tests/kernels/test_intermediate.py"
-ON_A_DEVICE = "tests/kernels/test_launch.py -k found_by"
+COMPILED = "tests/triton_kernels/test_intermediate.py"
+ON_A_DEVICE = "tests/triton_kernels/test_launch.py -k found_by"
 
 MUTANTS = [
     # memory orders, barriers, offsets
@@ -19,32 +19,35 @@ MUTANTS = [
     (REDUCE, "            tile = tl.full([], tile, tl.int64)\n",
      "            tile = tl.full([], tile, tl.int64).to(tl.int32)\n", COMPILED),
     # split rows
-    (SPLIT, "wait(p.second_done, p.parts)", "wait(p.first_done, p.parts)", "tests/kernels/test_split.py -k each_phase"),
+    (SPLIT, "wait(p.second_done, p.parts)", "wait(p.first_done, p.parts)",
+     "tests/triton_kernels/test_split.py -k each_phase"),
     (PASSES, "(launch.cdiv(p.row_blocks, group) + phases - 1)", "(launch.cdiv(p.row_blocks, group) + phases - 2)",
-     "tests/kernels/test_split.py -k 'bits and anl_ce-clamped'"),
+     "tests/triton_kernels/test_split.py -k 'bits and anl_ce-clamped'"),
     (PASSES, "counters = logits.new_zeros(", "counters = logits.new_empty(",
-     "tests/kernels/test_split.py -k 'bits and anl_ce-gradient'"),
+     "tests/triton_kernels/test_split.py -k 'bits and anl_ce-gradient'"),
     (PASSES, "max(1, min(MAX_PARTS, programs // group))", "max(1, programs // group)",
-     "tests/kernels/test_split.py -k plans"),
-    (PASSES, "group = min(group, p.row_blocks)", "group = max(group, 1)", "tests/kernels/test_split.py -k plans"),
+     "tests/triton_kernels/test_split.py -k plans"),
+    (PASSES, "group = min(group, p.row_blocks)", "group = max(group, 1)",
+     "tests/triton_kernels/test_split.py -k plans"),
     (PASSES, "min(p.row_blocks, 2 * target.num_sms) * size", "p.row_blocks * size",
-     "tests/kernels/test_split.py -k plans"),
+     "tests/triton_kernels/test_split.py -k plans"),
     # rows
-    (ROWS, " & (v.K <= 16777216)", "", "tests/kernels/test_rows.py"),
+    (ROWS, " & (v.K <= 16777216)", "", "tests/triton_kernels/test_rows.py"),
     (ROWS, "low = tl.minimum(f.low, base + tl.min(below, 2))", "low = tl.minimum(f.low, tl.min(below, 2))",
-     "tests/kernels/test_rows.py -k low_logits"),
-    (ROWS, "others = K - 1.0", "others = K * 1.0", "tests/kernels/test_rows.py"),
-    (ROWS, "mask=rows.known, other=1.0).to(acc)", "mask=rows.known, other=0.0).to(acc)", "tests/kernels/test_rows.py"),
+     "tests/triton_kernels/test_rows.py -k low_logits"),
+    (ROWS, "others = K - 1.0", "others = K * 1.0", "tests/triton_kernels/test_rows.py"),
+    (ROWS, "mask=rows.known, other=1.0).to(acc)", "mask=rows.known, other=0.0).to(acc)",
+     "tests/triton_kernels/test_rows.py"),
     (ROWS, "tl.where(rows.exist & ~rows.ignored, weight, 0.0)", "tl.where(~rows.ignored, weight, 0.0)",
      "tests/test_cases.py -k 'class_weights_of_another and triton'"),
     # mathematics
-    (MATH, "tl.where(gamma == 0.0, 1.0, 0.0)", "tl.where(gamma == 0.0, 0.0, 0.0)", "tests/kernels/test_rows.py"),
+    (MATH, "tl.where(gamma == 0.0, 1.0, 0.0)", "tl.where(gamma == 0.0, 0.0, 0.0)", "tests/triton_kernels/test_rows.py"),
     (MATH, "return tl.where(x > -0.5, -_expm1_near_0(x), 1.0 - e)", "return 1.0 - e",
-     "tests/kernels/test_rows.py -k keeps_its_digits"),
+     "tests/triton_kernels/test_rows.py -k keeps_its_digits"),
     (MATH, "(second.below_mass + (1.0 - I_y) * s.target_prob).to(tl.float64)",
-     "second.below_mass + (1.0 - I_y) * s.target_prob", "tests/kernels/test_rows.py -k float64"),
+     "second.below_mass + (1.0 - I_y) * s.target_prob", "tests/triton_kernels/test_rows.py -k float64"),
     (MATH, "tl.where(ignored, count * I_y, second.above_count + I_y)", "second.above_count + I_y",
-     "tests/kernels/test_rows.py"),
+     "tests/triton_kernels/test_rows.py"),
     (MATH, "return tl.log(u) + (x - (u - 1.0)) / u", "return tl.log(u)",
      "tests/test_conformance.py -k 'certain and triton-tile'"),
     (MATH, "a = tl.where(F < _INF, r * (others + s.second.focal_weight * l) / F, 0.0)",
@@ -54,38 +57,39 @@ MUTANTS = [
      "tests/test_conformance.py -k 'around_the_clamp and triton-tile'"),
     # the gradient from coefficients
     (GRADIENT, "((log_q - entropy.center) - entropy.lost)", "(log_q - entropy.center)",
-     "tests/kernels/test_gradient.py -k nearly_equal"),
+     "tests/triton_kernels/test_gradient.py -k nearly_equal"),
     (GRADIENT, "    if NEEDS & 12:\n", "    if NEEDS & 4:\n",
-     "tests/kernels/test_gradient.py -k 'formula and float32 and 10-8'"),
+     "tests/triton_kernels/test_gradient.py -k 'formula and float32 and 10-8'"),
     (GRADIENT, "log_q is None and config.BLOCK_N == 1 and not", "log_q is None and not",
-     "tests/kernels/test_gradient.py -k width"),
-    (BACKEND, "grad_output = grad_output.contiguous()", "pass", "tests/kernels/test_backend.py"),
+     "tests/triton_kernels/test_gradient.py -k width"),
+    (BACKEND, "grad_output = grad_output.contiguous()", "pass", "tests/triton_kernels/test_backend.py"),
     (BACKEND, "shape_and_strides(grad)[1], target.contiguous(), coefs", "shape_and_strides(grad)[1], target, coefs",
-     "tests/kernels/test_backend.py"),
-    (BACKEND, "view, target.contiguous())", "view, target)", "tests/kernels/test_backend.py"),
-    (BACKEND, "torch.autograd.graph.increment_version(logits)", "pass", "tests/kernels/test_backend.py"),
+     "tests/triton_kernels/test_backend.py"),
+    (BACKEND, "view, target.contiguous())", "view, target)", "tests/triton_kernels/test_backend.py"),
+    (BACKEND, "torch.autograd.graph.increment_version(logits)", "pass", "tests/triton_kernels/test_backend.py"),
     # sums
     (COLUMNS, "GROUP = tl.constexpr(8)", "GROUP = tl.constexpr(1 << 20)",
-     "tests/kernels/test_columns.py -k in_float64"),
+     "tests/triton_kernels/test_columns.py -k in_float64"),
     (COLUMNS, "tl.minimum(group + GROUP, stop)", "group + GROUP",
-     "tests/kernels/test_columns.py -k 'many_rows and transposed'"),
+     "tests/triton_kernels/test_columns.py -k 'many_rows and transposed'"),
     (REDUCE, "known = counts & (label >= 0) & (label < K)", "known = counts & (label >= 0)",
-     "tests/kernels/test_reduce.py -k far_outside"),
+     "tests/triton_kernels/test_reduce.py -k far_outside"),
     # launches
     (LAUNCH, "key.append(-0x80000000 <= arg <= 0x7FFFFFFF)", "key.append(int)", ON_A_DEVICE),
     (LAUNCH, "config.num_warps, config.num_stages, *constexprs", "config.num_stages, *constexprs", ON_A_DEVICE),
     (LAUNCH, "key = [kernel.fn, index, config", "key = [kernel.fn, config", ON_A_DEVICE),
-    (LAUNCH, " or not found.known or _profiled():", " or not found.known:", "tests/kernels/test_launch.py -k hooks"),
+    (LAUNCH, " or not found.known or _profiled():", " or not found.known:",
+     "tests/triton_kernels/test_launch.py -k hooks"),
     (LAUNCH, "if outer == 1 or all(so == si * inner", "if outer == 1 or any(so == si * inner",
-     "tests/kernels/test_launch.py -k view_of"),
+     "tests/triton_kernels/test_launch.py -k view_of"),
     (LAUNCH, "        with _ONE_AT_A_TIME:\n", "        with threading.Lock():\n",
-     "tests/kernels/test_launch.py -k results_of_threads"),
+     "tests/triton_kernels/test_launch.py -k results_of_threads"),
     # tuning
     (AUTOTUNE, "if config.BLOCK_K < num_classes:", "if config.BLOCK_K <= num_classes:",
-     "tests/kernels/test_autotune.py -k candidates"),
+     "tests/triton_kernels/test_autotune.py -k candidates"),
     (AUTOTUNE, "return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())", "return True",
-     "tests/kernels/test_autotune.py -k captured"),
-    (AUTOTUNE, "needs{needs} ", "", "tests/kernels/test_autotune.py -k kinds"),
+     "tests/triton_kernels/test_autotune.py -k captured"),
+    (AUTOTUNE, "needs{needs} ", "", "tests/triton_kernels/test_autotune.py -k kinds"),
     (PASSES, "autotune.enabled() and not overwrites and", "autotune.enabled() and",
-     "tests/kernels/test_autotune.py -k over_the_logits"),
+     "tests/triton_kernels/test_autotune.py -k over_the_logits"),
 ]  # fmt: skip

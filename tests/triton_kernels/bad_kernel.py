@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from anl_kernels.kernels import launch
+from anl_kernels.triton_kernels import launch
 
 
 @triton.jit(do_not_specialize=["stride"])

@@ -7,7 +7,7 @@ import torch
 from helpers import DTYPES
 from tiers import mainly, thorough
 
-from anl_kernels.kernels import reduce
+from anl_kernels.triton_kernels import reduce
 
 FLOATS = (torch.float32, torch.float64)
 NUMBERS = (1, 2, 31, 1023, 1025, reduce.ITEMS, reduce.ITEMS + 1, 3 * reduce.ITEMS + 5)

@@ -11,8 +11,8 @@ from helpers import DTYPES, EPS, dtype_id
 from tiers import mainly, thorough
 
 from anl_kernels.backends import cpu
-from anl_kernels.kernels import gradient
 from anl_kernels.layout import as_rows, new_grad, shape_and_strides
+from anl_kernels.triton_kernels import gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # NumPy's, in NaN rows
 MIN_PROB = 1e-7

@@ -59,7 +59,7 @@ def driver(target: str):
     """The Driver, while it is Triton's; nothing is compiled yet."""
     import triton
 
-    from anl_kernels.kernels import launch
+    from anl_kernels.triton_kernels import launch
 
     assert not launch.INTERPRETED
     before, made = launch._target, Driver(target)
@@ -74,7 +74,7 @@ def driver(target: str):
 
 def compiled_by(run, target: str) -> list:
     """(kernel's name, LaunchConfig, CompiledKernel) of what a call launches."""
-    from anl_kernels.kernels import launch
+    from anl_kernels.triton_kernels import launch
 
     with driver(target):
         run()

@@ -104,7 +104,7 @@ class Backend:
             finally:
                 module.set_isa(before)
         elif self.name == "triton" and self.variant:
-            from anl_kernels.kernels import passes
+            from anl_kernels.triton_kernels import passes
 
             trust = {"ANL_KERNELS_TRUST": "none"} if self.variant == "launches" else {}
             with mock.patch.object(passes, "plan", triton_plan(self.variant)), mock.patch.dict(os.environ, trust):
@@ -125,7 +125,7 @@ class Backend:
 
 def triton_plan(path):
     """A choice of kernels that always takes `path`, with blocks so small that few rows and classes are many blocks."""
-    from anl_kernels.kernels import launch, passes, rows
+    from anl_kernels.triton_kernels import launch, passes, rows
 
     def plan(view, itemsize, target, may_wait=True):
         if path == "tile":

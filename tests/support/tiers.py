@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import devices
 import pytest
-from candidates import BACKENDS, ONCE, Backend
+from backends_under_test import BACKENDS, ONCE, Backend
 
 FIXTURES = {  # fixture: the backends that it hands out
     "backend": BACKENDS,

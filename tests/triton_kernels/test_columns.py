@@ -9,8 +9,8 @@ from helpers import DTYPES, EPS, dtype_id
 from tiers import thorough
 
 from anl_kernels.backends import cpu
-from anl_kernels.kernels import columns
 from anl_kernels.layout import as_rows
+from anl_kernels.triton_kernels import columns
 
 
 def coefs_of(values, labels, acc):

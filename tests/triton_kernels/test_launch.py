@@ -9,10 +9,10 @@ import offline
 import pytest
 import torch
 import tritons
-from candidates import Backend
+from backends_under_test import Backend
 from tiers import thorough
 
-from anl_kernels.kernels import launch
+from anl_kernels.triton_kernels import launch
 
 LAUNCHES = str(Path(__file__).with_name("launches.py"))
 

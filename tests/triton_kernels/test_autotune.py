@@ -7,7 +7,7 @@ import torch
 
 import anl_kernels as ak
 from anl_kernels import layout
-from anl_kernels.kernels import autotune, launch
+from anl_kernels.triton_kernels import autotune, launch
 
 VIEW = launch.view_of((100, 5000, 1), 4, (5000, 1, 0))
 FIRST = launch.LaunchConfig(BLOCK_N=1, BLOCK_K=1024, num_warps=4)

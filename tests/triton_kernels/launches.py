@@ -1,6 +1,6 @@
 """Calls on an offline device for test_launch.py, which runs this file in a process of its own; prints JSON.
 
-python tests/kernels/launches.py signatures compilations keys arguments hooks threads private
+python tests/triton_kernels/launches.py signatures compilations keys arguments hooks threads private
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import anl_kernels as ak
 from anl_kernels import kernels
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
-from anl_kernels.kernels import launch, reduce
+from anl_kernels.triton_kernels import launch, reduce
 
 
 def signatures() -> dict:
@@ -30,7 +30,7 @@ def signatures() -> dict:
 
     found = {}
     for module in pkgutil.iter_modules(kernels.__path__):
-        for name, kernel in vars(importlib.import_module(f"anl_kernels.kernels.{module.name}")).items():
+        for name, kernel in vars(importlib.import_module(f"anl_kernels.triton_kernels.{module.name}")).items():
             if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
                 passed = [p for p in kernel.params if not p.is_constexpr]
                 found[name] = {

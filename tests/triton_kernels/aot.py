@@ -1,6 +1,7 @@
 """Every Triton kernel compiled without a GPU, in the configurations that calls really pick, and what came out.
 
-    python tests/kernels/aot.py [--targets sm_90 gfx942] [--only loss] [--gated | --stock] [--json] [--sass FOLDER]
+    python tests/triton_kernels/aot.py [--targets sm_90 gfx942] [--only loss] [--gated | --stock] [--json]
+        [--sass FOLDER]
 
 Calls run on tensors without memory (device "meta") as far as the launch of each kernel; there it is compiled for the
 target, and the machine code is read: registers, spills, instructions, how wide memory is accessed.
@@ -62,8 +63,8 @@ def scenarios():
     import anl_kernels as ak
     from anl_kernels.backends import triton as backend
     from anl_kernels.functional import checked_call
-    from anl_kernels.kernels import columns, reduce
     from anl_kernels.layout import as_rows
+    from anl_kernels.triton_kernels import columns, reduce
 
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     losses = {

@@ -5,15 +5,15 @@ Interpreted programs run one after another, so what is not there when a program 
 
 import pytest
 import torch
-from candidates import Backend
+from backends_under_test import Backend
 from tiers import thorough
 
 import anl_kernels as ak
 from anl_kernels import trust
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
-from anl_kernels.kernels import launch, passes
-from anl_kernels.kernels import split as kernels
+from anl_kernels.triton_kernels import launch, passes
+from anl_kernels.triton_kernels import split as kernels
 
 WAYS = {"one launch": Backend("triton-split", "split"), "launches": Backend("triton-launches", "launches")}
 LOSSES = {

@@ -7,13 +7,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from candidates import Backend
+from backends_under_test import Backend
 
 import anl_kernels as ak
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
-from anl_kernels.kernels import rows
-from anl_kernels.kernels.math import GradientRow
+from anl_kernels.triton_kernels import rows
+from anl_kernels.triton_kernels.math import GradientRow
 
 WAYS = {path: Backend(f"triton-{path}", path) for path in ("tile", "loop")}
 
