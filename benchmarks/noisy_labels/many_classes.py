@@ -30,6 +30,9 @@ from torch import Tensor
 
 import anl_kernels as ak
 from anl_kernels.cli.common import environment, need, progress, table
+from benchmarks import pictures
+
+from .report import thinned
 
 DIMENSIONS, PER_CLASS, WRONG, TEST_IMAGES, NEAREST_IS_RIGHT = 32, 10, 4, 2000, 0.95
 BATCH, EPOCHS = 128, 60
@@ -222,9 +225,8 @@ STYLE = {
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    """Test accuracy over the epochs: a row an optimizer, a column a number of classes, a line a run."""
-    matplotlib = need("matplotlib", "noisy")
-    matplotlib.rcParams.update({"svg.hashsalt": "anl_kernels", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+    """Test accuracy over the epochs: rows are optimizers, columns numbers of classes, and each run is a line."""
+    pictures.use_style()
     columns = sorted({run["classes"] for run in runs})
     rows = [name for name in OPTIMIZERS if any(run["optimizer"] == name for run in runs)]
     size = 2.7 * len(columns), 2.5 * len(rows) + 0.5
@@ -237,7 +239,7 @@ def plot(runs: list[dict], path: Path) -> None:
             here = [run for run in runs if (run["classes"], run["optimizer"]) == (classes, optimizer)]
             for run in here:
                 style = dict(color=STYLE[run["setting"]], linewidth=1.2)
-                line, *_ = axes.plot(range(1, len(run["test"]) + 1), run["test"], **style)
+                line, *_ = axes.plot(thinned(range(1, len(run["test"]) + 1), 30), thinned(run["test"], 30), **style)
                 labels[run["setting"]] = line
             axes.set_visible(bool(here))
     for axes, classes in zip(grid[0], columns):
@@ -246,8 +248,7 @@ def plot(runs: list[dict], path: Path) -> None:
         axes.set_xlabel("epoch")
     order = [name for name in STYLE if name in labels]
     figure.legend([labels[name] for name in order], order, loc="outside lower center", ncols=len(order))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    pictures.save(figure, path)
 
 
 def parser() -> argparse.ArgumentParser:
