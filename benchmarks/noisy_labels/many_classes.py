@@ -1,16 +1,18 @@
-"""How alpha, beta and min_prob of ANL-CE must grow with the number of classes: the study behind `anl_kernels.suggest`.
+"""ANL-CE's alpha, beta and min_prob at many classes: the study behind `anl_kernels.suggest`, which is experimental.
 
     python -m benchmarks.noisy_labels.many_classes --json RESULT.json                  # hours; goes on where it stopped
     python -m benchmarks.noisy_labels.many_classes --json RESULT.json --classes 100,1000
     python -m benchmarks.noisy_labels.many_classes --json RESULT.json --plot docs/figures/cpu/many_classes.svg
 
 Data: K random directions in 32 dimensions, an image is its class's direction plus Gaussian noise, such that the nearest
-direction is the right one for 95 % of the images; 10 training images a class, exactly 4 of them with the label of
+direction is the right one for 95 % of the images; 10 training images per class, exactly 4 of them with the label of
 another class, drawn evenly; 2000 test images with right labels. At 100,000 classes only 300 have images; wrong labels
 still fall on all classes.
 
-Model: a linear head. SGD as on CIFAR-100: lr 0.1, momentum 0.9, batch 128, cosine to 0. What 200 epochs of 500 images a
-class move there, 60 epochs of 10 images move here, as the features are longer (norm 90; Adam: norm 5.7, lr 0.03).
+Model: a linear head. SGD as on CIFAR-100: lr 0.1, momentum 0.9, batch 128, cosine to 0. What 200 epochs of 500 images
+per class move there, 60 epochs of 10 images move here, as the features are longer (norm 90; Adam: norm 5.7, lr 0.03).
+Cross entropy's learning rate is set by the first step's length, not tuned; tuned, it does far better than here
+(docs/hyperparameters.md).
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def text(runs: list[dict]) -> str:
-    """The table of each dataset: accuracy on clean test labels after the last epoch, with the papers' beside it."""
+    """The table of each dataset: accuracy on clean test labels after the last epoch, with the papers' beside it, and at
+    the best of the epochs that were tested: how much of a lead is that others have learned wrong labels by then.
+    """
     parts = []
     for dataset in unique(runs, "dataset"):
         own = chosen(runs, dataset=dataset)
@@ -39,10 +41,12 @@ def text(runs: list[dict]) -> str:
         for loss in unique(own, "loss"):
             cells = [loss]
             for noise in noises:
-                values = [run["accuracy"] for run in chosen(own, loss=loss, noise=noise)]
+                runs_here = chosen(own, loss=loss, noise=noise)
+                values = [run["accuracy"] for run in runs_here]
+                best = [max(accuracy for _, accuracy in run["curves"]["test"]) for run in runs_here]
                 theirs = published.get(loss, {}).get(noise)
                 paper = f" ({theirs:.2f})" if theirs is not None else ""
-                cells.append(f"{mean_and_spread(values)}{paper}" if values else "")
+                cells.append(f"{mean_and_spread(values)}{paper} / {mean_and_spread(best)}" if values else "")
             rows.append(cells)
         shape = " / ".join(
             f"{name.replace('_', ' ')}: {', '.join(str(value) for value in unique(own, name))}"
@@ -50,7 +54,7 @@ def text(runs: list[dict]) -> str:
         )
         seeds = len(unique(own, "seed"))
         note = "; the papers' in brackets" if published else ""
-        head = f"{dataset}: test accuracy in %, last epoch, {seeds} seed{'s' * (seeds > 1)}{note}\n{shape}"
+        head = f"{dataset}: test accuracy in %, last / best epoch, {seeds} seed{'s' * (seeds > 1)}{note}\n{shape}"
         parts.append(f"{head}\n{table(rows, ['', *noises])}")
     return "\n\n".join(parts)
 

@@ -158,7 +158,7 @@ def test_the_command_at_toy_size(tmp_path, capsys):
     arguments += ["--train-size", "200", "--test-size", "50", "--workers", "1", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "digits: test accuracy in %, last epoch, 2 seeds" in printed and "±" in printed
+    assert "digits: test accuracy in %, last / best epoch, 2 seeds" in printed and "±" in printed
     content = json.loads((tmp_path / "results.json").read_text())
     assert len(content["runs"]) == 8 and str(tmp_path) not in content["command"]
     assert content["runs"][-1]["wrong_labels"] == pytest.approx(40.0)
@@ -173,9 +173,9 @@ def test_the_command_at_toy_size(tmp_path, capsys):
 def test_the_papers_figures_stand_beside_ours():
     run = {
         "dataset": "cifar10", "loss": "ANL-CE", "noise": "symmetric:0.4", "seed": 0, "epochs": 120, "bf16": False,
-        "train_images": 50000, "test_images": 10000, "accuracy": 87.0,
+        "train_images": 50000, "test_images": 10000, "accuracy": 87.0, "curves": {"test": [[60, 89.0], [120, 87.0]]},
     }  # fmt: skip
-    assert "87.00 (87.16)" in report.text([run])
+    assert "87.00 (87.16) / 89.00" in report.text([run])
 
 
 @pytest.mark.parametrize(
