@@ -14,23 +14,26 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
+LONG = re.compile(r"-?\d+\.\d{3,}")
+# What no reader of the file needs: indentation, names of groups, comments, turns by no angle.
+UNUSED = re.compile(r"^ +| +$| id=\"[A-Za-z0-9]+_\d+\"|<!-- \$.*-->| transform=\"rotate\(-0 [^\"]*\"", re.MULTILINE)
 
 
 def use_style() -> None:
     need("matplotlib", "noisy").rcParams.update(STYLE)
 
 
-# What no reader of the file needs: indentation, names of groups, comments, turns by no angle.
-UNUSED = re.compile(r"^ +| +$| id=\"[A-Za-z0-9]+_\d+\"|<!-- \$.*-->| transform=\"rotate\(-0 [^\"]*\"", re.MULTILINE)
-
-
 def save(figure, file: Path) -> None:
     """Writes coordinates with one digit after the point, not six, and each style once."""
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None})
-    text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), written.getvalue())
+    text = re.sub(r"<[^>]*>", lambda tag: LONG.sub(lambda number: short(number[0]), tag[0]), written.getvalue())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(styles_once(UNUSED.sub("", text)))
+
+
+def short(number: str) -> str:
+    return f"{float(number):.1f}".removesuffix(".0")
 
 
 def styles_once(text: str) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -207,3 +208,26 @@ def runnable():
     import anl_kernels
 
     return {b.name for b in anl_kernels.backends() if b.available}
+
+
+def test_a_picture_is_smaller_than_matplotlib_s_and_shows_the_same(tmp_path, monkeypatch):
+    """As many marks and texts; each style once; coordinates to a tenth."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    pictures = script("pictures")
+    pictures.use_style()
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(range(200), [x**0.5 for x in range(200)], label="a root")
+    axes.set(title="title of 1.23456 and more"), axes.legend()
+    figure.savefig(tmp_path / "full.svg", metadata={"Date": None})
+    pictures.save(figure, tmp_path / "new" / "small.svg")
+    full, small = (tmp_path / name for name in ("full.svg", "new/small.svg"))
+    assert small.stat().st_size < 0.6 * full.stat().st_size
+    assert "title of 1.23456 and more" in small.read_text()
+    full, small = full.read_text(), small.read_text()
+    for mark in ("<path", "<use", "<text", "a root</text>", "\nL "):
+        assert full.count(mark) == small.count(mark) or mark == "\nL "
+    assert full.count("\nL ") == small.count("\nL ") and " style=" not in small
+    assert set(re.findall(r'class="(s\d+)"', small)) == set(re.findall(r"^\.(s\d+)\{", small, re.MULTILINE))

@@ -194,7 +194,7 @@ def run_of(kept: dict) -> Run:
 
 
 def write(path: Path, result: dict) -> None:
-    """Replaces the file at once, a run a line: a killed run leaves the last whole one."""
+    """Replaces the file at once, one run per line: a killed run leaves the last whole one."""
     partial = path.with_suffix(".partial")
     runs = ",\n".join(json.dumps(run) for run in result["runs"])
     partial.write_text(f'{{"environment": {json.dumps(result["environment"], indent=1)},\n"runs": [\n{runs}\n]}}\n')

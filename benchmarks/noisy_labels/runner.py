@@ -68,4 +68,4 @@ def write_results(results: list[dict], file: Path, command: str) -> None:
 def indented(content: dict) -> str:
     """JSON with a line per value, but lists of numbers on one line: a curve is one line."""
     text = json.dumps(content, indent=1)
-    return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+    return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"

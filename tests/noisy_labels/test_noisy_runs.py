@@ -1,6 +1,7 @@
 """Training: settings, resuming to the same bits, augmentation, the command at toy size."""
 
 import importlib.util
+import itertools
 import json
 
 import pytest
@@ -189,3 +190,22 @@ def test_the_papers_figures_stand_beside_ours():
 def test_what_cannot_run_is_told(arguments, word):
     with pytest.raises(SystemExit, match=word):
         command.main(arguments)
+
+
+def test_a_picture_s_curve_is_thinned_and_keeps_its_last_point():
+    for length in range(1, 90):
+        kept = report.thinned(range(length))
+        assert kept[-1] == length - 1 and len(kept) <= 20
+        assert len({b - a for a, b in itertools.pairwise(kept)}) <= 1
+    assert report.thinned([3, 1, 2]) == [3, 1, 2]
+
+
+def test_results_are_indented_but_for_lists_of_numbers():
+    content = {
+        "command": "run [ --x,  1 ]",
+        "runs": [{"curve": [1.5, 2.0], "test": [[1, 0.25], [2, 1e-7]], "none": []}],
+    }
+    text = runner.indented(content)
+    assert json.loads(text) == content
+    lines = [line.strip() for line in text.splitlines()]
+    assert '"curve": [1.5, 2.0],' in lines and "[2, 1e-07]" in lines and "{" in lines
