@@ -5,6 +5,7 @@ Every mark in a picture is a number in the JSON; a picture whose data are missin
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,10 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-plt.rcParams.update({"svg.hashsalt": "anl_kernels", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import pictures
+
+pictures.use_style()
 
 COPY, OURS = "out.copy_(logits)", "anl_kernels"
 STYLE = {
@@ -55,7 +59,7 @@ def logits_bytes(result: dict) -> int:
 
 
 def panels(lines, y, ylabel: str, title: str, file: Path, skip=(), log=True) -> None:
-    """One panel a dtype, a line a contender; y(result, K) is a number, or None for what was not measured."""
+    """One panel per dtype, one line per contender; y(result, K) is a number, or None for what was not measured."""
     dtypes = [dtype for dtype in ITEMSIZE if any(d == dtype for d, _ in lines)]
     figure, axes = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 3.8), sharey=True, squeeze=False)
     for axis, dtype in zip(axes[0], dtypes):
@@ -75,7 +79,7 @@ def panels(lines, y, ylabel: str, title: str, file: Path, skip=(), log=True) -> 
 def save(figure, title: str, file: Path) -> None:
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    pictures.save(figure, file)
     plt.close(figure)
     print(file)
 

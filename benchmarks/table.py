@@ -1,6 +1,7 @@
-"""The ratios of a `bench --json` file as README's table: python benchmarks/table.py RESULT.json [--into README.md].
+"""The ratios of a `bench --json` file as tables: python benchmarks/table.py RESULT.json --into README.md.
 
-README's: --shapes 128x10,128x100,4096x1000,2560x10000,800x32000,509x50257,256x100000,64x1000000,1x21x512x512
+README gets a few rows, the page that it links to all of them: each file has a place for its table between two marks.
+Without --into the whole table is printed.
 """
 
 import argparse
@@ -8,6 +9,15 @@ import json
 import re
 from pathlib import Path
 
+# What README shows: (loss, shape, dtype). The losses' names are those of the first column.
+IN_BRIEF = (
+    ("anl_ce", "128x100", "fp32"),
+    ("anl_ce", "4096x1000", "fp32"),
+    ("anl_ce", "256x100000", "bf16"),
+    ("anl_ce", "64x1000000", "fp32"),
+    ("anl_ce", "1x21x512x512", "fp32"),
+)
+WHOLE = "docs/benchmarks.md"  # beside the file that --into names
 OURS = ("anl_kernels", "anl_kernels inplace")
 OTHERS = {
     "logits.clone()": "`logits.clone()`",
@@ -16,14 +26,14 @@ OTHERS = {
     "formulas, eager": "formulas",
     "formulas, torch.compile": "`torch.compile`",
 }
+MARKED = re.compile(r"(<!-- measured[^>]*-->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
-def table(document: dict, shapes: list[str] | None = None) -> str:
+def table(document: dict, only: tuple[tuple[str, str, str], ...] = ()) -> str:
+    """All rows, or only those."""
     cases: dict = {}
     for result in document["results"]:
         if result.get("phase", "both") != "both":
-            continue
-        if shapes and result["shape"] not in shapes:
             continue
         cases.setdefault((result["loss"], result["shape"], result["dtype"]), {})[result["contender"]] = result
     facts = document["environment"]
@@ -38,7 +48,9 @@ def table(document: dict, shapes: list[str] | None = None) -> str:
     for (loss, shape, dtype), found in cases.items():
         for name in OURS:
             if "median_s" in found.get(name, {}):
-                lines.append(line(f"{loss}{name.removeprefix('anl_kernels')}", f"{shape} {dtype}", found[name], found))
+                label = f"{loss}{name.removeprefix('anl_kernels')}"
+                if not only or (label, shape, dtype) in only:
+                    lines.append(line(label, f"{shape} {dtype}", found[name], found))
     return "\n".join(lines)
 
 
@@ -64,18 +76,23 @@ def milliseconds(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--into", type=Path, help="replace what stands between the 'measured' marks of this file")
-    parser.add_argument("--shapes", type=lambda text: text.split(","), help="only these")
+    parser.add_argument("--into", type=Path, metavar="README", help=f"write README's table, and the one of {WHOLE}")
     args = parser.parse_args()
-    text = table(json.loads(args.result.read_text()), args.shapes)
+    document = json.loads(args.result.read_text())
     if not args.into:
-        print(text)
+        print(table(document))
         return
-    marked = re.compile(r"(<!-- measured[^>]*-->\n).*?(<!-- /measured -->)", re.DOTALL)
-    document = args.into.read_text()
-    if not marked.search(document):
-        parser.exit(1, f"{args.into} has no place marked 'measured'\n")
-    args.into.write_text(marked.sub(lambda m: m[1] + text + f"\n\nFrom `{args.result}`.\n" + m[2], document))
+    source = f"From `{args.result}`."
+    write(args.into, f"{table(document, IN_BRIEF)}\n\n{source}")
+    write(args.into.parent / WHOLE, f"{table(document)}\n\n{source}")
+
+
+def write(file: Path, text: str) -> None:
+    """Replaces what stands between the marks of the file."""
+    content = file.read_text()
+    if not MARKED.search(content):
+        raise SystemExit(f"{file} has no place marked 'measured'")
+    file.write_text(MARKED.sub(lambda found: f"{found[1]}{text}\n{found[2]}", content))
 
 
 if __name__ == "__main__":

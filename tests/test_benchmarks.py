@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -157,13 +158,15 @@ def test_a_contender_that_failed_has_no_mark(measured):
 
 @pytest.mark.thorough
 def test_table_of_a_run(measured, tmp_path):
-    document = tmp_path / "README.md"
-    document.write_text("before\n<!-- measured: x -->\nold\n<!-- /measured -->\nafter\n")
-    command = [sys.executable, str(BENCHMARKS / "table.py"), str(measured), "--into", str(document)]
-    subprocess.run(command, check=True)
-    text = document.read_text()
-    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert "| anl_ce | 16x10 fp32 |" in text
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    for file in (readme, page):
+        file.write_text("before\n<!-- measured: x -->\nold\n<!-- /measured -->\nafter\n")
+    subprocess.run([sys.executable, str(BENCHMARKS / "table.py"), str(measured), "--into", str(readme)], check=True)
+    for file in (readme, page):
+        text = file.read_text()
+        assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "| anl_ce | 16x10 fp32 |" in page.read_text() and "16x10" not in readme.read_text()
 
 
 def test_a_line_of_the_table():
@@ -178,9 +181,8 @@ def test_a_line_of_the_table():
     facts = {"device": "a machine", "threads": 2, "torch": "2.13", "date": "2026-11-21T00"}
     lines = script("table").table({"environment": facts, "results": results}).splitlines()
     assert lines[-1] == "| nce | 4x5 fp32 | 2 ms | 0.50 | failed | 2.50 | 4.50 | not run | 1.25 | 6.00 |"
-    assert (
-        script("table").table({"environment": facts, "results": results}, ["8x5"]).splitlines()[-1].startswith("|---")
-    )
+    only = (("nce", "8x5", "fp32"),)
+    assert script("table").table({"environment": facts, "results": results}, only).splitlines()[-1].startswith("|---")
 
 
 @pytest.mark.thorough
@@ -206,3 +208,27 @@ def runnable():
     import anl_kernels
 
     return {b.name for b in anl_kernels.backends() if b.available}
+
+
+def test_a_picture_is_smaller_than_matplotlib_s_and_shows_the_same(tmp_path, monkeypatch):
+    """As many marks and texts; each style once; coordinates to a tenth."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    pictures = script("pictures")
+    pictures.use_style()
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(range(200), [x**0.5 for x in range(200)], label="a root")
+    axes.set(title="title of 1.23456 and more"), axes.legend()
+    figure.savefig(tmp_path / "full.svg", metadata={"Date": None})
+    pictures.save(figure, tmp_path / "new" / "small.svg")
+    full, small = (tmp_path / name for name in ("full.svg", "new/small.svg"))
+    assert small.stat().st_size < 0.6 * full.stat().st_size
+    assert "title of 1.23456 and more" in small.read_text()
+    full, small = full.read_text(), small.read_text()
+    for mark in ("<path", "<use", "<text", "a root</text>", "\nL "):
+        assert full.count(mark) == small.count(mark) > 0
+    assert full.count("\nL ") == small.count("\nL ") and " style=" not in small
+    assert not re.search(r"<[^>]*\d\.\d{3}", small)
+    assert set(re.findall(r'class="(s\d+)"', small)) == set(re.findall(r"^\.(s\d+)\{", small, re.MULTILINE))

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="FOLDER", help="where the dataset's files are (data.py says which)")
     add("--losses", metavar="LIST", default=",".join(DEFAULT_LOSSES))
     add("--noise", metavar="LIST", default=",".join(DEFAULT_NOISES))
-    add("--seeds", type=int, help="runs a loss and noise (3)")
+    add("--seeds", type=int, help="runs per loss and noise (3)")
     add("--epochs", type=int, help="the papers' number; the cosine ends with the last one")
     add("--train-size", type=int, help="only so many training images")
     add("--test-size", type=int, help="only so many test images")

@@ -6,9 +6,11 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from anl_kernels.cli.common import need, table
+from benchmarks import pictures
 
 from .noise import Noise
 from .settings import PUBLISHED
@@ -23,12 +25,14 @@ def chosen(runs: list[dict], **fields) -> list[dict]:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.pstdev(values):.2f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def text(runs: list[dict]) -> str:
-    """The table of each dataset: accuracy on clean test labels after the last epoch, with the papers' beside it."""
+    """The table of each dataset: accuracy on clean test labels after the last epoch, with the papers' beside it, and at
+    the best of the epochs that were tested: how much of a lead is that others have learned wrong labels by then.
+    """
     parts = []
     for dataset in unique(runs, "dataset"):
         own = chosen(runs, dataset=dataset)
@@ -37,10 +41,12 @@ def text(runs: list[dict]) -> str:
         for loss in unique(own, "loss"):
             cells = [loss]
             for noise in noises:
-                values = [run["accuracy"] for run in chosen(own, loss=loss, noise=noise)]
+                runs_here = chosen(own, loss=loss, noise=noise)
+                values = [run["accuracy"] for run in runs_here]
+                best = [max(accuracy for _, accuracy in run["curves"]["test"]) for run in runs_here]
                 theirs = published.get(loss, {}).get(noise)
                 paper = f" ({theirs:.2f})" if theirs is not None else ""
-                cells.append(f"{mean_and_spread(values)}{paper}" if values else "")
+                cells.append(f"{mean_and_spread(values)}{paper} / {mean_and_spread(best)}" if values else "")
             rows.append(cells)
         shape = " / ".join(
             f"{name.replace('_', ' ')}: {', '.join(str(value) for value in unique(own, name))}"
@@ -48,16 +54,13 @@ def text(runs: list[dict]) -> str:
         )
         seeds = len(unique(own, "seed"))
         note = "; the papers' in brackets" if published else ""
-        head = f"{dataset}: test accuracy in %, last epoch, {seeds} seed{'s' * (seeds > 1)}{note}\n{shape}"
+        head = f"{dataset}: test accuracy in %, last / best epoch, {seeds} seed{'s' * (seeds > 1)}{note}\n{shape}"
         parts.append(f"{head}\n{table(rows, ['', *noises])}")
     return "\n\n".join(parts)
 
 
 def plots(runs: list[dict], folder: Path) -> list[Path]:
-    """Two pictures a dataset: accuracy against the noise rate, and the curves over the epochs."""
-    matplotlib = need("matplotlib", "noisy")
-    matplotlib.rcParams.update({"svg.hashsalt": "anl_kernels", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-    folder.mkdir(parents=True, exist_ok=True)
+    """Two pictures per dataset: accuracy against the noise rate, and the curves over the epochs."""
     drawn = []
     for dataset in unique(runs, "dataset"):
         own = chosen(runs, dataset=dataset)
@@ -65,24 +68,35 @@ def plots(runs: list[dict], folder: Path) -> list[Path]:
             figure = draw(own)
             if figure is not None:
                 drawn.append(folder / f"noisy_{dataset}_{name}.svg")
-                figure.savefig(drawn[-1], metadata={"Date": None})
+                pictures.save(figure, drawn[-1])
     return drawn
 
 
 def panels(rows: int, columns: int, size: tuple[float, float]):
+    pictures.use_style()
     figure = need("matplotlib.figure", "noisy").Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey="row")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row")
+    for axes in grid.flat:
+        axes.locator_params(nbins=5)  # each tick is a line, a mark and a text in the file
+    return figure, grid
 
 
-def band(axes, x: list, values: list[list[float]], **style) -> None:
+def thinned(values: Sequence, points: int = 20) -> list:
+    """At most so many of the values, evenly spaced, the last one among them: a picture stays a small file."""
+    step = -(-len(values) // points)
+    return list(values[(len(values) - 1) % step :: step])
+
+
+def band(axes, x: Sequence, values: Sequence[Sequence[float]], **style) -> None:
     """The mean over seeds, and from the lowest seed to the highest a band."""
+    x, values = thinned(x), thinned(values)
     axes.plot(x, [statistics.fmean(v) for v in values], **style)
     if any(len(v) > 1 for v in values):
         axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15, lw=0)
 
 
 def rates(runs: list[dict]):
-    """Accuracy against the rate, a panel a kind of noise that was run at two rates or more (clean is rate 0)."""
+    """Accuracy against the rate, one panel per kind of noise that was run at two rates or more (clean is rate 0)."""
     kinds: dict[str, dict[float, str]] = {}
     for text in unique(runs, "noise"):
         noise = Noise.parse(text)
@@ -108,7 +122,9 @@ def rates(runs: list[dict]):
 
 
 def curves(runs: list[dict]):
-    """Over the epochs, a column a noise: above on the clean test labels, below on the noisy training labels."""
+    """Over the epochs, one column per noise: above on the clean test labels, below on the noisy training labels (the
+    mean over seeds alone: bands would cover one another).
+    """
     noises = unique(runs, "noise")
     figure, grid = panels(2, len(noises), (3.4 * len(noises), 6.0))
     for column, noise in enumerate(noises):
@@ -119,8 +135,8 @@ def curves(runs: list[dict]):
             style = dict(color=f"C{index}", label=loss, linewidth=1.4)
             tested = [epoch for epoch, _ in own[0]["curves"]["test"]]
             band(grid[0][column], tested, list(zip(*([a for _, a in run["curves"]["test"]] for run in own))), **style)
-            trained = list(zip(*(run["curves"]["train"] for run in own)))
-            band(grid[1][column], list(range(1, len(trained) + 1)), trained, **style)
+            trained = [statistics.fmean(values) for values in zip(*(run["curves"]["train"] for run in own))]
+            grid[1][column].plot(thinned(range(1, len(trained) + 1)), thinned(trained), **style)
         grid[0][column].set_title(noise)
         grid[1][column].set_xlabel("epoch")
     grid[0][0].set_ylabel("test accuracy (clean labels), %")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -61,4 +62,10 @@ def write_results(results: list[dict], file: Path, command: str) -> None:
     """One JSON file: the machine, the command, and every run with its curves."""
     content = {"environment": environment(), "command": command, "runs": results}
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, lambda part: part.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n"))
+    replace(file, lambda part: part.write_text(indented(content)))
+
+
+def indented(content: dict) -> str:
+    """JSON with a line per value, but lists of numbers on one line: a curve is one line."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"

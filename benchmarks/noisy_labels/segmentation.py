@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import anl_kernels as ak
 from anl_kernels.cli.common import need, progress, table
 from anl_kernels.cli.demo import CLIP
+from benchmarks import pictures
 
 from .data import DataMissing, jpegs
 from .masks import wrong_masks
@@ -173,7 +174,7 @@ def text(runs: list[dict], wrong: dict[float, float]) -> str:
 
 
 def plot(runs: list[dict], file: Path) -> None:
-    """Mean IoU on the clean test masks over the epochs, a panel a share of wrong objects."""
+    """Mean IoU on the clean test masks over the epochs, one panel per share of wrong objects."""
     rates = unique(runs, "rate")
     figure, grid = panels(1, len(rates), (4.6 * len(rates), 3.6))
     for axes, rate in zip(grid[0], rates):
@@ -183,11 +184,9 @@ def plot(runs: list[dict], file: Path) -> None:
             band(axes, [epoch for epoch, _ in own[0]], values, color=f"C{index}", label=loss, marker="o", markersize=4)
         axes.set_title(f"{100 * rate:g} % of the objects wrong" if rate else "clean masks")
         axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("mean IoU (clean test masks), %")
     grid[0][0].legend(fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
+    pictures.save(figure, file)
 
 
 def parser() -> argparse.ArgumentParser:

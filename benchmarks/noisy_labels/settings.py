@@ -48,8 +48,8 @@ def _losses(decay: float, passive: tuple[float, float], anl: tuple[float, float,
     return found
 
 
-# "x5" has CIFAR-10's alpha and beta: at (1, 1) ANL's first gradients are a twentieth of cross entropy's, and it takes
-# the papers' 23,000 steps to learn. It is there to show that, for runs of few steps.
+# "x5" has CIFAR-10's alpha and beta. At (1, 1) ANL loses whole classes on the digits (README.md); with the larger
+# gradient it keeps them on clean labels, and learns wrong labels by heart as the others do.
 MNIST = demo.SETTINGS | {
     "NCE+MAE": Setting(ak.NCE() + 10 * ak.MAE()),
     "ANL-CE x5": Setting(5 * ak.NCE() + 5 * ak.NNCE(), 0.0, 1e-6),

@@ -56,5 +56,5 @@ def test_the_picture_shows_every_setting(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", command)
     many_classes.main()
     picture = (tmp_path / "new" / "curves.svg").read_text()
-    assert all(f"<!-- {name} -->" in picture for name in ("CE", "suggest", "K = 1,000", "epoch"))
+    assert all(f">{name}</text>" in picture for name in ("CE", "suggest", "K = 1,000", "epoch"))
     assert json.loads((tmp_path / "found.json").read_text())["runs"] == kept

@@ -1,6 +1,7 @@
 """Training: settings, resuming to the same bits, augmentation, the command at toy size."""
 
 import importlib.util
+import itertools
 import json
 
 import pytest
@@ -158,7 +159,7 @@ def test_the_command_at_toy_size(tmp_path, capsys):
     arguments += ["--train-size", "200", "--test-size", "50", "--workers", "1", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "digits: test accuracy in %, last epoch, 2 seeds" in printed and "±" in printed
+    assert "digits: test accuracy in %, last / best epoch, 2 seeds" in printed and "±" in printed
     content = json.loads((tmp_path / "results.json").read_text())
     assert len(content["runs"]) == 8 and str(tmp_path) not in content["command"]
     assert content["runs"][-1]["wrong_labels"] == pytest.approx(40.0)
@@ -173,9 +174,9 @@ def test_the_command_at_toy_size(tmp_path, capsys):
 def test_the_papers_figures_stand_beside_ours():
     run = {
         "dataset": "cifar10", "loss": "ANL-CE", "noise": "symmetric:0.4", "seed": 0, "epochs": 120, "bf16": False,
-        "train_images": 50000, "test_images": 10000, "accuracy": 87.0,
+        "train_images": 50000, "test_images": 10000, "accuracy": 87.0, "curves": {"test": [[60, 89.0], [120, 87.0]]},
     }  # fmt: skip
-    assert "87.00 (87.16)" in report.text([run])
+    assert "87.00 (87.16) / 89.00" in report.text([run])
 
 
 @pytest.mark.parametrize(
@@ -189,3 +190,22 @@ def test_the_papers_figures_stand_beside_ours():
 def test_what_cannot_run_is_told(arguments, word):
     with pytest.raises(SystemExit, match=word):
         command.main(arguments)
+
+
+def test_a_picture_s_curve_is_thinned_and_keeps_its_last_point():
+    for length in range(1, 90):
+        kept = report.thinned(range(length))
+        assert kept[-1] == length - 1 and len(kept) <= 20
+        assert len({b - a for a, b in itertools.pairwise(kept)}) <= 1
+    assert report.thinned([3, 1, 2]) == [3, 1, 2]
+
+
+def test_results_are_indented_but_for_lists_of_numbers():
+    content = {
+        "command": "run [ --x,  1 ]",
+        "runs": [{"curve": [1.5, 2.0], "test": [[1, 0.25], [2, 1e-7]], "none": []}],
+    }
+    text = runner.indented(content)
+    assert json.loads(text) == content
+    lines = [line.strip() for line in text.splitlines()]
+    assert '"curve": [1.5, 2.0],' in lines and "[2, 1e-07]" in lines and "{" in lines
