@@ -5,7 +5,7 @@ Both are pybind11 over raw pointers: no torch is needed to build them.
 Environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS as usual; ANL_KERNELS_NO_EXT=1 installs without the compiled modules;
 MAX_JOBS limits the number of compilers that run at once. nvcc is CUDACXX, or CUDA_HOME's, or PATH's;
 ANL_KERNELS_NO_CUDA=1 leaves _cuda out; ANL_KERNELS_CUDA_ARCHS is a list such as "80;90+PTX", or "all" (not set: the
-architectures of the GPUs here, or those of DEFAULT_ARCHS).
+architectures of the GPUs here; without a GPU PTX alone, which takes a third of the time and which a driver compiles).
 """
 
 import functools
@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -50,7 +51,9 @@ NVCC_FLAGS = (
 )
 NO_CUDA = "set ANL_KERNELS_NO_CUDA=1 to install without the CUDA kernels"
 ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
-DEFAULT_ARCHS = ("80", "90", "90+PTX")  # +PTX: what a driver compiles for whatever is newer
+WITHOUT_GPU = ("80+PTX",)  # +PTX: what a driver compiles for this architecture and whatever is newer
+CLUSTER_SOURCE, CLUSTER_ARCH = "rows_cluster.cu", 90  # its kernels only trap where they are compiled for less
+COMPILED_FIRST = ("rows_small.cu", "rows_split.cu", "rows_cluster.cu", "module.cpp", "rows.cpp")  # what takes longest
 
 PROBE = '#include <Python.h>\n#include <vector>\nextern "C" int probe() { return (int)std::vector<int>(1).size(); }\n'
 
@@ -147,35 +150,65 @@ def module_environment():
     return {**os.environ, "CPLUS_INCLUDE_PATH": os.pathsep.join(folders)}
 
 
-def ninja_file(compile_command, link_command, objects, target):
-    """objects: (object name, source, extra flags) of everything that is compiled."""
-    lines = [
-        "ninja_required_version = 1.8",
-        "rule compile",
-        f"  command = {quote(compile_command)} $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $out",
-        "rule link",
-        f"  command = {quote(link_command[:1])} $in -o $out {quote(link_command[1:])}",
-        "  description = $out",
-    ]
-    for name, source, flags in objects:
-        lines += [f"build {name}: compile {escape(HERE / source)}", f"  flags = {quote(flags)}"]
-    lines += [f"build {escape(target)}: link {' '.join(name for name, _, _ in objects)}", ""]
-    return "\n".join(lines)
+class Object(NamedTuple):
+    name: str
+    source: Path
+    flags: list[str]
 
 
-def cpu_rules(target):
+class Module(NamedTuple):
+    """How one of the two extension modules is built."""
+
+    name: str  # cpu or cuda: a folder of objects, and part of the names of ninja's rules
+    compile: list[str]
+    link: list[str]
+    objects: list[Object]
+    target: str
+
+    def rules(self):
+        return [
+            f"rule compile_{self.name}",
+            f"  command = {quote(self.compile)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = $out",
+            f"rule link_{self.name}",
+            f"  command = {quote(self.link[:1])} $in -o $out {quote(self.link[1:])}",
+            "  description = $out",
+        ]
+
+    def link_step(self):
+        objects = " ".join(f"{self.name}/{one.name}" for one in self.objects)
+        return f"build {escape(self.target)}: link_{self.name} {objects}"
+
+
+def compile_order(source):
+    """The longest first, so that no processor waits for a long one at the end; ninja keeps this order."""
+    place = COMPILED_FIRST.index(source.name) if source.name in COMPILED_FIRST else len(COMPILED_FIRST)
+    return place, -(HERE / source).stat().st_size
+
+
+def ninja_file(modules):
+    """One for all modules: they share the processors to the end."""
+    lines = ["ninja_required_version = 1.8", *(line for module in modules for line in module.rules())]
+    objects = [(module.name, one) for module in modules for one in module.objects]
+    for name, one in sorted(objects, key=lambda pair: compile_order(pair[1].source)):
+        lines += [f"build {name}/{one.name}: compile_{name} {escape(HERE / one.source)}"]
+        lines += [f"  flags = {quote(one.flags)}"]
+    return "\n".join([*lines, *(module.link_step() for module in modules), ""])
+
+
+def cpu_module(target):
     compiler = find_compiler()
     isas = instruction_sets(compiler)
     have = [f"-DANL_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
-    objects = [("module.o", CPU / "module.cpp", [*module_flags(), *have])]
+    objects = [Object("module.o", CPU / "module.cpp", [*module_flags(), *have])]
     for isa in isas:
         for source in KERNEL_SOURCES:
-            objects.append((f"{Path(source).stem}_{isa}.o", CPU / source, [f"-DANL_ISA={isa}", *ISA_FLAGS[isa]]))
+            flags = [f"-DANL_ISA={isa}", *ISA_FLAGS[isa]]
+            objects.append(Object(f"{Path(source).stem}_{isa}.o", CPU / source, flags))
     compile_command = [*compiler, *CXX_FLAGS, f"-I{HERE / 'csrc'}", *flags_from_env("CPPFLAGS", "CXXFLAGS")]
-    return ninja_file(compile_command, [*compiler, *link_flags(), *flags_from_env("LDFLAGS")], objects, target)
+    return Module("cpu", compile_command, [*compiler, *link_flags(), *flags_from_env("LDFLAGS")], objects, target)
 
 
 # ---- CUDA
@@ -220,7 +253,7 @@ def present_architectures():
 
 
 def architectures(nvcc):
-    """("80", "90", "90+PTX"): machine code for each, and PTX."""
+    """("80", "90", "90+PTX"): machine code for each, and PTX that is compiled where the kernels first run."""
     known = nvcc_architectures(nvcc)
     asked = os.environ.get("ANL_KERNELS_CUDA_ARCHS", "").strip()
     if asked and asked != "all":
@@ -232,32 +265,38 @@ def architectures(nvcc):
                 )
         return tuple(archs)
     if not asked:
-        return present_architectures() or DEFAULT_ARCHS
+        return present_architectures() or WITHOUT_GPU
     archs = [arch for arch in ALL_ARCHS if arch in known]
     return (*archs, f"{archs[-1]}+PTX")
 
 
-def code_flags(archs):
+def architecture_of_source(arch, source):
+    """`arch`, or for clusters the oldest PTX that has them: a newer GPU would else run what only traps."""
+    number, is_ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+    return f"{CLUSTER_ARCH}+PTX" if is_ptx and source == CLUSTER_SOURCE and int(number) < CLUSTER_ARCH else arch
+
+
+def code_flags(archs, source):
     flags = []
-    for arch in archs:
+    for arch in dict.fromkeys(architecture_of_source(arch, source) for arch in archs):
         number = arch.removesuffix("+PTX")
         kind = "compute" if arch.endswith("+PTX") else "sm"
         flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
     return flags
 
 
-def cuda_rules(target):
+def cuda_module(target):
     nvcc = find_nvcc()
     archs = architectures(nvcc)
     print(f"anl_kernels: CUDA kernels for {', '.join(archs)}, by {nvcc}", flush=True)
-    sources = sorted((HERE / CUDA).glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest first
-    objects = [(f"{path.stem}.o", CUDA / path.name, code_flags(archs)) for path in sources]
-    objects += [(f"{name}.o", CUDA / f"{name}.cpp", []) for name in ("select", "device")]
-    objects.append(("module.o", CUDA / "module.cpp", [*module_flags(), f'-DANL_CUDA_ARCHS="{";".join(archs)}"']))
+    sources = sorted((HERE / CUDA).glob("*.cu"))
+    objects = [Object(f"{path.stem}.o", CUDA / path.name, code_flags(archs, path.name)) for path in sources]
+    objects += [Object(f"{name}.o", CUDA / f"{name}.cpp", []) for name in ("select", "device")]
+    objects.append(Object("module.o", CUDA / "module.cpp", [*module_flags(), f'-DANL_CUDA_ARCHS="{";".join(archs)}"']))
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
     folders = [Path(nvcc).resolve().parents[1] / name for name in ("lib64", "lib")]
     link = [nvcc, *host, "-shared", "-cudart=static", *(f"-L{folder}" for folder in folders if folder.is_dir())]
-    return ninja_file([nvcc, *host, *NVCC_FLAGS, f"-I{HERE / 'csrc'}"], link, objects, target)
+    return Module("cuda", [nvcc, *host, *NVCC_FLAGS, f"-I{HERE / 'csrc'}"], link, objects, target)
 
 
 # ---- setuptools
@@ -267,29 +306,25 @@ class BuildExt(build_ext):
     """Compiles with ninja: in parallel, and again only what changed since the last build in this folder."""
 
     def build_extensions(self):
-        for extension in self.extensions:
-            self.build_extension(extension)
-
-    def build_extension(self, ext):
-        is_cuda = ext.name.endswith("_cuda")
         # A folder of its own, and not the temporary one of an editable install, so that objects are found again.
-        folder = HERE / "build" / f"ninja-{self.plat_name}-{sys.implementation.cache_tag}{'-cuda' if is_cuda else ''}"
+        folder = HERE / "build" / f"ninja-{self.plat_name}-{sys.implementation.cache_tag}"
         if os.environ.get("CXX"):
             folder = folder.with_name(f"{folder.name}-{Path(find_compiler()[0]).name}")
         folder.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).name
-        (folder / "build.ninja").write_text((cuda_rules if is_cuda else cpu_rules)(target))
+        files = {ext.name: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
+        modules = [(cuda_module if name.endswith("_cuda") else cpu_module)(file.name) for name, file in files.items()]
+        (folder / "build.ninja").write_text(ninja_file(modules))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         build = [find_ninja(), "-C", str(folder), "-j", jobs]
         if subprocess.run(build, stdin=subprocess.DEVNULL, env=module_environment()).returncode != 0:
-            way_out = NO_CUDA if is_cuda else WAY_OUT
-            raise SetupError(f"compiling {ext.name} failed, the compiler's messages are above; {way_out}.")
-        destination = Path(self.get_ext_fullpath(ext.name))
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced as a whole: a process that has the old file mapped keeps it.
-        partial = destination.with_suffix(".tmp")
-        shutil.copy2(folder / target, partial)
-        partial.replace(destination)
+            way_out = f"if it is csrc/cuda, {NO_CUDA}; or {WAY_OUT}" if len(modules) > 1 else WAY_OUT
+            raise SetupError(f"compiling {' and '.join(files)} failed, the compiler's messages are above; {way_out}.")
+        for file in files.values():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Replaced as a whole: a process that has the old file mapped keeps it.
+            partial = file.with_suffix(".tmp")
+            shutil.copy2(folder / file.name, partial)
+            partial.replace(file)
 
 
 def extension(name, folder, sources):

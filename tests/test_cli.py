@@ -11,14 +11,23 @@ import torch
 import anl_kernels as ak
 from anl_kernels import trust
 from anl_kernels.__main__ import main
-from anl_kernels.cli import bench, check, contenders, timing, verify, workloads
+from anl_kernels.cli import bench, check, contenders, demo, info, timing, verify, workloads
 
 
 def test_info(capsys):
     assert main(["info"]) == 0
     assert "reference" in capsys.readouterr().out
     assert main(["info", "--json"]) == 0
-    assert {"torch", "device", "backends"} <= set(json.loads(capsys.readouterr().out))
+    assert {"torch", "device", "backends", "cuda_module"} <= set(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("archs", "ptx_alone"), [("80+PTX", True), ("80+PTX;90+PTX", True), ("80;90;90+PTX", False), ("90", False)]
+)
+def test_info_says_where_the_driver_compiles_the_kernels(archs, ptx_alone):
+    text = "\n".join(info.cuda_module_lines({"archs": archs, "runtime": 13000, "driver": 0, "devices": []}))
+    assert f" {archs}" in text
+    assert ptx_alone == ("the driver compiles them when they first run" in text)
 
 
 def test_check_passes(capsys):
@@ -227,7 +236,66 @@ def test_demo(tmp_path, capsys):
     small = ["--seeds", "1", "--epochs", "2", "--workers", "1", "--losses", "CE,ANL-CE+entropy"]
     assert main(["demo", *small, "--output", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert "ANL-CE+entropy" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    for text in ("ANL-CE+entropy", "last epoch", "best epoch", "lowest recall", "recall in %, last epoch", "one seed"):
+        assert text in output
+    assert "±" not in output
+
+
+def jobs_of_the_demo(losses, seeds=(0, 1), epochs=2):
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    runs = {loss: [demo.Run(noise, loss, seed) for noise in demo.NOISES for seed in seeds] for loss in losses}
+    return [demo.Job(runs[loss], epochs, "auto", images, labels) for loss in losses]
+
+
+def test_demo_trains_networks_side_by_side_as_if_alone():
+    networks, x = [demo.seeded_network(seed) for seed in (3, 4)], 50 * torch.rand(2, 30, 64)
+    together = demo.Networks(networks)
+    logits, factors = together(x), (1e3, 1e-3)  # the first gradient is clipped, the second is not
+    (logits * torch.tensor(factors).view(2, 1, 1)).sum().backward()
+    together.clip_gradients()
+    for run, alone in enumerate(networks):
+        logits_alone = alone(x[run])
+        torch.testing.assert_close(logits[run], logits_alone)
+        (logits_alone * factors[run]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(alone.parameters(), demo.CLIP)
+        expected = torch.cat([weight.grad.flatten() for weight in alone.parameters()])
+        torch.testing.assert_close(together.weights.grad[run], expected, rtol=1e-3, atol=1e-4)
+    together.eval()
+    for run, alone in enumerate(networks):  # by the statistics of that batch
+        torch.testing.assert_close(together(x)[run], alone.eval()(x[run]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["ANL-CE", "ANL-CE+entropy"])
+def test_demo_sums_the_losses_of_its_runs(loss):
+    setting, logits, labels = demo.SETTINGS[loss], torch.randn(3, 17, 10), torch.randint(10, (3, 17))
+    options = {"entropy_weight": setting.entropy_weight, "backend": "reference"}
+    expected = sum(setting.criterion(z, y, **options) for z, y in zip(logits, labels))
+    torch.testing.assert_close(demo.sum_of_losses(setting, logits, labels, "auto"), expected)
+
+
+@pytest.mark.thorough
+def test_demo_gives_the_same_results_with_any_number_of_workers():
+    jobs = jobs_of_the_demo(["CE", "ANL-CE+entropy"])
+    assert demo.run_all(jobs, 1) == demo.run_all(jobs, 2)
+
+
+def test_demo_reports_last_and_best_epoch_and_the_lowest_recall():
+    first, second = demo.Curve([0.0], [90.0, 70.0], [50.0] * 9 + [4.0]), demo.Curve([0.0], [80.0, 74.0], [6.0] * 10)
+    found = {demo.Run(noise, "CE", seed): curve for noise in demo.NOISES for seed, curve in ((0, first), (1, second))}
+    assert demo.report(found, ["CE"]).count("72.0 ± 2.8") == 2  # the sample standard deviation
+    assert demo.report(found, ["CE"]).count("85.0 ± 7.1") == 2
+    assert demo.report(found, ["CE"]).count("5.0 ± 1.4") == 2
+    assert demo.report_recall(found, ["CE"]).splitlines()[-1].split()[-2:] == ["28", "5"]
+    del found[demo.Run("symmetric 60 %", "CE", 1)]
+    assert "70.0  " in demo.report(found, ["CE"])
+
+
+def test_demo_measures_recall_per_digit():
+    (curves,) = [demo.train(job) for job in jobs_of_the_demo(["CE"], seeds=(0,), epochs=3)]
+    for curve in curves.values():
+        assert len(curve.train) == len(curve.test) == 3 and len(curve.recall) == 10
+        assert min(curve.recall) - 1e-3 <= curve.test[-1] <= max(curve.recall) + 1e-3  # a mean of them
 
 
 @pytest.mark.parametrize(("command", "option"), [("bench", "--json"), ("demo", "--output")])

@@ -81,7 +81,7 @@ def test_without_nvcc_the_install_says_so(environment, capsys):
 
 
 def test_architectures(environment, tmp_path):
-    assert architectures(environment) == ("80", "90", "90+PTX")
+    assert architectures(environment) == ("80+PTX",)  # no GPU: nothing is known of the one that may come
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 9.0\necho 8.6\necho 9.0\n")
     assert architectures(environment) == ("86", "90", "90+PTX")
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 10.0\necho 9.0\n")
@@ -93,25 +93,60 @@ def test_architectures(environment, tmp_path):
 
 
 def test_flags_of_the_architectures(environment):
-    flags = setup_py(environment)["code_flags"](("80", "90+PTX"))
-    assert flags == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=compute_90"]
+    flags = setup_py(environment)["code_flags"]
+    machine_code, ptx = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=compute_90"
+    assert flags(("80", "90+PTX"), "rows_block.cu") == [machine_code, ptx]
+    assert flags(("80+PTX",), "rows_block.cu") == ["-gencode=arch=compute_80,code=compute_80"]
+    # Clusters: PTX for less than sm_90 would run on newer GPUs, and only trap there.
+    assert flags(("80+PTX",), "rows_cluster.cu") == [ptx]
+    assert flags(("80", "86+PTX", "90+PTX"), "rows_cluster.cu") == [machine_code, ptx]
+    assert flags(("100+PTX",), "rows_cluster.cu") == ["-gencode=arch=compute_100,code=compute_100"]
+
+
+def test_only_clusters_need_more_than_sm_80():
+    """What is compiled differently for sm_90 would be lost in PTX for sm_80."""
+    cuda = ROOT / "csrc" / "cuda"
+    dependent = [path.name for path in cuda.iterdir() if "__CUDA_ARCH__" in path.read_text()]
+    assert dependent == ["primitives.cuh"]
+    text = (cuda / "primitives.cuh").read_text()
+    assert text.count("__CUDA_ARCH__") == 2  # one line, that of ANL_SM90
+    names = re.findall(r"^ANL_DEVICE \w+\*? (\w+)\([^{]*\{(?:[^}]|\n(?!\}))*?ANL_SM90", text, re.MULTILINE)
+    assert {"barrier_init", "bulk_copy", "cluster_rank", "cluster_map"} <= set(names)
+    uses = {path.name for path in cuda.glob("*.cu*") if re.search(rf"\b({'|'.join(names)})\(", path.read_text())}
+    assert uses == {"primitives.cuh", "rows_cluster.cu"}
 
 
 def test_every_source_is_compiled_and_the_runtime_is_static(environment):
-    rules = setup_py(environment)["cuda_rules"]("_cuda.so")
+    setup = setup_py(environment)
+    rules = setup["ninja_file"]([setup["cuda_module"]("_cuda.so")])
     for path in (ROOT / "csrc" / "cuda").iterdir():
         if path.suffix in (".cu", ".cpp"):
             assert f"{path}\n" in rules, path.name
     assert rules.count("-cudart=static") == 2
-    assert 'ANL_CUDA_ARCHS="80;90;90+PTX"' in rules
+    assert 'ANL_CUDA_ARCHS="80+PTX"' in rules
     assert "torch" not in rules.replace(str(ROOT), "")
+
+
+def test_both_modules_are_compiled_at_once_the_longest_source_first(environment):
+    setup = setup_py(environment)
+    rules = setup["ninja_file"]([setup["cpu_module"]("_cpu.so"), setup["cuda_module"]("_cuda.so")])
+    compiled = re.findall(r"^build ((?:cpu|cuda)/\w+\.o): compile_\w+ .*/(\w+\.\w+)$", rules, re.MULTILINE)
+    assert len({name for name, _ in compiled}) == len(compiled)
+    assert list(dict.fromkeys(source for _, source in compiled))[:5] == list(setup["COMPILED_FIRST"])  # all exist
+    assert {"cpu/module.o", "cuda/module.o", "cpu/rows_baseline.o", "cuda/rows_small.o"} <= {
+        name for name, _ in compiled
+    }
+    links = re.findall(r"^build (_\w+\.so): link_(\w+) (.*)$", rules, re.MULTILINE)
+    assert [link[:2] for link in links] == [("_cpu.so", "cpu"), ("_cuda.so", "cuda")]
+    assert sorted(f"{links[0][2]} {links[1][2]}".split()) == sorted(name for name, _ in compiled)
 
 
 def test_a_second_install_finds_its_objects(environment):
     """With build isolation pybind11 is in a new folder each time: the environment names it, the command does not."""
     environment.setenv("CPLUS_INCLUDE_PATH", "/mine")
     setup = setup_py(environment)
-    for rules in (setup["cpu_rules"]("_cpu.so"), setup["cuda_rules"]("_cuda.so")):
+    for module in (setup["cpu_module"]("_cpu.so"), setup["cuda_module"]("_cuda.so")):
+        rules = setup["ninja_file"]([module])
         assert pybind11.get_include() not in rules and pybind11.__version__ in rules
     folders = setup["module_environment"]()["CPLUS_INCLUDE_PATH"].split(os.pathsep)
     assert folders[0] == pybind11.get_include() and folders[-1] == "/mine"

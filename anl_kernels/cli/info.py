@@ -54,6 +54,8 @@ def text() -> str:
         for key, value in facts["cpu_module"].items():
             value = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             lines.append(f"  {key:<12} {value}")
+    if cuda := cuda_module():
+        lines += cuda_module_lines(cuda)
     lines += protocol_lines()
     devices = ["cpu"] + [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
     lines += ["", *(f'backend="auto" takes, for a tensor on {device}: {chosen(device)}' for device in devices)]
@@ -70,6 +72,24 @@ def triton_line() -> str:
     from ..backends import triton
 
     return version if triton.unavailable() else f"{version}, for {triton.target()}"
+
+
+def cuda_module() -> dict | None:
+    """What `anl_kernels._cuda` says of itself; None where it is not built."""
+    from ..backends import cuda
+
+    return dict(cuda.info()) if cuda._cuda else None
+
+
+def cuda_module_lines(facts: dict) -> list[str]:
+    archs = facts["archs"].split(";")
+    lines = ["", "compiled module anl_kernels._cuda", f"  {'compiled for':<12} {facts['archs']}"]
+    if all(arch.endswith("+PTX") for arch in archs):
+        lines.append(
+            f"  {'':<12} PTX, no machine code: the driver compiles them when they first run on a GPU, and keeps that;"
+        )
+        lines.append(f"  {'':<12} installed next to a GPU, or with ANL_KERNELS_CUDA_ARCHS, there is machine code")
+    return lines
 
 
 def protocol_lines() -> list[str]:
@@ -101,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         import json
 
         rows = [{"name": n, "available": a, "reason": r} for n, a, r in backend_rows()]
-        print(json.dumps({**environment(), "backends": rows}, indent=1, default=str))
+        print(json.dumps({**environment(), "cuda_module": cuda_module(), "backends": rows}, indent=1, default=str))
     else:
         print(text())
     return 0

@@ -61,7 +61,7 @@ def cubins(arch: int) -> dict[str, Path]:
 def built_object(source: Path) -> Path | None:
     """setup.py's object of `source`, if it is newer than everything it was made from."""
     newest = max(path.stat().st_mtime for path in [source, *headers_of_all()])
-    objects = [o for o in (ROOT / "build").glob(f"ninja-*-cuda/{source.stem}.o") if o.stat().st_mtime > newest]
+    objects = [o for o in (ROOT / "build").glob(f"ninja-*/cuda/{source.stem}.o") if o.stat().st_mtime > newest]
     return objects[0] if objects else None
 
 
@@ -72,9 +72,7 @@ def extract(compiled: Path, arch: int, to: Path) -> bool:
         if found := sorted(Path(folder).glob("*.cubin")):
             shutil.copy(found[0], to)
             return True
-        if arch <= PTX:
-            return False
-        run(tool("cuobjdump"), "-xptx", f"sm_{PTX}", compiled, folder=folder)
+        run(tool("cuobjdump"), "-xptx", f"sm_{min(arch, PTX)}", compiled, folder=folder)
         if found := sorted(Path(folder).glob("*.ptx")):
             run(tool("ptxas"), "-O3", f"-arch=sm_{arch}", found[0], "-o", to)
         return bool(found)
