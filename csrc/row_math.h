@@ -127,6 +127,11 @@ struct SecondSums {
     of[ABOVE_COUNT] = count;
     of[BELOW_MASS] = M::set(0.0);
   }
+  // The same of classes that are all below the clamp; tail: TAIL about the row's largest logit.
+  ANL_HD void set_all_below(V tail) {
+    of[ABOVE_SUM] = of[ABOVE_COUNT] = M::set(0.0);
+    of[BELOW_MASS] = tail;
+  }
 };
 
 // x^gamma for x >= 0. The published exponents avoid the logarithm.
@@ -197,6 +202,12 @@ struct SecondSweep {
             needs_mass(prog), needs_focal(prog)};
   }
 
+  // The same numbers in another arithmetic.
+  template <class N>
+  ANL_HD SecondSweep<N> as() const {
+    return {N::set(log_sum), N::set(threshold), N::set(focal_clamp_height), gamma, mass, focal};
+  }
+
   // One class: x = z_j - max, -inf for what does not count. MASS: what is below the clamp is summed, as exp(x), or with
   // FOCAL as p_j.
   template <bool MASS, bool FOCAL, class Sums>
@@ -228,6 +239,20 @@ struct SecondSweep {
     add_as<false, false>(sums, x);
   }
 };
+
+template <auto VALUE>
+struct Constant {
+  static constexpr auto value = VALUE;
+};
+
+// f(Constant<MASS>(), Constant<FOCAL>()) with the sums of add_as that a loss needs, for loops that are compiled for each.
+template <bool FULL, class F>
+ANL_HD void by_second_sums(const Program& prog, const F& f) {
+  if constexpr (FULL)
+    if (needs_focal(prog)) return f(Constant<true>(), Constant<true>());
+  if (needs_mass(prog)) return f(Constant<true>(), Constant<false>());
+  f(Constant<false>(), Constant<false>());
+}
 
 // Fields of the statistics (NUM_STATS, N) that a loss written in Python sees.
 enum StatField : int {
@@ -287,6 +312,22 @@ enum GradientPart : unsigned {
   EXTRA_SLOPE = 16,    // something that the traversal adds to what multiplies p_j
   CLAMPED = CLAMPED_SLOPE | CLAMPED_OFFSET,
 };
+
+// The parts of a lean kernel, and of a full one whose loss needs_focal or does not.
+constexpr unsigned LEAN_PARTS = CLAMPED | MISSING_CLASSES;
+constexpr unsigned FULL_PARTS = LEAN_PARTS, FOCAL_PARTS = FULL_PARTS | FOCAL_OFFSET;
+
+// f(Constant<PARTS>()) with what the gradient of a loss depends on, for loops that are compiled for each.
+template <bool FULL, class F>
+ANL_HD void by_gradient_parts(const Program& prog, const F& f) {
+  if constexpr (FULL) {
+    if (needs_focal(prog)) return f(Constant<FOCAL_PARTS>());
+    f(Constant<FULL_PARTS>());
+  } else {
+    if (needs_second(prog)) return f(Constant<LEAN_PARTS>());
+    f(Constant<LEAN_PARTS & ~unsigned(CLAMPED)>());
+  }
+}
 
 // dL/dz_j of a row for every class but the target.
 template <class M>

@@ -47,7 +47,10 @@ def program(kernels, terms, min_prob=1e-7):
         (KINDS[name], coefficient, *parameters.get(name, lambda p: (0.0, 0.0))(p)) for coefficient, name, p in terms
     ]
     gammas = {p["gamma"] for _, _, p in terms if "gamma" in p} or {0.0}
-    return kernels.Program(built, min_prob, gammas.pop())
+    needs = 0
+    for _, name, _ in terms:
+        needs |= {"nnce": 1, "rce": 3, "nfl": 4, "nnfl": 8}.get(name, 0)
+    return kernels.Program(built, min_prob, gammas.pop(), needs)
 
 
 def nan(*shape, dtype):
