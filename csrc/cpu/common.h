@@ -52,13 +52,12 @@ ANL_INLINE T max_of(T a, T b) {
 
 // The long formulas of a row, compiled once per arithmetic, not in every kernel that needs them.
 template <class M>
-__attribute__((noinline)) typename M::V loss_of(const Program& prog, const RowStatistics<M>& s,
-                                                typename M::V (&coefs)[NUM_COEFS]) {
+ANL_NOINLINE typename M::V loss_of(const Program& prog, const RowStatistics<M>& s, typename M::V (&coefs)[NUM_COEFS]) {
   return evaluate<M>(prog, s, coefs);
 }
 template <class M>
-__attribute__((noinline)) void statistics_of(const Program& prog, const RowStatistics<M>& s, typename M::V max,
-                                             typename M::V (&out)[NUM_STATS]) {
+ANL_NOINLINE void statistics_of(const Program& prog, const RowStatistics<M>& s, typename M::V max,
+                                typename M::V (&out)[NUM_STATS]) {
   all_statistics<M>(prog, s, max, out);
 }
 

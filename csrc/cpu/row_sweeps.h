@@ -14,13 +14,57 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;
 
+// For the entropy term: sums of exp(z_j - row max), and of the same times log_q_j - center.
+struct Moments {
+  double mass, moment;
+};
+
 // What the sweeps find in a block.
 template <bool FULL>
 struct Block {
-  double max, min;                       // of the logits; min is -inf if a class does not exist
-  FirstSums<ScalarMath, FULL> first;     // about max, or about 0 where no class exists
+  double max, min;                    // of the logits; min is -inf if a class does not exist
+  FirstSums<ScalarMath, FULL> first;  // about max, or about 0 where no class exists
   SecondSums<ScalarMath, FULL> second;
-  double mass, moment;                   // sums of exp(z_j - row max), and of the same times log_q_j - center
+  Moments moments;
+};
+
+// Where the rows of a call are, and their blocks.
+template <class S>
+struct RowLayout {
+  const Call& call;
+  const int64_t K, num_blocks, num_rows;
+  const bool split;  // blocks are spread over the threads
+
+  RowLayout(const Call& c, bool spread)
+      : call(c), K(c.num_classes), num_blocks(ceil_div(K, BLOCK)), num_rows(c.outer * c.inner), split(spread) {}
+
+  const S* logits(int64_t r) const {
+    return static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
+  }
+  S* grad(int64_t r) const { return static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r); }
+
+  // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
+  // (the cache holds what the sweep before touched last).
+  template <class F>
+  void each_block(bool backwards, const F& f) const {
+    const auto range = [&](int64_t b0, int64_t b1) {
+      for (int64_t i = b0; i < b1; ++i) {
+        const int64_t b = backwards ? b1 - 1 - (i - b0) : i;
+        f(b, b * BLOCK, int(min_of(BLOCK, K - b * BLOCK)));
+      }
+    };
+    if (split)
+      parallel_for(num_blocks, 8, range);
+    else
+      range(0, num_blocks);
+  }
+
+  void fill_grad(int64_t r, double value) const {
+    if (!call.grad) return;
+    S bits, *g = grad(r);
+    store_one(&bits, typename Storage<S>::Acc(value));
+    for (int64_t k = 0; k < K; ++k) g[k] = bits;
+  }
 };
 
 // Of the entropy term, which adds scale e_j (log_q_j - mean) to the gradient. The mean is rounded to center; what
@@ -39,8 +83,8 @@ struct Sweep {
   using I = typename M::I;
   static constexpr int W = Traits<T>::width;
 
-  // Calls body(u, v, i) for whole vectors (u: which of four accumulators), and edge(v, i, n) for a vector that is partial
-  // (n < W) or holds the target: the target's lane and those that are not there are -inf, which no sum counts.
+  // Calls body(u, v, i) for whole vectors (u: which of four accumulators), and edge(v, i, n) for a vector that is
+  // partial (n < W) or holds the target: the target's lane and those that are not there are -inf, which no sum counts.
   template <class Body, class Edge>
   static ANL_INLINE void for_vectors(const S* z, int n, int y, const Body& body, const Edge& edge) {
     const int full = n / W * W, y_start = y < 0 ? n : y / W * W;
@@ -66,10 +110,10 @@ struct Sweep {
 
   // Four accumulators into one number.
   static ANL_INLINE double total(V a, V b, V c, V d) { return lane_sum(a + b + (c + d)); }
-  template <class Sums, int SIZE>
-  static ANL_INLINE void totals(const Sums (&part)[4], double (&out)[SIZE]) {
+  template <class Sums>
+  static ANL_INLINE void totals(const Sums (&part)[4], double* out) {
 #pragma GCC unroll 16
-    for (int j = 0; j < SIZE; ++j) out[j] = total(part[0].of[j], part[1].of[j], part[2].of[j], part[3].of[j]);
+    for (int j = 0; j < Sums::SIZE; ++j) out[j] = total(part[0].of[j], part[1].of[j], part[2].of[j], part[3].of[j]);
   }
 
   static ANL_INLINE void extrema(const S* z, int n, T& high, T& low) {
@@ -116,7 +160,7 @@ struct Sweep {
 
   // First sweep. y: the target's place in the block, or -1. kept: where the exps go, or null.
   template <bool FULL>
-  static void first(const S* z, int n, int y, T* kept, Block<FULL>& out) {
+  static ANL_NOINLINE void first(const S* z, int n, int y, T* kept, Block<FULL>& out) {
     T high, low;
     extrema(z, n, high, low);
     out.max = high;
@@ -131,22 +175,20 @@ struct Sweep {
   }
 
   // Second sweep of a block with classes on both sides of the clamp, or for the focal sums; y as in the first.
-  template <bool MASS, bool FOCAL, bool FULL>
-  static void second(const S* z, int n, int y, double row_max, const SecondSweep<ScalarMath>& row,
-                     SecondSums<ScalarMath, FULL>& out) {
+  template <bool MASS, bool FOCAL>
+  static ANL_NOINLINE void second(const S* z, int n, int y, double row_max, const SecondSweep<ScalarMath>& row,
+                                  double* out) {
     const auto sweep = row.as<M>();
     const T high = T(row_max);
-    SecondSums<M, FULL> sums[4] = {};
+    SecondSums<M, FOCAL> sums[4] = {};
     for_vectors(
         z, n, y,
         [&](int u, V v, int) __attribute__((always_inline)) { sweep.template add_as<MASS, FOCAL>(sums[u], v - high); },
         [&](V v, int, int) __attribute__((always_inline)) { sweep.template add_as<MASS, FOCAL>(sums[0], v - high); });
-    totals(sums, out.of);
+    totals(sums, out);
   }
 
-  // For the entropy term: the mass of a block, and its moment of log_q about a center.
-  template <bool FULL>
-  static void moments(const S* z, int n, const T* log_q, T center, double row_max, Block<FULL>& out) {
+  static ANL_NOINLINE void moments(const S* z, int n, const T* log_q, T center, double row_max, Moments& out) {
     const T high = T(row_max);
     V mass[4] = {}, moment[4] = {};
     for_vectors(
@@ -166,10 +208,10 @@ struct Sweep {
   }
 
   // The gradient of a block, the target's place included. KEPT: the exps are there, about the block's maximum. entropy:
-  // read with EXTRA_SLOPE.
+  // for EXTRA_SLOPE.
   template <unsigned PARTS, bool KEPT>
-  static void gradient(const S* z, S* g, int n, double row_max, const GradientRow<ScalarMath>& row, const T* kept,
-                       const EntropySlope<T>& entropy) {
+  static ANL_NOINLINE void gradient(const S* z, S* g, int n, double row_max, const GradientRow<ScalarMath>& row,
+                                    const T* kept, const EntropySlope<T>& entropy) {
     const auto lanes = row.as<M>();
     const T high = T(row_max);
     const auto value = [&](V v, V e, V log_q) __attribute__((always_inline)) {

@@ -1,10 +1,10 @@
 // Rows whose classes lie side by side: (N, K), strided rows, channels-last. Lanes run across classes.
 //
-// Short rows go in batches of one row per lane of doubles, so that the mathematics between two sweeps is done for all of
-// them at once; a batch stays in the second-level cache, so its later sweeps do not read memory. Where there are few long
-// rows, the blocks of one row are spread over the threads instead.
+// Short rows go in batches of one row per lane of doubles, so that the mathematics between two sweeps is done for all
+// of them at once; a batch stays in the second-level cache, so its later sweeps do not read memory. Where there are few
+// long rows, the blocks of one row are spread over the threads instead.
 #include "column_sums.h"
-#include "row_sweeps.h"
+#include "row_gradient.h"
 
 namespace anl {
 namespace ANL_ISA {
@@ -45,12 +45,10 @@ template <class S, bool FULL>
 class Rows {
   using T = typename Storage<S>::Acc;
   using Sw = Sweep<S>;
-  using Coefs = double[NUM_COEFS];
 
  public:
   Rows(const Call& call, Block<FULL>* blocks, T* kept, bool split)
-      : call_(call), prog_(call.program), K_(call.num_classes), num_blocks_(ceil_div(K_, BLOCK)),
-        num_rows_(call.outer * call.inner), blocks_(blocks), kept_(kept), split_(split) {}
+      : call_(call), prog_(call.program), rows_(call, split), gradients_(rows_, blocks), blocks_(blocks), kept_(kept) {}
 
   static int batch_size(const Call& call) {
     const int64_t bytes = call.num_classes * int64_t(sizeof(S)) * (call.grad && call.grad != call.logits ? 2 : 1);
@@ -90,41 +88,13 @@ class Rows {
   }
 
  private:
-  const S* logits(int64_t r) const {
-    return static_cast<const S*>(call_.logits) + row_offset(call_, call_.logits_strides, r);
-  }
-  S* grad(int64_t r) const { return static_cast<S*>(call_.grad) + row_offset(call_, call_.grad_strides, r); }
-  Block<FULL>* blocks(int i) const { return blocks_ + i * num_blocks_; }
-
-  // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
-  // (the cache holds what the sweep before touched last).
-  template <class F>
-  void each_block(bool backwards, const F& f) const {
-    const auto range = [&](int64_t b0, int64_t b1) {
-      for (int64_t i = b0; i < b1; ++i) {
-        const int64_t b = backwards ? b1 - 1 - (i - b0) : i;
-        f(b, b * BLOCK, int(min_of(BLOCK, K_ - b * BLOCK)));
-      }
-    };
-    if (split_)
-      parallel_for(num_blocks_, 8, range);
-    else
-      range(0, num_blocks_);
-  }
+  Block<FULL>* blocks(int i) const { return blocks_ + i * rows_.num_blocks; }
 
   static int target_in_block(int64_t y, int64_t k0, int n) { return y >= k0 && y < k0 + n ? int(y - k0) : -1; }
 
-  void fill(int64_t r, T value) const {
-    if (!call_.grad) return;
-    S* g = grad(r);
-    S bits;
-    store_one(&bits, value);
-    for (int64_t k = 0; k < K_; ++k) g[k] = bits;
-  }
-
   void write_coefs(int64_t r, const Coefs& coefs) const {
     if (!call_.grad_coefs) return;
-    for (int i = 0; i < NUM_COEFS; ++i) static_cast<T*>(call_.grad_coefs)[i * num_rows_ + r] = T(coefs[i]);
+    for (int i = 0; i < NUM_COEFS; ++i) static_cast<T*>(call_.grad_coefs)[i * rows_.num_rows + r] = T(coefs[i]);
   }
 
   // A row whose logits are not read: ignored, or NaN by a label that is no class. Returns its loss.
@@ -138,31 +108,31 @@ class Rows {
     Coefs coefs = {};
     coefs[COEF_INV_SUM] = value;
     write_coefs(r, coefs);
-    fill(r, T(value));
+    rows_.fill_grad(r, value);
     return value;
   }
 
   // Where the exps of the row in slot i are, or null.
   T* kept_row(int i) const {
-    return keeps_in_grad(call_) ? reinterpret_cast<T*>(grad(row_[i])) : kept_ ? kept_ + i * K_ : nullptr;
+    return keeps_in_grad(call_) ? reinterpret_cast<T*>(rows_.grad(row_[i])) : kept_ ? kept_ + i * rows_.K : nullptr;
   }
 
   // First sweep of the row in slot i, merged over its blocks.
-  void first_sums(int i) {
-    const S* z = logits(row_[i]);
+  ANL_NOINLINE void first_sums(int i) {
+    const S* z = rows_.logits(row_[i]);
     const int64_t y = y_[i];
     T* kept = kept_row(i);
-    each_block(false, [&](int64_t b, int64_t k0, int n) {
+    rows_.each_block(false, [&](int64_t b, int64_t k0, int n) {
       Sw::first(z + k0, n, target_in_block(y, k0, n), kept ? kept + k0 : nullptr, blocks(i)[b]);
     });
     RowState<FULL>& s = state_[i];
     s.max = -INF;
     s.min = INF;
-    for (int64_t b = 0; b < num_blocks_; ++b) {
+    for (int64_t b = 0; b < rows_.num_blocks; ++b) {
       s.max = max_of(s.max, blocks(i)[b].max);
       s.min = min_of(s.min, blocks(i)[b].min);
     }
-    for (int64_t b = 0; b < num_blocks_; ++b) {
+    for (int64_t b = 0; b < rows_.num_blocks; ++b) {
       const Block<FULL>& block = blocks(i)[b];
       auto first = block.first;
       if (block.max != -INF) first.rebase(s.max - block.max);  // else no class exists: zeros, or NaN
@@ -173,21 +143,21 @@ class Rows {
   void first_sweep(int i) {
     first_sums(i);
     RowState<FULL>& s = state_[i];
-    const double z_y = double(load_one(logits(row_[i]) + y_[i])), gap = s.first.of[GAP];
+    const double z_y = double(load_one(rows_.logits(row_[i]) + y_[i])), gap = s.first.of[GAP];
     // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
     s.x_y = gap != gap || z_y == -INF || z_y != z_y ? NaN : z_y - s.max;
   }
 
-  // Second sweep of the row in slot i: over blocks that have classes on both sides of the clamp, and for the focal sums.
-  void second_sweep(int i) {
+  // Second sweep of the row in slot i: of blocks with classes on both sides of the clamp, and for the focal sums.
+  ANL_NOINLINE void second_sweep(int i) {
     RowState<FULL>& s = state_[i];
     const auto sweep = SecondSweep<ScalarMath>::of_row(prog_, s.log_sum);
     if (!needs_second(prog_) || s.log_sum != s.log_sum) return;
     if (!sweep.focal && s.min - s.max > sweep.threshold)
       return s.second.set_all_above(s.first.of[COUNT], s.first.of[GAP], -sweep.threshold);
-    const S* z = logits(row_[i]);
+    const S* z = rows_.logits(row_[i]);
     const int64_t y = y_[i];
-    each_block(true, [&](int64_t b, int64_t k0, int n) {
+    rows_.each_block(true, [&](int64_t b, int64_t k0, int n) {
       Block<FULL>& block = blocks(i)[b];
       const double x_max = block.max - s.max;
       block.second = {};
@@ -198,12 +168,13 @@ class Rows {
       } else if (!sweep.focal && block.min - s.max > sweep.threshold) {
         block.second.set_all_above(block.first.of[COUNT], block.first.of[GAP], x_max - sweep.threshold);
       } else {
+        const int yb = target_in_block(y, k0, n);
         by_second_sums<FULL>(prog_, [&](auto mass, auto focal) {
-          Sw::template second<mass.value, focal.value>(z + k0, n, target_in_block(y, k0, n), s.max, sweep, block.second);
+          Sw::template second<mass.value, focal.value>(z + k0, n, yb, s.max, sweep, block.second.of);
         });
       }
     });
-    for (int64_t b = 0; b < num_blocks_; ++b) s.second.add(blocks(i)[b].second);
+    for (int64_t b = 0; b < rows_.num_blocks; ++b) s.second.add(blocks(i)[b].second);
   }
 
   // The sums of a row whose other classes lie elsewhere; zeros if it is ignored.
@@ -215,9 +186,9 @@ class Rows {
     if (live && !call_.lse) first_sums(0);
     if (live && call_.lse) {
       s.max = call_.lse[r];
-      s.log_sum = call_.lse[num_rows_ + r];
+      s.log_sum = call_.lse[rows_.num_rows + r];
       s.min = -INF;
-      for (int64_t b = 0; b < num_blocks_; ++b) {  // nothing is known of the blocks
+      for (int64_t b = 0; b < rows_.num_blocks; ++b) {  // nothing is known of the blocks
         blocks_[b].max = INF;
         blocks_[b].min = -INF;
       }
@@ -230,17 +201,18 @@ class Rows {
   }
 
   // The rows gathered so far: sweeps, the mathematics of all of them at once, results. Returns their losses' sum.
-  double flush() {
+  ANL_NOINLINE double flush() {
     const int n = n_;
     if (n == 0) return 0.0;
     n_ = 0;
     for (int i = 0; i < LANES; ++i) {
-      state_[i] = {};  // of which idle lanes compute something harmless
+      state_[i] = {};  // idle lanes compute something harmless
       if (i < n) first_sweep(i);
     }
     RowStatistics<M> s;
     M::V first[FirstSums<M, FULL>::SIZE], second[SecondSums<M, FULL>::SIZE];
-    for (int j = 0; j < FirstSums<M, FULL>::SIZE; ++j) first[j] = lanes_of([&](int i) { return state_[i].first.of[j]; });
+    for (int j = 0; j < FirstSums<M, FULL>::SIZE; ++j)
+      first[j] = lanes_of([&](int i) { return state_[i].first.of[j]; });
     set_first_sums(s, lanes_of([&](int i) { return state_[i].x_y; }), first);
     const M::V inv_sum = M::exp(-s.log_sum) + (s.log_sum - s.log_sum);  // NaN in a NaN row
     const Lanes<2> sums({s.log_sum, inv_sum});
@@ -273,7 +245,7 @@ class Rows {
       coefs[COEF_INV_SUM] = state_[i].inv_sum;
       coefs[COEF_LOG_SUM] = state_[i].log_sum;
       write_coefs(r, coefs);
-      if (call_.grad) write_gradient({r, y_[i], coefs, 1.0, blocks(i), kept_row(i)});
+      if (call_.grad) gradients_.write({r, y_[i], coefs, 1.0, blocks(i), kept_row(i)});
     }
     return total;
   }
@@ -283,117 +255,24 @@ class Rows {
     statistics_of<M>(prog_, s, lanes_of([&](int i) { return state_[i].max; }), values);
     const Lanes<NUM_STATS> stats(values);
     for (int j = 0; j < NUM_STATS; ++j)
-      for (int i = 0; i < n; ++i) call_.stats[j * num_rows_ + row_[i]] = stats.of[j][i];
-  }
-
-  // sum_k p_k log_q_k as center + sum_k p_k (log_q_k - center): the nearer the center, the fewer digits cancel where the
-  // gradient takes the mean from log_q_j.
-  double mean_log_q(const S* z, const T* log_q, double max, double center) const {
-    const T c = T(center);
-    each_block(false, [&](int64_t b, int64_t k0, int n) { Sw::moments(z + k0, n, log_q + k0, c, max, blocks_[b]); });
-    double mass = 0.0, moment = 0.0;
-    for (int64_t b = 0; b < num_blocks_; ++b) {
-      mass += blocks_[b].mass;
-      moment += blocks_[b].moment;
-    }
-    return double(c) + moment / mass;
-  }
-
-  // blocks: the first sweep's (whole blocks above or below the clamp then take the short loop), or null.
-  struct GradientJob {
-    int64_t r, y;
-    const Coefs& coefs;
-    double factor;
-    const Block<FULL>* blocks;
-    const T* kept;
-  };
-
-  void write_gradient(const GradientJob& job) const {
-    by_gradient_parts<FULL>(prog_, [&](auto parts) {
-      if (call_.log_q)
-        entropy_gradient<parts.value>(job);
-      else
-        blocks_gradient<parts.value>(job);
-    });
-  }
-
-  // What p_j is exp(z_j - max) times, to GradientRow.
-  template <unsigned PARTS>
-  static double norm_of(const GradientJob& job) {
-    return PARTS & FOCAL_OFFSET ? 1.0 : job.coefs[COEF_INV_SUM];
-  }
-
-  template <unsigned PARTS>
-  void blocks_gradient(const GradientJob& job) const {
-    constexpr unsigned UNCLAMPED = PARTS & ~unsigned(CLAMPED), EXISTING = ~unsigned(MISSING_CLASSES);
-    constexpr Constant<true> KEPT;
-    constexpr Constant<false> ANEW;
-    const S* z = logits(job.r);
-    S* g = grad(job.r);
-    const double max = job.coefs[COEF_MAX], norm = norm_of<PARTS>(job);
-    const auto row = gradient_row<ScalarMath>(prog_, job.coefs, job.factor, norm);
-    each_block(true, [&](int64_t b, int64_t k0, int n) {
-      const Block<FULL>* block = job.blocks ? job.blocks + b : nullptr;
-      const bool exist = block && block->min != -INF, kept = exist && job.kept;
-      const T* e = kept ? job.kept + k0 : nullptr;
-      const auto run = [&](auto parts, auto from, const GradientRow<ScalarMath>& part) {
-        Sw::template gradient<parts.value, from.value>(z + k0, g + k0, n, max, part, e, {});
-      };
-      if constexpr (PARTS & FOCAL_OFFSET) {
-        run(Constant<PARTS>(), ANEW, row);
-      } else {
-        const bool above = block && block->min - max > row.threshold;
-        const bool mixed = PARTS & CLAMPED && !above && !(block && block->max - max <= row.threshold);
-        auto part = row;
-        if (kept) part = gradient_row<ScalarMath>(prog_, job.coefs, job.factor, norm * ScalarMath::exp(block->max - max));
-        if (above) part = part.all_above();
-        if (mixed && kept)
-          run(Constant<PARTS & EXISTING>(), KEPT, part);
-        else if (mixed)
-          run(Constant<PARTS>(), ANEW, part);
-        else if (kept)
-          run(Constant<UNCLAMPED & EXISTING>(), KEPT, part);
-        else if (exist || part.offset == 0.0)  // what e_j multiplies is 0 where a class does not exist
-          run(Constant<UNCLAMPED & EXISTING>(), ANEW, part);
-        else
-          run(Constant<UNCLAMPED>(), ANEW, part);
-      }
-    });
-    store_one(g + job.y, T(row.target));
-  }
-
-  template <unsigned PARTS>
-  void entropy_gradient(const GradientJob& job) const {
-    const S* z = logits(job.r);
-    S* g = grad(job.r);
-    const T* log_q = static_cast<const T*>(call_.log_q);
-    const double max = job.coefs[COEF_MAX], norm = norm_of<PARTS>(job), scale = entropy_scale<T>(call_);
-    const double mean = mean_log_q(z, log_q, max, mean_log_q(z, log_q, max, 0.0));
-    const double p_y = exp(double(load_one(z + job.y)) - max) * job.coefs[COEF_INV_SUM];
-    const T center = T(mean), lost = T(mean - double(center));
-    const auto row = gradient_row<ScalarMath>(prog_, job.coefs, job.factor, norm);
-    each_block(false, [&](int64_t b, int64_t k0, int n) {
-      Sw::template gradient<PARTS | CLAMPED | EXTRA_SLOPE, false>(z + k0, g + k0, n, max, row, nullptr,
-                                                                  {log_q + k0, center, lost, T(scale * norm)});
-    });
-    store_one(g + job.y, T(row.target + scale * p_y * (double(log_q[job.y]) - mean)));
+      for (int i = 0; i < n; ++i) call_.stats[j * rows_.num_rows + row_[i]] = stats.of[j][i];
   }
 
   void gradient_from_coefs(int64_t r, int64_t y) const {
     const T* stored = static_cast<const T*>(call_.grad_coefs) + r;
     Coefs coefs;
-    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = double(stored[i * num_rows_]);
-    if (coefs[COEF_INV_SUM] == 0.0) return fill(r, T(0));
-    if (!is_class(call_, y)) return fill(r, T(NaN));
-    write_gradient({r, y, coefs, grad_output<T>(call_, r), nullptr, nullptr});
+    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = double(stored[i * rows_.num_rows]);
+    if (coefs[COEF_INV_SUM] == 0.0) return rows_.fill_grad(r, 0.0);
+    if (!is_class(call_, y)) return rows_.fill_grad(r, NaN);
+    gradients_.write({r, y, coefs, grad_output<T>(call_, r), nullptr, nullptr});
   }
 
   const Call& call_;
   const Program& prog_;
-  const int64_t K_, num_blocks_, num_rows_;
+  const RowLayout<S> rows_;
+  const RowGradients<S, FULL> gradients_;
   Block<FULL>* blocks_;
   T* kept_;
-  const bool split_;
   int n_ = 0;  // how many rows are gathered
   int64_t row_[LANES], y_[LANES];
   RowState<FULL> state_[LANES];

@@ -13,6 +13,7 @@
 #include "row_math.h"
 
 #define ANL_INLINE inline __attribute__((always_inline))
+#define ANL_NOINLINE __attribute__((noinline))  // long, and called from several places: compiled once
 
 #if defined(__AVX512F__)
 #define ANL_VECTOR_BYTES 64

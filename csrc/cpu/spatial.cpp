@@ -134,7 +134,7 @@ class Tiles {
     if (!MASKED) f.sums.of[COUNT] = y < 0 ? set1(T(K_)) : set1(T(K_ - 1));
   }
 
-  First first_sums(I y) const {
+  ANL_NOINLINE First first_sums(I y) const {
     First f = {};
     f.max = f.min = at(0);
     for (int64_t k = 1; k < K_; ++k) {
@@ -150,13 +150,15 @@ class Tiles {
     return f;
   }
 
-  SecondSums<M, FULL> second_sums(I y, V max, const SecondSweep<M>& sweep) const {
-    SecondSums<M, FULL> sums;
+  ANL_NOINLINE SecondSums<M, FULL> second_sums(I y, V max, const SecondSweep<M>& sweep) const {
+    SecondSums<M, FULL> sums = {};
     by_second_sums<FULL>(prog_, [&](auto mass, auto focal) {
-      sum_classes(sums, [&](SecondSums<M, FULL>& part, int64_t k) __attribute__((always_inline)) {
+      SecondSums<M, focal.value> found;
+      sum_classes(found, [&](SecondSums<M, focal.value>& part, int64_t k) __attribute__((always_inline)) {
         const V x = y == Int(k) ? set1(T(-INF)) : at(k) - max;
         sweep.template add_as<mass.value, focal.value>(part, x);
       });
+      for (int j = 0; j < found.SIZE; ++j) sums.of[j] = found.of[j];
     });
     return sums;
   }
@@ -255,17 +257,17 @@ class Tiles {
       const auto row = gradient_row<M>(prog_, coefs, factor, norm);
       const auto nothing = [](int64_t) __attribute__((always_inline)) { return V{}; };
       if (call_.log_q)
-        entropy_gradient<PARTS | EXTRA_SLOPE>(y, row, coefs, norm);
+        entropy_gradient<PARTS | CLAMPED | EXTRA_SLOPE>(y, row, coefs, norm);
       else if (missing)
         each_gradient<PARTS>(y, coefs[COEF_MAX], row, row.target, nothing);
       else
-        each_gradient<PARTS & ~unsigned(MISSING_CLASSES)>(y, coefs[COEF_MAX], row, row.target, nothing);
+        each_gradient<FULL ? PARTS : PARTS & ~unsigned(MISSING_CLASSES)>(y, coefs[COEF_MAX], row, row.target, nothing);
     });
   }
 
   // extra_slope(k): read with EXTRA_SLOPE.
   template <unsigned PARTS, class Extra>
-  ANL_INLINE void each_gradient(I y, V max, const GradientRow<M>& row, V target, const Extra& extra_slope) const {
+  ANL_NOINLINE void each_gradient(I y, V max, const GradientRow<M>& row, V target, const Extra& extra_slope) const {
     for (int64_t k = 0; k < K_; ++k) {
       const V x = at(k) - max, e = PARTS & FOCAL_OFFSET ? V{} : M::class_exp(x);
       put(k, y == Int(k) ? target : row.template at<PARTS>(x, e, extra_slope(k)));

@@ -23,7 +23,7 @@ struct Tile {
   }
 
   // Logits of n rows; lanes past the last row hold zeros.
-  void load(const S* z, const Strides& strides, int n) const {
+  ANL_NOINLINE void load(const S* z, const Strides& strides, int n) const {
     const int64_t sk = strides.sk, si = strides.si;
     const int whole = n / W * W;
     for (int64_t k = 0; k < num_classes && si == 1; ++k) {
@@ -50,7 +50,7 @@ struct Tile {
   }
 
   // The gradient of n rows.
-  void store(S* g, const Strides& strides, int n) const {
+  ANL_NOINLINE void store(S* g, const Strides& strides, int n) const {
     const int64_t sk = strides.sk, si = strides.si;
     const int whole = n / W * W;
     for (int64_t k = 0; k < num_classes && si == 1; ++k) {
