@@ -67,8 +67,8 @@ struct RowLayout {
   }
 };
 
-// Of the entropy term, which adds scale e_j (log_q_j - mean) to the gradient. The mean is rounded to center; what
-// rounding it left out is `lost`.
+// What the entropy term adds to the gradient is scale e_j (log_q_j - mean). The mean is rounded to center; what rounding
+// left out is `lost`.
 template <class T>
 struct EntropySlope {
   const T* log_q;
