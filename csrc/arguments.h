@@ -14,26 +14,25 @@ namespace anl {
 
 using Triple = std::array<int64_t, 3>;
 using Address = uintptr_t;
-using Terms = std::vector<std::tuple<int, double, double, double>>;  // (kind, coefficient, two parameters)
+using Terms = std::vector<std::tuple<int, double, double, double>>;  // (kind, factor, two parameters)
 
 inline Program make_program(double min_prob, double gamma, unsigned needs) {
   Program p = {};
   p.min_prob = min_prob;
   p.gamma = gamma;
-  p.log_floor_neg = -log(min_prob);
-  p.focal_floor = pow(1.0 - min_prob, gamma) * p.log_floor_neg;
+  p.clamp_height = -log(min_prob);
+  p.focal_clamp_height = pow(1.0 - min_prob, gamma) * p.clamp_height;
   p.needs = needs;
   return p;
 }
 
-inline Program make_program(const Terms& terms, double min_prob, double gamma) {
+inline Program make_program(const Terms& terms, double min_prob, double gamma, unsigned needs) {
   if (terms.size() > MAX_TERMS) throw std::invalid_argument("a sum of losses holds at most 16 terms");
-  Program p = make_program(min_prob, gamma, 0);
+  Program p = make_program(min_prob, gamma, needs);
   p.num_terms = int(terms.size());
   for (int t = 0; t < p.num_terms; ++t) {
-    std::tie(p.kind[t], p.coef[t], p.p0[t], p.p1[t]) = terms[t];
+    std::tie(p.kind[t], p.factor[t], p.p0[t], p.p1[t]) = terms[t];
     if (p.kind[t] < 0 || p.kind[t] >= NUM_TERM_KINDS) throw std::invalid_argument("unknown kind of loss term");
-    p.needs |= term_needs(p.kind[t]);
   }
   return p;
 }
@@ -79,18 +78,18 @@ inline void set_target(Call& call, Address target, int target_type, int64_t igno
 
 inline Call make_grad_call(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
                               const Triple& grad_strides, Address target, int target_type, double min_prob,
-                              double gamma, unsigned needs, Address coefs, Address grad_output,
+                              double gamma, unsigned needs, Address grad_coefs, Address grad_output,
                               int64_t grad_output_stride, Address log_q, Address entropy_scale) {
   Call call = make_call(Op::GRAD, dtype, shape, logits, logits_strides);
   require(grad, num_rows(call) * call.num_classes, "the gradient");
-  require(coefs, num_rows(call), "the coefficients");
+  require(grad_coefs, num_rows(call), "the coefficients");
   require(grad_output, num_rows(call), "grad_output");
   require(entropy_scale, log_q != 0, "the entropy's scale");
   set_grad(call, grad, grad_strides);
   // Ignored rows are known by their coefficients.
   set_target(call, target, target_type, std::numeric_limits<int64_t>::min());
   call.program = make_program(min_prob, gamma, needs);
-  call.coefs = reinterpret_cast<void*>(coefs);
+  call.grad_coefs = reinterpret_cast<void*>(grad_coefs);
   call.grad_output = reinterpret_cast<const void*>(grad_output);
   call.grad_output_stride = grad_output_stride;
   call.log_q = reinterpret_cast<const void*>(log_q);

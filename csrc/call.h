@@ -1,10 +1,9 @@
 // What a compiled module's Python functions ask of its kernels: one struct of arguments for every operation.
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
 
-#include "row_math.h"
+#include "terms.h"
 
 namespace anl {
 
@@ -14,12 +13,8 @@ enum Reduction : int { NONE, MEAN, SUM };
 enum class Op : int { LOSS, STATS, GRAD, COLUMN_SUMS, SLICE_STATS };
 
 // SLICE_STATS: what the sweeps over some of a row's classes find, the target left out; its label is outside [0, K) where
-// it lies elsewhere. Without lse the first fields, with it the second: those of RowStatistics that follow from it.
-enum SliceField : int { SLICE_MAX, SLICE_TAIL, SLICE_GAP, SLICE_COUNT, NUM_SLICE_FIRST };
-enum SliceSecond : int {
-  SLICE_ABOVE_SUM, SLICE_ABOVE_COUNT, SLICE_BELOW_MASS, SLICE_FOCAL_SUM, SLICE_FOCAL_WEIGHT, SLICE_FOCAL_ABOVE_SUM,
-  SLICE_FOCAL_ABOVE_WEIGHT, NUM_SLICE_SECOND
-};
+// it lies elsewhere. Without lse the largest logit and the FirstSums about it, with lse the SecondSums, masses as p_j.
+constexpr int SLICE_MAX = 0, SLICE_FIRST_SUMS = 1, NUM_SLICE_FIRST = SLICE_FIRST_SUMS + NUM_FIRST_SUMS;
 
 // Class k of row (o, i) is data[o * so + k * sk + i * si].
 struct Strides {
@@ -34,13 +29,13 @@ struct Call {
   Strides logits_strides;
   void* grad;  // null: not wanted
   Strides grad_strides;
-  const void* target;     // one label a row
+  const void* target;     // one label per row
   TargetType target_type;
   int64_t ignore_index;
-  const void* weight;   // by class, null: ones
+  const void* weight;   // one per class; null: ones
   double loss_scale;    // what the reduction multiplies each row's gradient with
   void* row_loss;       // LOSS: the rows' losses, or null
-  void* coefs;          // LOSS: written, or null; GRAD, COLUMN_SUMS: read
+  void* grad_coefs;     // LOSS: written, or null; GRAD, COLUMN_SUMS: read
   double* stats;        // STATS, SLICE_STATS: written
   const double* lse;    // SLICE_STATS: max and log sum exp(z - max) of the whole rows, or null
   const void* grad_output;
@@ -94,14 +89,6 @@ ANL_HD bool is_class(const Call& call, int64_t y) { return y >= 0 && y < call.nu
 // Row r = o * inner + i begins here. Divisions are slow, and most calls have one outer index.
 ANL_HD int64_t row_offset(const Call& call, const Strides& s, int64_t r) {
   return call.outer == 1 ? r * s.si : r / call.inner * s.so + r % call.inner * s.si;
-}
-
-// The statistics of an ignored row are those of a uniform one: any f is finite there, and its result is dropped.
-ANL_HD void ignored_statistics(double num_classes, const Program& prog, double (&out)[NUM_STATS]) {
-  const double K = num_classes, log_k = log(K), T = prog.log_floor_neg, w = pow(1.0 - 1.0 / K, prog.gamma);
-  const double values[NUM_STATS] = {0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k,
-                                    K * w, K * (prog.focal_floor - w * log_k), K * w, 0.0};
-  for (int i = 0; i < NUM_STATS; ++i) out[i] = values[i];
 }
 
 }  // namespace anl

@@ -5,10 +5,19 @@
 //
 //   dL/dz_j = (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j + e [j = y]
 //
-// Everything is written over a policy M: M::V is a scalar or a vector of lanes (one row a lane), with
-// M::set, exp, log, log1p, expm1, sqrt. Comparisons of two V give what `mask ? V : V` takes.
+// A traversal sweeps a row once for FirstSums, makes RowStatistics of them, sweeps it again for SecondSums where a loss
+// needs those, calls evaluate (terms.h), and writes GradientRow::at of every class. It owns loops and memory; the
+// formulas stand here, and those of the losses in terms.h.
+//
+// Everything is written over a policy M: M::V is a number or a vector of them (one row or one class per lane), with
+// M::set, exp, log, log1p, expm1, sqrt for the mathematics of a row, and for every class
+//   class_exp(x)                    exp, as fast as it is accurate enough for a sum or a gradient
+//   class_exp_and_rest(l, rest)     exp(l), and 1 - exp(l) without cancellation, for l <= 0
+//   add_where(mask, sum, x)         sum += x where mask
+// A mask is what a comparison of two V gives and `mask ? V : V` takes; M::negate(mask) is its opposite.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #if defined(__CUDACC__)
@@ -19,9 +28,7 @@
 
 namespace anl {
 
-enum TermKind : int { CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, NUM_TERM_KINDS };
-
-// Which statistics of the second sweep a loss reads.
+// What a loss reads besides the sums that every loss has. anl_kernels/statistics.py finds the bits of a loss.
 enum Needs : unsigned { NEED_ABOVE = 1, NEED_ABOVE_MASS = 2, NEED_FOCAL = 4, NEED_FOCAL_ABOVE = 8 };
 
 constexpr int MAX_TERMS = 16;
@@ -30,46 +37,101 @@ constexpr int MAX_TERMS = 16;
 struct Program {
   int num_terms;
   int kind[MAX_TERMS];
-  double coef[MAX_TERMS], p0[MAX_TERMS], p1[MAX_TERMS];
+  double factor[MAX_TERMS], p0[MAX_TERMS], p1[MAX_TERMS];
   double min_prob, gamma;
-  double log_floor_neg;  // T = -log(min_prob)
-  double focal_floor;    // A = (1 - min_prob)^gamma T
+  double clamp_height;        // T = -log(min_prob)
+  double focal_clamp_height;  // A = (1 - min_prob)^gamma T
   unsigned needs;
 };
 
-constexpr unsigned term_needs(int kind) {
-  return kind == NNCE ? NEED_ABOVE
-         : kind == RCE ? (NEED_ABOVE | NEED_ABOVE_MASS)
-         : kind == NFL ? NEED_FOCAL
-         : kind == NNFL ? NEED_FOCAL_ABOVE
-                        : 0u;
+ANL_HD bool needs_mass(const Program& prog) { return prog.needs & NEED_ABOVE_MASS; }
+ANL_HD bool needs_focal(const Program& prog) { return prog.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE); }
+// Whether a second sweep has anything to find, in a row that has classes below the clamp.
+ANL_HD bool needs_second(const Program& prog) {
+  return prog.needs & (NEED_ABOVE | NEED_ABOVE_MASS | NEED_FOCAL | NEED_FOCAL_ABOVE);
 }
+// Kernels are compiled lean and full: lean ones leave out the sums, and the parts of a gradient, that few losses read.
+ANL_HD bool needs_full(const Program& prog) { return needs_focal(prog); }
 
-// What the sweeps over a row find. Sums leave the target out: with its part added by hand, what is equal in a loss and
-// its gradient cancels exactly, however dominant the target or another class.
-template <class M>
-struct RowStatistics {
-  using V = typename M::V;
-  V log_sum;          // lse - max
-  V target_log_prob;  // l_y
-  V target_tail;      // 1 - p_y, from the sum without the target: exact as p_y -> 1
-  V target_prob;      // p_y
-  V classes;          // how many exist (logit > -inf) besides the target
-  V neg_log_sum;      // sum_{j != y} -l_j, and so on
-  V above_sum;        // I_j (T + l_j)
-  V above_count;      // I_j
-  V below_mass;       // (1 - I_j) p_j
-  V focal_sum;        // -w_j l_j
-  V focal_weight;     // w_j
-  V focal_above_sum;  // I_j (A + w_j l_j)
-  V focal_above_weight;  // I_j w_j
+// ---- sums over the classes of a row, the target left out -----------------------------------------------------------
+//
+// With the target's part added by hand, what is equal in a loss and its gradient cancels exactly, however dominant the
+// target or another class. Sums before LEAN_... are made for every loss, the others by full kernels alone.
+
+enum FirstSum : int {
+  TAIL,   // exp(z_j - anchor); the anchor is the row's largest logit, once that is known
+  GAP,    // anchor - z_j
+  COUNT,  // 1 per class that exists (logit > -inf)
+  LEAN_FIRST_SUMS,
+  NUM_FIRST_SUMS = LEAN_FIRST_SUMS
 };
 
-template <class M>
-struct Coefficients {
-  typename M::V a, b, c, bw, cw;
-  typename M::V a_above;  // a + d: 1 - P would cancel in the sum
-  typename M::V target;  // the whole gradient at j = y
+enum SecondSum : int {
+  ABOVE_SUM,    // I_j (T + l_j)
+  ABOVE_COUNT,  // I_j
+  BELOW_MASS,   // (1 - I_j) p_j
+  LEAN_SECOND_SUMS,
+  FOCAL_SUM = LEAN_SECOND_SUMS,  // -w_j l_j
+  FOCAL_WEIGHT,                  // w_j
+  FOCAL_ABOVE_SUM,               // I_j (A + w_j l_j)
+  FOCAL_ABOVE_WEIGHT,            // I_j w_j
+  NUM_SECOND_SUMS
+};
+
+template <class M, bool FULL>
+struct FirstSums {
+  using V = typename M::V;
+  static constexpr int SIZE = FULL ? NUM_FIRST_SUMS : LEAN_FIRST_SUMS;
+  V of[SIZE];
+
+  // One class: x = z_j - anchor, e = class_exp(x). MASKED: x may be -inf, of what does not count; else everything counts,
+  // and COUNT is left to the caller, who knows how many there are.
+  template <bool MASKED>
+  ANL_HD void add(V x, V e) {
+    of[TAIL] += e;
+    if constexpr (MASKED) {
+      const auto exists = x != M::set(-__builtin_inf());
+      M::add_where(exists, of[GAP], -x);
+      M::add_where(exists, of[COUNT], M::set(1.0));
+    } else {
+      of[GAP] -= x;
+    }
+  }
+
+  // The same sums about an anchor that is larger by `by`; not infinite where COUNT is 0.
+  ANL_HD void rebase(V by) {
+    const V shrink = M::exp(-by);
+    of[TAIL] *= shrink;
+    of[GAP] += of[COUNT] * by;
+  }
+
+  ANL_HD void add(const FirstSums& other) {
+    for (int i = 0; i < SIZE; ++i) of[i] += other.of[i];
+  }
+};
+
+template <class M, bool FULL>
+struct SecondSums {
+  using V = typename M::V;
+  static constexpr int SIZE = FULL ? NUM_SECOND_SUMS : LEAN_SECOND_SUMS;
+  V of[SIZE];
+
+  ANL_HD void add(const SecondSums& other) {
+    for (int i = 0; i < SIZE; ++i) of[i] += other.of[i];
+  }
+
+  // What the second sweep would find of classes that are all above the clamp. height: T + l at the anchor of `gap`. Not
+  // the focal sums, which have no closed form.
+  ANL_HD void set_all_above(V count, V gap, V height) {
+    of[ABOVE_SUM] = count * height - gap;
+    of[ABOVE_COUNT] = count;
+    of[BELOW_MASS] = M::set(0.0);
+  }
+  // The same of classes that are all below the clamp; tail: TAIL about the row's largest logit.
+  ANL_HD void set_all_below(V tail) {
+    of[ABOVE_SUM] = of[ABOVE_COUNT] = M::set(0.0);
+    of[BELOW_MASS] = tail;
+  }
 };
 
 // x^gamma for x >= 0. The published exponents avoid the logarithm.
@@ -84,144 +146,115 @@ ANL_HD typename M::V focal_weight(typename M::V x, double gamma) {
   return x > zero ? M::exp(M::set(gamma) * M::log(x)) : zero;
 }
 
-// log_sum, l_y, p_y and 1 - p_y from the first sweep: x_y = z_y - max, tail = sum_{j != y} exp(z_j - max).
+// ---- a row between its sweeps ---------------------------------------------------------------------------------------
+
+// Sums leave the target out.
 template <class M>
-ANL_HD void target_statistics(RowStatistics<M>& s, typename M::V x_y, typename M::V tail) {
+struct RowStatistics {
   using V = typename M::V;
-  const V one = M::set(1.0);
+  V log_sum;          // lse - max
+  V target_log_prob;  // l_y
+  V target_tail;      // 1 - p_y, from the sum without the target: exact as p_y -> 1
+  V target_prob;      // p_y
+  V classes;          // how many exist besides the target
+  V neg_log_sum;      // -l_j
+  V second[NUM_SECOND_SUMS];  // zeros where no sweep made them; BELOW_MASS divided by the sum of exps
+};
+
+// RowStatistics from the first sweep: x_y = z_y - max, and its sums about the max, in arithmetic A (that of V or wider).
+template <class M, class A, int SIZE>
+ANL_HD void set_first_sums(RowStatistics<M>& s, typename M::V x_y, const A (&sum)[SIZE]) {
+  using V = typename M::V;
+  const V one = M::set(1.0), tail = V(sum[TAIL]);
   const V e_y = M::exp(x_y);
-  const V sum = tail + e_y;
-  // The largest logit's exp is 1: log1p of the others' keeps the digits that log(sum) would drop.
+  const V total = tail + e_y;
+  // The largest logit's exp is 1: log1p of the others' keeps the digits that log(total) would drop.
   s.log_sum = M::log1p(x_y == M::set(0.0) ? tail : (tail - one) + e_y);
   s.target_log_prob = x_y - s.log_sum;
-  s.target_tail = tail / sum;
-  s.target_prob = e_y / sum;
+  s.target_tail = tail / total;
+  s.target_prob = e_y / total;
+  s.classes = V(sum[COUNT]);
+  s.neg_log_sum = V(sum[COUNT] * A(s.log_sum) + sum[GAP]);
+  for (V& x : s.second) x = M::set(0.0);
 }
 
-// f's partials by the statistics over all classes, and a without the part that P makes.
-template <class M>
-struct Partials {
-  typename M::V a, S, U, P, F, G;
-};
+// mass_scale: what BELOW_MASS still has to be multiplied with, 1 / sum exp(z_j - max); 1 where `focal` sums were made.
+template <class M, class A, int SIZE>
+ANL_HD void set_second_sums(RowStatistics<M>& s, const A (&sum)[SIZE], typename M::V mass_scale) {
+  for (int i = 0; i < SIZE; ++i) s.second[i] = typename M::V(sum[i]);
+  s.second[BELOW_MASS] *= mass_scale;
+}
 
-// Adds coef * term to the loss and its partials.
+// ---- the second sweep ------------------------------------------------------------------------------------------------
+
+// What the second sweep knows of its row.
 template <class M>
-ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, typename M::V w_y, typename M::V& loss,
-                     Partials<M>& f) {
+struct SecondSweep {
   using V = typename M::V;
-  const V k = M::set(prog.coef[t]), zero = M::set(0.0), T = M::set(prog.log_floor_neg);
-  const V l = s.target_log_prob, p = s.target_prob, tail = s.target_tail;
-  const V infinity = M::set(__builtin_inf());
-  const auto above = l > -T;
-  const double p0 = prog.p0[t], p1 = prog.p1[t];
-  switch (prog.kind[t]) {
-    case CE:
-      loss -= k * l;
-      f.a += k;
-      break;
-    case NCE: {  // -l / S
-      const V S = s.neg_log_sum - l, r = k / S;
-      loss -= r * l;
-      f.S += r * l / S;
-      // Logits near the dtype's lowest, as masks write them, overflow the sum: the loss and its gradient are then 0.
-      f.a += S < infinity ? r * (s.neg_log_sum + s.classes * l) / S : zero;
-      break;
-    }
-    case NNCE: {  // 1 - I (T + l) / U
-      const V U = s.above_sum + (T + l), r = above ? k / U : zero;
-      const V v = above ? r * (T + l) : zero;
-      loss += above ? r * s.above_sum : k;
-      f.U += v / U;
-      f.a += above ? r * (s.above_sum - s.above_count * (T + l)) / U : zero;
-      break;
-    }
-    case FL:
-      loss -= k * w_y * l;
-      f.a += k * w_y;
-      break;
-    case NFL: {  // -w l / F
-      const V F = s.focal_sum - w_y * l, r = k * w_y / F;
-      loss -= r * l;
-      f.F += r * l / F;
-      f.a += F < infinity ? r * (s.focal_sum + s.focal_weight * l) / F : zero;
-      break;
-    }
-    case NNFL: {  // 1 - I (A + w l) / G
-      const V height = M::set(prog.focal_floor) + w_y * l;
-      const V G = s.focal_above_sum + height, r = above ? k / G : zero;
-      const V v = above ? r * height : zero;
-      loss += above ? r * s.focal_above_sum : k;
-      f.G += v / G;
-      f.a += above ? r * (w_y * s.focal_above_sum - s.focal_above_weight * height) / G : zero;
-      break;
-    }
-    case MAE:
-      loss += k * tail;
-      f.a += k * p;
-      break;
-    case RCE: {  // p0 sum_{k != y} max(p_k, min_prob)
-      const V r = k * M::set(p0), mp = M::set(prog.min_prob);
-      loss += r * (tail - s.below_mass + (s.classes - s.above_count) * mp);
-      f.a += above ? r * p : zero;
-      f.P += r;
-      break;
-    }
-    case GCE:  // (1 - p^q) / q
-      loss -= k * M::expm1(M::set(p0) * l) / M::set(p0);
-      f.a += k * M::exp(M::set(p0) * l);
-      break;
-    case AGCE: {  // ((a + 1)^q - (a + p)^q) / q, from log(a + p) - log(a + 1) = log1p(-tail / (a + 1))
-      const V lead = M::exp(M::set(p1) * M::log(M::set(p0 + 1.0)));
-      const V ratio = M::log1p(-tail / M::set(p0 + 1.0));
-      loss -= k * lead * M::expm1(M::set(p1) * ratio) / M::set(p1);
-      f.a += k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0) + p) * p;
-      break;
-    }
-    case AUL: {  // ((a - p)^q - (a - 1)^q) / q, likewise
-      const V lead = M::exp(M::set(p1) * M::log(M::set(p0 - 1.0)));
-      const V ratio = M::log1p(tail / M::set(p0 - 1.0));
-      loss += k * lead * M::expm1(M::set(p1) * ratio) / M::set(p1);
-      f.a += k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0 - 1.0) + tail) * p;
-      break;
-    }
-    case AEL: {  // exp(-p / a)
-      const V v = k * M::exp(-p / M::set(p0));
-      loss += v;
-      f.a += v * p / M::set(p0);
-      break;
+  V log_sum;
+  V threshold;  // z_j - max above it: above the clamp
+  V focal_clamp_height;
+  double gamma;
+  bool mass, focal;
+
+  static ANL_HD SecondSweep of_row(const Program& prog, V log_sum) {
+    return {log_sum, log_sum - M::set(prog.clamp_height), M::set(prog.focal_clamp_height), prog.gamma,
+            needs_mass(prog), needs_focal(prog)};
+  }
+
+  // The same numbers in another arithmetic.
+  template <class N>
+  ANL_HD SecondSweep<N> as() const {
+    return {N::set(log_sum), N::set(threshold), N::set(focal_clamp_height), gamma, mass, focal};
+  }
+
+  // One class: x = z_j - max, -inf for what does not count. MASS: what is below the clamp is summed, as exp(x), or with
+  // FOCAL as p_j.
+  template <bool MASS, bool FOCAL, class Sums>
+  ANL_HD void add_as(Sums& sums, V x) const {
+    const V one = M::set(1.0);
+    const auto above = x > threshold;
+    M::add_where(above, sums.of[ABOVE_SUM], x - threshold);
+    M::add_where(above, sums.of[ABOVE_COUNT], one);
+    if constexpr (FOCAL) {
+      V rest;
+      const V l = x - log_sum, p = M::class_exp_and_rest(l, rest);
+      const V w = focal_weight<M>(rest, gamma), wl = w * l;
+      const auto exists = x != M::set(-__builtin_inf());
+      M::add_where(exists, sums.of[FOCAL_SUM], -wl);
+      M::add_where(exists, sums.of[FOCAL_WEIGHT], w);
+      M::add_where(above, sums.of[FOCAL_ABOVE_SUM], wl + focal_clamp_height);
+      M::add_where(above, sums.of[FOCAL_ABOVE_WEIGHT], w);
+      if constexpr (MASS) M::add_where(M::negate(above), sums.of[BELOW_MASS], p);
+    } else if constexpr (MASS) {
+      M::add_where(M::negate(above), sums.of[BELOW_MASS], M::class_exp(x));
     }
   }
-}
 
-// The loss of a row and the coefficients of its gradient.
-template <class M>
-ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, Coefficients<M>& g) {
-  using V = typename M::V;
-  const V zero = M::set(0.0), one = M::set(1.0);
-  const V w_y = focal_weight<M>(s.target_tail, prog.gamma);
-  V loss = zero;
-  Partials<M> f = {zero, zero, zero, zero, zero, zero};
-  for (int t = 0; t < prog.num_terms; ++t) add_term<M>(prog, t, s, w_y, loss, f);
-
-  const V below_y = s.target_log_prob > M::set(-prog.log_floor_neg) ? zero : one;
-  const V below = s.below_mass + below_y * s.target_prob;  // 1 - P
-  g.a_above = f.a + below * f.P;
-  g.a = g.a_above - f.P;
-  g.b = -f.S;
-  g.c = f.U;
-  g.bw = -f.F;
-  g.cw = f.G;
-  // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
-  g.target = s.classes * f.S - s.above_count * f.U + s.focal_weight * f.F - s.focal_above_weight * f.G -
-             f.a * s.target_tail + (below - below_y) * s.target_prob * f.P;
-  return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
-}
-
-// Fields of the (10, N) coefficients, from which a gradient can be made later, and of the (13, N) statistics that a loss
-// written in Python sees.
-enum CoefField : int {
-  COEF_MAX, COEF_INV_SUM, COEF_A, COEF_B, COEF_A_ABOVE, COEF_C, COEF_BW, COEF_CW, COEF_TARGET, COEF_LOG_SUM, NUM_COEFS
+  template <bool FULL>
+  ANL_HD void add(SecondSums<M, FULL>& sums, V x) const {
+    if constexpr (FULL)
+      if (focal) return add_as<true, true>(sums, x);
+    if (mass) return add_as<true, false>(sums, x);
+    add_as<false, false>(sums, x);
+  }
 };
+
+template <auto VALUE>
+struct Constant {
+  static constexpr auto value = VALUE;
+};
+
+// f(Constant<MASS>(), Constant<FOCAL>()) with the sums of add_as that a loss needs, for loops that are compiled for each.
+template <bool FULL, class F>
+ANL_HD void by_second_sums(const Program& prog, const F& f) {
+  if constexpr (FULL)
+    if (needs_focal(prog)) return f(Constant<true>(), Constant<true>());
+  if (needs_mass(prog)) return f(Constant<true>(), Constant<false>());
+  f(Constant<false>(), Constant<false>());
+}
+
+// Fields of the statistics (NUM_STATS, N) that a loss written in Python sees.
 enum StatField : int {
   STAT_MAX, STAT_LOG_SUM, STAT_TARGET_LOG_PROB, STAT_NUM_CLASSES, STAT_NEG_LOG_SUM, STAT_ABOVE_SUM, STAT_ABOVE_MASS,
   STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_VALID,
@@ -235,23 +268,147 @@ ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typen
   using V = typename M::V;
   const V zero = M::set(0.0), one = M::set(1.0), absent = M::set(__builtin_nan(""));
   const V l = s.target_log_prob, w_y = focal_weight<M>(s.target_tail, prog.gamma);
-  const V I_y = l > M::set(-prog.log_floor_neg) ? one : zero;
-  const bool above = prog.needs, mass = prog.needs & NEED_ABOVE_MASS;
-  const bool focal = prog.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
+  const V I_y = l > M::set(-prog.clamp_height) ? one : zero;
+  const bool above = needs_second(prog), mass = needs_mass(prog), focal = needs_focal(prog);
   const V poison = s.target_tail - s.target_tail;
   out[STAT_MAX] = max + poison;
   out[STAT_LOG_SUM] = s.log_sum;
   out[STAT_TARGET_LOG_PROB] = l;
   out[STAT_NUM_CLASSES] = s.classes + one + poison;
   out[STAT_NEG_LOG_SUM] = s.neg_log_sum - l;
-  out[STAT_ABOVE_SUM] = above ? s.above_sum + I_y * (M::set(prog.log_floor_neg) + l) : absent;
-  out[STAT_ABOVE_MASS] = mass ? one - (s.below_mass + (one - I_y) * s.target_prob) : absent;
-  out[STAT_ABOVE_COUNT] = above ? s.above_count + I_y + poison : absent;
-  out[STAT_FOCAL_SUM] = focal ? s.focal_sum - w_y * l : absent;
-  out[STAT_FOCAL_WEIGHT] = focal ? s.focal_weight + w_y : absent;
-  out[STAT_FOCAL_ABOVE_SUM] = focal ? s.focal_above_sum + I_y * (M::set(prog.focal_floor) + w_y * l) : absent;
-  out[STAT_FOCAL_ABOVE_WEIGHT] = focal ? s.focal_above_weight + I_y * w_y : absent;
+  out[STAT_ABOVE_SUM] = above ? s.second[ABOVE_SUM] + I_y * (M::set(prog.clamp_height) + l) : absent;
+  out[STAT_ABOVE_MASS] = mass ? one - (s.second[BELOW_MASS] + (one - I_y) * s.target_prob) : absent;
+  out[STAT_ABOVE_COUNT] = above ? s.second[ABOVE_COUNT] + I_y + poison : absent;
+  out[STAT_FOCAL_SUM] = focal ? s.second[FOCAL_SUM] - w_y * l : absent;
+  out[STAT_FOCAL_WEIGHT] = focal ? s.second[FOCAL_WEIGHT] + w_y : absent;
+  const V focal_height = M::set(prog.focal_clamp_height) + w_y * l;
+  out[STAT_FOCAL_ABOVE_SUM] = focal ? s.second[FOCAL_ABOVE_SUM] + I_y * focal_height : absent;
+  out[STAT_FOCAL_ABOVE_WEIGHT] = focal ? s.second[FOCAL_ABOVE_WEIGHT] + I_y * w_y : absent;
   out[STAT_VALID] = one;
+}
+
+// The statistics of an ignored row are those of a uniform one: any f is finite there, and its result is dropped.
+ANL_HD void ignored_statistics(double num_classes, const Program& prog, double (&out)[NUM_STATS]) {
+  const double K = num_classes, log_k = log(K), T = prog.clamp_height, w = pow(1.0 - 1.0 / K, prog.gamma);
+  const double values[NUM_STATS] = {0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k,
+                                    K * w, K * (prog.focal_clamp_height - w * log_k), K * w, 0.0};
+  for (int i = 0; i < NUM_STATS; ++i) out[i] = values[i];
+}
+
+// ---- the gradient of a class -----------------------------------------------------------------------------------------
+
+// Fields of the gradient's coefficients (NUM_COEFS, N), from which it can be made later: those of COEF_A to COEF_TARGET
+// scale with the loss.
+enum CoefField : int {
+  COEF_MAX, COEF_INV_SUM, COEF_A, COEF_B, COEF_A_ABOVE, COEF_C, COEF_BW, COEF_CW, COEF_TARGET, COEF_LOG_SUM, NUM_COEFS
+};
+
+// What the gradient of a class can depend on besides exp(z_j - max); a traversal compiles in what may occur.
+enum GradientPart : unsigned {
+  CLAMPED_SLOPE = 1,   // whether it is above the clamp: what multiplies p_j
+  CLAMPED_OFFSET = 2,  // and what is added
+  FOCAL_OFFSET = 4,    // (1 - p_j)^gamma
+  MISSING_CLASSES = 8, // it may not exist
+  EXTRA_SLOPE = 16,    // something that the traversal adds to what multiplies p_j
+  CLAMPED = CLAMPED_SLOPE | CLAMPED_OFFSET,
+};
+
+// The parts of a lean kernel, and of a full one whose loss needs_focal or does not.
+constexpr unsigned LEAN_PARTS = CLAMPED | MISSING_CLASSES;
+constexpr unsigned FULL_PARTS = LEAN_PARTS, FOCAL_PARTS = FULL_PARTS | FOCAL_OFFSET;
+
+// f(Constant<PARTS>()) with what the gradient of a loss depends on, for loops that are compiled for each.
+template <bool FULL, class F>
+ANL_HD void by_gradient_parts(const Program& prog, const F& f) {
+  if constexpr (FULL) {
+    if (needs_focal(prog)) return f(Constant<FOCAL_PARTS>());
+    f(Constant<FULL_PARTS>());
+  } else {
+    if (needs_second(prog)) return f(Constant<LEAN_PARTS>());
+    f(Constant<LEAN_PARTS & ~unsigned(CLAMPED)>());
+  }
+}
+
+// dL/dz_j of a row for every class but the target.
+template <class M>
+struct GradientRow {
+  using V = typename M::V;
+  V log_sum;
+  V threshold;            // z_j - max above it: above the clamp
+  V slope, slope_above;   // multiplies e_j, which is p_j over `norm` of gradient_row
+  V offset, offset_above;
+  V weight, weight_above; // FOCAL_OFFSET: multiplies (1 - p_j)^gamma
+  V missing;              // of a class that does not exist: 0, or NaN in a NaN row
+  V target;               // the whole gradient at the target
+  double gamma;
+
+  // Of a row that is not read: every logit stands for 0 here.
+  static ANL_HD GradientRow constant(V value) {
+    const V zero = M::set(0.0);
+    return {zero, zero, zero, zero, value, value, zero, zero, value, value, 1.0};
+  }
+
+  // The class with x = z_j - max; e: class_exp(x), or what was kept of it. With FOCAL_OFFSET p_j is made anew, norm is 1.
+  template <unsigned PARTS>
+  ANL_HD V at(V x, V e, V extra_slope) const {
+    const auto above = x > threshold;
+    V a = PARTS & CLAMPED_SLOPE ? (above ? slope_above : slope) : slope;
+    V b = PARTS & CLAMPED_OFFSET ? (above ? offset_above : offset) : offset;
+    if constexpr (PARTS & EXTRA_SLOPE) a += extra_slope;
+    if constexpr (PARTS & FOCAL_OFFSET) {
+      V rest;
+      e = M::class_exp_and_rest(x - log_sum, rest);
+      b += (above ? weight_above : weight) * focal_weight<M>(rest, gamma);
+    }
+    const V value = e * a + b;
+    return PARTS & MISSING_CLASSES ? (x == M::set(-__builtin_inf()) ? missing : value) : value;
+  }
+  template <unsigned PARTS>
+  ANL_HD V at(V x, V e) const {
+    return at<PARTS & ~unsigned(EXTRA_SLOPE)>(x, e, e);
+  }
+  template <unsigned PARTS>
+  ANL_HD V at(V x) const {
+    return at<PARTS>(x, M::class_exp(x));
+  }
+
+  // The row as its classes above the clamp see it.
+  ANL_HD GradientRow all_above() const {
+    GradientRow row = *this;
+    row.slope = slope_above;
+    row.offset = offset_above;
+    row.weight = weight_above;
+    return row;
+  }
+
+  // The same numbers in another arithmetic.
+  template <class N>
+  ANL_HD GradientRow<N> as() const {
+    return {N::set(log_sum), N::set(threshold), N::set(slope), N::set(slope_above), N::set(offset), N::set(offset_above),
+            N::set(weight), N::set(weight_above), N::set(missing), N::set(target), gamma};
+  }
+};
+
+// `factor` times the gradient of these coefficients. norm: what p_j is e_j times; where needs_focal(prog), 1.
+template <class M>
+ANL_HD GradientRow<M> gradient_row(const Program& prog, const typename M::V (&c)[NUM_COEFS], typename M::V factor,
+                                   typename M::V norm) {
+  using V = typename M::V;
+  const V nan_or_0 = c[COEF_INV_SUM] - c[COEF_INV_SUM];  // NaN in a NaN row
+  const V scale = norm * factor, b = c[COEF_B] * factor, bw = c[COEF_BW] * factor;
+  GradientRow<M> g;
+  g.log_sum = c[COEF_LOG_SUM];
+  g.threshold = c[COEF_LOG_SUM] - M::set(prog.clamp_height);
+  g.slope = c[COEF_A] * scale + nan_or_0;
+  g.slope_above = c[COEF_A_ABOVE] * scale + nan_or_0;
+  g.offset = b + nan_or_0;
+  g.offset_above = b + c[COEF_C] * factor + nan_or_0;
+  g.weight = bw;
+  g.weight_above = bw + c[COEF_CW] * factor;
+  g.missing = nan_or_0;
+  g.target = c[COEF_TARGET] * factor + nan_or_0;
+  g.gamma = prog.gamma;
+  return g;
 }
 
 }  // namespace anl

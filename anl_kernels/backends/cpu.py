@@ -33,7 +33,7 @@ def info() -> dict:
 
 
 def _program(call):
-    call.program = _cpu.Program(call.terms, call.min_prob, call.gamma or 0.0)
+    call.program = _cpu.Program(call.terms, call.min_prob, call.gamma or 0.0, call.needs)
     return call.program
 
 

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #include "kernels.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace anl {
 namespace ANL_ISA {
@@ -50,15 +50,46 @@ ANL_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
-ANL_INLINE void write_ignored_statistics(const Call& call, int64_t r, int64_t num_rows) {
-  double values[NUM_STATS];
-  ignored_statistics(double(call.num_classes), call.program, values);
-  for (int i = 0; i < NUM_STATS; ++i) call.stats[i * num_rows + r] = values[i];
+// The long formulas of a row, compiled once per arithmetic, not in every kernel that needs them.
+template <class M>
+ANL_NOINLINE typename M::V loss_of(const Program& prog, const RowStatistics<M>& s, typename M::V (&coefs)[NUM_COEFS]) {
+  return evaluate<M>(prog, s, coefs);
+}
+template <class M>
+ANL_NOINLINE void statistics_of(const Program& prog, const RowStatistics<M>& s, typename M::V max,
+                                typename M::V (&out)[NUM_STATS]) {
+  all_statistics<M>(prog, s, max, out);
 }
 
-// Of a row whose label is no class.
-ANL_INLINE void write_bad_statistics(const Call& call, int64_t r, int64_t num_rows) {
-  for (int i = 0; i < NUM_STATS; ++i) call.stats[i * num_rows + r] = i == STAT_VALID ? 1.0 : NaN;
+// Fields of row r into the table of statistics.
+template <int FIELDS>
+ANL_INLINE void write_fields(const Call& call, int64_t r, const double (&fields)[FIELDS]) {
+  const int64_t num_rows = call.outer * call.inner;
+  for (int i = 0; i < FIELDS; ++i) call.stats[i * num_rows + r] = fields[i];
+}
+
+// The statistics of a row that is not read: ignored, or NaN because its label is no class.
+ANL_INLINE void write_unread_statistics(const Call& call, int64_t r, bool ignored) {
+  double fields[NUM_STATS];
+  ignored_statistics(double(call.num_classes), call.program, fields);
+  for (int i = 0; i < NUM_STATS && !ignored; ++i) fields[i] = i == STAT_VALID ? 1.0 : NaN;
+  write_fields(call, r, fields);
+}
+
+// SLICE_STATS of row r. Sums that a lean kernel leaves out are 0.
+template <int SIZE>
+ANL_INLINE void write_slice_first(const Call& call, int64_t r, double max, const double (&sums)[SIZE]) {
+  double fields[NUM_SLICE_FIRST] = {};
+  fields[SLICE_MAX] = max;
+  for (int i = 0; i < SIZE; ++i) fields[SLICE_FIRST_SUMS + i] = sums[i];
+  write_fields(call, r, fields);
+}
+template <int SIZE>
+ANL_INLINE void write_slice_second(const Call& call, int64_t r, const double (&sums)[SIZE], double mass_scale) {
+  double fields[NUM_SECOND_SUMS] = {};
+  for (int i = 0; i < SIZE; ++i) fields[i] = sums[i];
+  fields[BELOW_MASS] *= mass_scale;
+  write_fields(call, r, fields);
 }
 
 }  // namespace

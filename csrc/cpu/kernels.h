@@ -1,4 +1,4 @@
-// What module.cpp asks of the kernels: one entry a traversal and instruction set.
+// What module.cpp asks of the kernels: one entry per traversal and instruction set.
 #pragma once
 
 #include "call.h"

@@ -241,13 +241,13 @@ LabelCheck check_labels(const Call& call) {
 
 int64_t row_loss(const Program& program, int dtype, const Triple& shape, Address logits, const Triple& logits_strides,
                  Address grad, const Triple& grad_strides, Address target, int target_type, int64_t ignore_index,
-                 Address weight, int reduction, Address loss, Address coefs, bool fresh) {
+                 Address weight, int reduction, Address loss, Address grad_coefs, bool fresh) {
   Call call = make_call(Op::LOSS, dtype, shape, logits, logits_strides);
   set_grad(call, grad, grad_strides);
   set_target(call, target, target_type, ignore_index);
   call.program = program;
   call.weight = reinterpret_cast<const void*>(weight);
-  call.coefs = reinterpret_cast<void*>(coefs);
+  call.grad_coefs = reinterpret_cast<void*>(grad_coefs);
   require(loss, reduction == NONE ? num_rows(call) : 1, "the loss");
   const LabelCheck labels = check_labels(call);
   if (labels.first_bad >= 0) return labels.first_bad;
@@ -291,20 +291,20 @@ void slice_stats(int dtype, const Triple& shape, Address logits, const Triple& l
 
 void row_grad(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
               const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
-              unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
+              unsigned needs, Address grad_coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
               Address entropy_scale, bool fresh) {
   Call call = make_grad_call(dtype, shape, logits, logits_strides, grad, grad_strides, target, target_type, min_prob,
-                             gamma, needs, coefs, grad_output, grad_output_stride, log_q, entropy_scale);
+                             gamma, needs, grad_coefs, grad_output, grad_output_stride, log_q, entropy_scale);
   ask_for_huge_pages(call, fresh);
   launch(call);
 }
 
-void column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
+void column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad_coefs,
                  Address sums) {
   Call call = make_call(Op::COLUMN_SUMS, dtype, shape, logits, logits_strides);
-  require(coefs, num_rows(call), "the coefficients");
+  require(grad_coefs, num_rows(call), "the coefficients");
   require(sums, call.num_classes, "the sums");
-  call.coefs = reinterpret_cast<void*>(coefs);
+  call.grad_coefs = reinterpret_cast<void*>(grad_coefs);
   call.sums = reinterpret_cast<double*>(sums);
   for (int64_t k = 0; k < call.num_classes; ++k) call.sums[k] = 0.0;
   launch(call);
@@ -334,7 +334,9 @@ PYBIND11_MODULE(_cpu, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Fused robust losses on the CPU, over raw pointers.";
   py::class_<Program>(m, "Program", py::module_local())
-      .def(py::init([](const Terms& terms, double min_prob, double gamma) { return make_program(terms, min_prob, gamma); }))
+      .def(py::init([](const Terms& terms, double min_prob, double gamma, unsigned needs) {
+        return make_program(terms, min_prob, gamma, needs);
+      }))
       .def_readonly("needs", &Program::needs);
   m.def("row_loss", &row_loss, Unlocked());
   m.def("row_stats", &row_stats, Unlocked());

@@ -1,7 +1,7 @@
 // The sweeps over one row whose classes lie side by side, a block of classes at a time.
 //
-// A block is a fixed number of classes, small enough for the first-level cache, with statistics of its own relative to
-// its own maximum. Blocks are merged in order, so a row gives the same bits whether one thread or many swept it.
+// A block is a fixed number of classes, small enough for the first-level cache, with sums of its own about its own
+// maximum. Blocks are merged in order, so a row gives the same bits whether one thread or many swept it.
 // The first sweep may keep its exps (in the gradient's own memory, or in a scratch row that the cache holds): then the
 // gradient of a block is little more than a multiply and an add. Elsewhere exp is computed anew.
 #pragma once
@@ -14,31 +14,77 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;
 
-struct Block {
-  double max, min;    // of the logits; min is -inf if a class does not exist
-  double tail;        // sum over j != y of exp(z_j - max)
-  double gap;         // sum over j != y of max - z_j, for the classes that exist
-  double count;       // how many of those exist
-  double above_sum, below_mass, above_count, focal_sum, focal_weight, focal_above_sum, focal_above_weight;
-  double mass, dot;   // sums of exp(z_j - row max), and of the same times log_q_j - center
+// For the entropy term: sums of exp(z_j - row max), and of the same times log_q_j - center.
+struct Moments {
+  double mass, moment;
 };
 
-// What a row's later sweeps know from its first.
-struct RowState {
-  double max, min, tail, gap, count;
-  double log_sum, inv_sum;
-  double a, b, a_above, c, bw, cw, target;  // the gradient's coefficients
+// What the sweeps find in a block.
+template <bool FULL>
+struct Block {
+  double max, min;                    // of the logits; min is -inf if a class does not exist
+  FirstSums<ScalarMath, FULL> first;  // about max, or about 0 where no class exists
+  SecondSums<ScalarMath, FULL> second;
+  Moments moments;
+};
+
+// Where the rows of a call are, and their blocks.
+template <class S>
+struct RowLayout {
+  const Call& call;
+  const int64_t K, num_blocks, num_rows;
+  const bool split;  // blocks are spread over the threads
+
+  RowLayout(const Call& c, bool spread)
+      : call(c), K(c.num_classes), num_blocks(ceil_div(K, BLOCK)), num_rows(c.outer * c.inner), split(spread) {}
+
+  const S* logits(int64_t r) const {
+    return static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
+  }
+  S* grad(int64_t r) const { return static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r); }
+
+  // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
+  // (the cache holds what the sweep before touched last).
+  template <class F>
+  void each_block(bool backwards, const F& f) const {
+    const auto range = [&](int64_t b0, int64_t b1) {
+      for (int64_t i = b0; i < b1; ++i) {
+        const int64_t b = backwards ? b1 - 1 - (i - b0) : i;
+        f(b, b * BLOCK, int(min_of(BLOCK, K - b * BLOCK)));
+      }
+    };
+    if (split)
+      parallel_for(num_blocks, 8, range);
+    else
+      range(0, num_blocks);
+  }
+
+  void fill_grad(int64_t r, double value) const {
+    if (!call.grad) return;
+    S bits, *g = grad(r);
+    store_one(&bits, typename Storage<S>::Acc(value));
+    for (int64_t k = 0; k < K; ++k) g[k] = bits;
+  }
+};
+
+// What the entropy term adds to the gradient is scale e_j (log_q_j - mean). The mean is rounded to center; what rounding
+// left out is `lost`.
+template <class T>
+struct EntropySlope {
+  const T* log_q;
+  T center, lost, scale;
 };
 
 template <class S>
 struct Sweep {
   using T = typename Storage<S>::Acc;
-  using V = typename Traits<T>::V;
-  using I = typename Traits<T>::I;
+  using M = LaneMath<T>;
+  using V = typename M::V;
+  using I = typename M::I;
   static constexpr int W = Traits<T>::width;
 
-  // Calls body(u, v, i) for whole vectors (u: which of four accumulators) and edge(v, i, n, keep) where a vector is
-  // partial (n < W, filled with -inf) or holds the target (keep: every lane but the target's).
+  // Calls body(u, v, i) for whole vectors (u: which of four accumulators), and edge(v, i, n) for a vector that is
+  // partial (n < W) or holds the target: the target's lane and those that are not there are -inf, which no sum counts.
   template <class Body, class Edge>
   static ANL_INLINE void for_vectors(const S* z, int n, int y, const Body& body, const Edge& edge) {
     const int full = n / W * W, y_start = y < 0 ? n : y / W * W;
@@ -50,188 +96,138 @@ struct Sweep {
       }
       for (; i < stop; i += W) body(0, Storage<S>::load(z + i), i);
       if (i >= full) break;
-      edge(Storage<S>::load(z + i), i, W, lane_index() != (y - i) + I{});
+      edge(without_lane(Storage<S>::load(z + i), y - i), i, W);
       i += W;
     }
-    if (full < n)
-      edge(load_part(z + full, n - full, set1(T(-INF))), full, n - full, lane_index() != (y < 0 ? -1 : y - full) + I{});
+    if (full < n) edge(without_lane(load_part(z + full, n - full, set1(T(-INF))), y - full), full, n - full);
   }
 
-  static ANL_INLINE I lane_index() {
+  static ANL_INLINE V without_lane(V v, int lane) {
     I lanes;
     for (int i = 0; i < W; ++i) lanes[i] = i;
-    return lanes;
+    return lanes == lane + I{} ? set1(T(-INF)) : v;
+  }
+
+  // Four accumulators into one number.
+  static ANL_INLINE double total(V a, V b, V c, V d) { return lane_sum(a + b + (c + d)); }
+  template <class Sums>
+  static ANL_INLINE void totals(const Sums (&part)[4], double* out) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Sums::SIZE; ++j) out[j] = total(part[0].of[j], part[1].of[j], part[2].of[j], part[3].of[j]);
   }
 
   static ANL_INLINE void extrema(const S* z, int n, T& high, T& low) {
     const V first = set1(load_one(z));
     V hi[4] = {first, first, first, first}, lo[4] = {first, first, first, first};
-    const auto body = [&](int u, V v, int) __attribute__((always_inline)) {
+    const auto body = [&](int u, V v) __attribute__((always_inline)) {
       hi[u] = vmax(v, hi[u]);
       lo[u] = vmin(v, lo[u]);
     };
     int i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) body(u, Storage<S>::load(z + i + u * W), 0);
+      for (int u = 0; u < 4; ++u) body(u, Storage<S>::load(z + i + u * W));
     }
-    for (; i + W <= n; i += W) body(0, Storage<S>::load(z + i), 0);
-    if (i < n) body(0, load_part(z + i, n - i, first), 0);
+    for (; i + W <= n; i += W) body(0, Storage<S>::load(z + i));
+    if (i < n) body(0, load_part(z + i, n - i, first));
     high = fold_lanes<T>(vmax(vmax(hi[0], hi[1]), vmax(hi[2], hi[3])),
                          [](auto a, auto b) __attribute__((always_inline)) { return vmax(a, b); });
     low = fold_lanes<T>(vmin(vmin(lo[0], lo[1]), vmin(lo[2], lo[3])),
                         [](auto a, auto b) __attribute__((always_inline)) { return vmin(a, b); });
   }
 
-  template <bool MASKED, bool KEEP>
-  static ANL_INLINE void exp_sums(const S* z, int n, int y, T high, T* kept, Block& out) {
-    V tail[4] = {}, gap[4] = {};
-    I missing = {};
+  // MASKED: some classes do not exist. KEEP: the exps are stored.
+  template <bool MASKED, bool KEEP, bool FULL>
+  static ANL_INLINE void exp_sums(const S* z, int n, int y, T anchor, T* kept, FirstSums<ScalarMath, FULL>& out) {
+    FirstSums<M, FULL> sums[4] = {};
     for_vectors(
         z, n, y,
         [&](int u, V v, int i) __attribute__((always_inline)) {
           // What follows in memory, the next block or row, arrives while this one is computed.
           __builtin_prefetch(z + n + i, 0, 2);
-          const V x = v - high, e = vexp<T>(x);
-          tail[u] += e;
+          const V x = v - anchor, e = M::class_exp(x);
+          sums[u].template add<MASKED>(x, e);
           if (KEEP) Storage<T>::store(kept + i, e);
-          if (MASKED) {
-            gap[u] -= v == T(-INF) ? V{} : x;
-            missing -= v == T(-INF);
-          } else {
-            gap[u] -= x;
-          }
         },
-        [&](V v, int i, int m, I keep) __attribute__((always_inline)) {
-          const V x = v - high, e = vexp<T>(x);
-          tail[0] += keep ? e : V{};
+        [&](V v, int i, int m) __attribute__((always_inline)) {
+          const V x = v - anchor, e = M::class_exp(x);
+          sums[0].template add<true>(x, e);
           if (KEEP) store_part(kept + i, m, e);
-          const auto counts = keep & (v != T(-INF));
-          gap[0] -= counts ? x : V{};
-          if (MASKED) missing -= ~counts;
         });
-    out.tail = lane_sum(tail[0] + tail[1] + (tail[2] + tail[3]));
-    out.gap = lane_sum(gap[0] + gap[1] + (gap[2] + gap[3]));
-    const int padding = (W - n % W) % W;
-    out.count = MASKED ? n + padding - lane_sum(missing) : double(n - (y >= 0));
+    totals(sums, out.of);
+    if (!MASKED) out.of[COUNT] = n - (y >= 0);
   }
 
   // First sweep. y: the target's place in the block, or -1. kept: where the exps go, or null.
-  static void first(const S* z, int n, int y, T* kept, Block& out) {
+  template <bool FULL>
+  static ANL_NOINLINE void first(const S* z, int n, int y, T* kept, Block<FULL>& out) {
     T high, low;
     extrema(z, n, high, low);
     out.max = high;
     out.min = low;
     if (low == T(-INF)) {  // a NaN among classes that do not exist is no maximum, but shows in the gap
-      exp_sums<true, false>(z, n, y, high == T(-INF) ? T(0) : high, kept, out);
+      exp_sums<true, false>(z, n, y, high == T(-INF) ? T(0) : high, kept, out.first);
     } else if (kept) {
-      exp_sums<false, true>(z, n, y, high, kept, out);
+      exp_sums<false, true>(z, n, y, high, kept, out.first);
     } else {
-      exp_sums<false, false>(z, n, y, high, kept, out);
+      exp_sums<false, false>(z, n, y, high, kept, out.first);
     }
   }
 
   // Second sweep of a block with classes on both sides of the clamp, or for the focal sums; y as in the first.
   template <bool MASS, bool FOCAL>
-  static void second(const S* z, int n, int y, const RowState& row, const Program& prog, Block& out) {
-    const T high = T(row.max), log_sum = T(row.log_sum), inv_sum = T(row.inv_sum);
-    const T floor = T(prog.log_floor_neg - row.log_sum), focal_floor = T(prog.focal_floor);
-    V sum[4] = {}, rest[4] = {}, focal[4] = {}, weight[4] = {}, focal_above[4] = {}, weight_above[4] = {};
-    I count = {};
-    const auto step = [&](int u, V v, I keep) __attribute__((always_inline)) {
-      const V x = v - high;
-      const auto above = x > -floor;
-      sum[u] += (above & keep) ? x + floor : V{};
-      count -= above & keep;
-      if (MASS && !FOCAL) rest[u] += (~above & keep) ? vexp<T>(x) * inv_sum : V{};
-      if (FOCAL) {
-        const V l = x - log_sum;
-        V others;
-        const V p = vexp_and_rest<T>(l, others);
-        const V w = focal_weight<LaneMath<T>>(others, prog.gamma);
-        if (MASS) rest[u] += (~above & keep) ? p : V{};
-        const V wl = w * l;
-        const auto counts = keep & (v != T(-INF));
-        focal[u] -= counts ? wl : V{};
-        weight[u] += counts ? w : V{};
-        focal_above[u] += (above & keep) ? wl + focal_floor : V{};
-        weight_above[u] += (above & keep) ? w : V{};
-      }
-    };
+  static ANL_NOINLINE void second(const S* z, int n, int y, double row_max, const SecondSweep<ScalarMath>& row,
+                                  double* out) {
+    const auto sweep = row.as<M>();
+    const T high = T(row_max);
+    SecondSums<M, FOCAL> sums[4] = {};
     for_vectors(
-        z, n, y, [&](int u, V v, int) __attribute__((always_inline)) { step(u, v, ~I{}); },
-        [&](V v, int, int, I keep) __attribute__((always_inline)) { step(0, v, keep); });
-    const auto total = [](const V* v) { return lane_sum(v[0] + v[1] + (v[2] + v[3])); };
-    out.above_sum = total(sum);
-    out.above_count = lane_sum(count);
-    out.below_mass = total(rest);
-    out.focal_sum = total(focal);
-    out.focal_weight = total(weight);
-    out.focal_above_sum = total(focal_above);
-    out.focal_above_weight = total(weight_above);
+        z, n, y,
+        [&](int u, V v, int) __attribute__((always_inline)) { sweep.template add_as<MASS, FOCAL>(sums[u], v - high); },
+        [&](V v, int, int) __attribute__((always_inline)) { sweep.template add_as<MASS, FOCAL>(sums[0], v - high); });
+    totals(sums, out);
   }
 
-  // For the entropy term: the mass of a block, and its moment of log_q about a center.
-  static void dot(const S* z, int n, const T* log_q, T center, double row_max, Block& out) {
+  static ANL_NOINLINE void moments(const S* z, int n, const T* log_q, T center, double row_max, Moments& out) {
     const T high = T(row_max);
     V mass[4] = {}, moment[4] = {};
     for_vectors(
         z, n, -1,
         [&](int u, V v, int i) __attribute__((always_inline)) {
-          const V e = vexp<T>(v - high);
+          const V e = M::class_exp(v - high);
           mass[u] += e;
           moment[u] += e * (Storage<T>::load(log_q + i) - center);
         },
-        [&](V v, int i, int m, I) __attribute__((always_inline)) {
-          const V e = vexp<T>(v - high);
+        [&](V v, int i, int m) __attribute__((always_inline)) {
+          const V e = M::class_exp(v - high);
           mass[0] += e;
           moment[0] += e * (load_part(log_q + i, m, V{}) - center);
         });
-    out.mass = lane_sum(mass[0] + mass[1] + (mass[2] + mass[3]));
-    out.dot = lane_sum(moment[0] + moment[1] + (moment[2] + moment[3]));
+    out.mass = total(mass[0], mass[1], mass[2], mass[3]);
+    out.moment = total(moment[0], moment[1], moment[2], moment[3]);
   }
 
-  // The gradient of a block. ABOVE: it has classes on both sides of the clamp. MASKED: classes that do not exist get 0.
-  // KEPT: exp(z_j - row max) is kept_scale kept_j. ENTROPY: adds scale p_j (log_q_j - mean).
-  template <bool ABOVE, bool FOCAL, bool MASKED, bool KEPT, bool ENTROPY>
-  static void gradient(const S* z, S* g, int n, const RowState& row, const Program& prog, const T* kept,
-                       double kept_scale, const T* log_q, double entropy_scale, double entropy_mean) {
-    const T high = T(row.max), log_sum = T(row.log_sum), thr = T(row.log_sum - prog.log_floor_neg);
-    // log_q_j - mean in two steps: the mean is rounded, and what rounding it left out follows.
-    const T center = T(entropy_mean), lost = T(entropy_mean - double(center));
-    // The slopes multiply p_j, exp(z_j - max), or what was kept of it.
-    const double norm = FOCAL ? 1.0 : KEPT ? row.inv_sum * kept_scale : row.inv_sum;
-    const T a = T(row.a * norm), a_above = T(row.a_above * norm);
-    const T q_scale = T(entropy_scale * norm);
-    const T b = T(row.b), c = T(row.c), bw = T(row.bw), cw = T(row.cw);
-    const auto value = [&](V v, V e, V u) __attribute__((always_inline)) {
+  // The gradient of a block, the target's place included. KEPT: the exps are there, about the block's maximum. entropy:
+  // for EXTRA_SLOPE.
+  template <unsigned PARTS, bool KEPT>
+  static ANL_NOINLINE void gradient(const S* z, S* g, int n, double row_max, const GradientRow<ScalarMath>& row,
+                                    const T* kept, const EntropySlope<T>& entropy) {
+    const auto lanes = row.as<M>();
+    const T high = T(row_max);
+    const auto value = [&](V v, V e, V log_q) __attribute__((always_inline)) {
       const V x = v - high;
-      V slope = set1(a), offset = set1(b);
-      const auto above = x > thr;
-      if (ABOVE) {
-        slope = above ? set1(a_above) : slope;
-        offset = above ? offset + c : offset;
-      }
-      if (ENTROPY) slope += ((u - center) - lost) * q_scale;
-      V p;
-      if (FOCAL) {
-        V others;
-        p = vexp_and_rest<T>(x - log_sum, others);
-        offset += (above ? set1(bw + cw) : set1(bw)) * focal_weight<LaneMath<T>>(others, prog.gamma);
-      } else {
-        p = KEPT ? e : vexp<T>(x);
-      }
-      const V y = p * slope + offset;
-      return MASKED ? (v == T(-INF) ? V{} : y) : y;
+      if (!KEPT && !(PARTS & FOCAL_OFFSET)) e = M::class_exp(x);
+      return lanes.template at<PARTS>(x, e, ((log_q - entropy.center) - entropy.lost) * entropy.scale);
     };
+    constexpr bool ENTROPY = PARTS & EXTRA_SLOPE;
     const int full = n / W * W, rest = n - full;
     for (int i = 0; i < full; i += W)
       Storage<S>::store(g + i, value(Storage<S>::load(z + i), KEPT ? Storage<T>::load(kept + i) : V{},
-                                     ENTROPY ? Storage<T>::load(log_q + i) : V{}));
+                                     ENTROPY ? Storage<T>::load(entropy.log_q + i) : V{}));
     if (rest)
       store_part(g + full, rest, value(load_part(z + full, rest, set1(T(-INF))),
                                        KEPT ? load_part(kept + full, rest, V{}) : V{},
-                                       ENTROPY ? load_part(log_q + full, rest, V{}) : V{}));
+                                       ENTROPY ? load_part(entropy.log_q + full, rest, V{}) : V{}));
   }
 };
 

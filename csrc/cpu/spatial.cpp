@@ -1,124 +1,92 @@
 // Any strides: (N, K, d1, ...), transposed matrices, and rows of few classes. Lanes run across rows ("pixels").
 //
-// A tile of pixels is copied, converted, into scratch memory that the caches hold, [class][pixel]; every later sweep
-// runs over the scratch, which ends up holding the gradient. Rows of the tile never meet: a vector is so many rows, and
-// all of a row's mathematics, the loss included, is done in its lane.
-#include "common.h"
+// Every sweep runs over a tile in scratch memory, which ends up holding the gradient. Rows of the tile never meet: a
+// vector is so many rows, and all of a row's mathematics, the loss included, is done in its lane.
+#include "tile.h"
 
 namespace anl {
 namespace ANL_ISA {
 namespace {
 
-constexpr int64_t TILE_BYTES = 192 << 10;
-constexpr int64_t TILE_VECTORS = 16;
-constexpr int64_t TASK_ELEMENTS = 32 << 10;
+constexpr int64_t TASK_ELEMENTS = 32 << 10;  // a thread gets at least about as many logits
 constexpr int SUM_CLASSES = 16;  // summed plainly, then added to the row's compensated sum
 
-template <class S>
+// Sums of many classes: what each addition rounds off is added up too.
+template <class V, int SIZE>
+struct CompensatedSums {
+  V sum[SIZE] = {}, lost[SIZE] = {};
+
+  // Adds a part, which starts anew.
+  ANL_INLINE void take(V (&part)[SIZE]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < SIZE; ++i) {
+      const V next = sum[i] + part[i];
+      lost[i] += (sum[i] - next) + part[i];
+      sum[i] = next;
+      part[i] = V{};
+    }
+  }
+  ANL_INLINE void totals(V (&out)[SIZE]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < SIZE; ++i) out[i] = sum[i] + (lost[i] == lost[i] ? lost[i] : V{});  // NaN: the sum overflows
+  }
+};
+
+template <class S, bool FULL>
 class Tiles {
   using T = typename Storage<S>::Acc;
   using M = LaneMath<T>;
-  using V = typename Traits<T>::V;
-  using I = typename Traits<T>::I;
+  using V = typename M::V;
+  using I = typename M::I;
+  using Int = typename Traits<T>::Int;
   static constexpr int W = Traits<T>::width;
+  static constexpr Int IGNORED = -1, NO_CLASS = -2;  // labels: see load_labels
 
  public:
-  static int64_t tile_width(int64_t K) {
-    return W * max_of<int64_t>(1, min_of<int64_t>(TILE_VECTORS, TILE_BYTES / (K * W * int64_t(sizeof(T)))));
-  }
-
   Tiles(const Call& call, T* scratch)
       : call_(call), prog_(call.program), K_(call.num_classes), num_rows_(call.outer * call.inner),
-        width_(tile_width(K_)), scratch_(scratch) {}
+        tile_{K_, Tile<S>::width_for(K_), scratch} {}
 
   // Pixels [i, i + n) of outer index o; the sum of their losses, or (COLUMN_SUMS) adds their p_ij to sums.
   double run(int64_t o, int64_t i, int n, double* sums) {
-    load(static_cast<const S*>(call_.logits) + o * call_.logits_strides.so + i * call_.logits_strides.si, n);
+    const Strides& from = call_.logits_strides;
+    const Strides& to = call_.grad_strides;
+    tile_.load(static_cast<const S*>(call_.logits) + o * from.so + i * from.si, from, n);
     double total = 0.0;
     for (int u = 0; u < n; u += W) {
-      s_ = scratch_ + u;
+      column_ = tile_.data + u;
       row_ = o * call_.inner + i + u;
       n_ = min_of(W, n - u);
-      if (call_.op == Op::COLUMN_SUMS)
-        add_columns(sums);
-      else
-        total += call_.op == Op::GRAD ? from_coefs() : call_.op == Op::SLICE_STATS ? slice_sums() : forward();
+      switch (call_.op) {
+        case Op::COLUMN_SUMS: add_columns(sums); break;
+        case Op::GRAD: gradient_from_coefs(); break;
+        case Op::SLICE_STATS: slice_sums(); break;
+        default: total += forward();
+      }
     }
-    if (call_.grad)
-      store(static_cast<S*>(call_.grad) + o * call_.grad_strides.so + i * call_.grad_strides.si, n);
+    if (call_.grad) tile_.store(static_cast<S*>(call_.grad) + o * to.so + i * to.si, to, n);
     return total;
   }
 
  private:
-  V at(int64_t k) const { return Storage<T>::load(s_ + k * width_); }
-  void put(int64_t k, V v) const { Storage<T>::store(s_ + k * width_, v); }
-
-  // Logits into scratch; lanes past the last pixel hold zeros.
-  void load(const S* z, int n) const {
-    const int64_t sk = call_.logits_strides.sk, si = call_.logits_strides.si;
-    const int whole = n / W * W;
-    for (int64_t k = 0; k < K_ && si == 1; ++k) {
-      T* out = scratch_ + k * width_;
-      for (int j = 0; j < whole; j += W) Storage<T>::store(out + j, Storage<S>::load(z + k * sk + j));
-      if (whole < n) Storage<T>::store(out + whole, load_part(z + k * sk + whole, n - whole, V{}));
-    }
-    if (si == 1) return;
-    for (int64_t k = 0; k < K_ && whole < n; ++k) Storage<T>::store(scratch_ + k * width_ + whole, V{});
-    for (int j = 0; j < n; ++j) {
-      const S* row = z + j * si;
-      T* out = scratch_ + j;
-      for (int64_t k = 0; k < K_; k += W) {
-        T values[W];
-        const int m = int(min_of<int64_t>(W, K_ - k));
-        if (sk == 1) {
-          Storage<T>::store(values, m == W ? Storage<S>::load(row + k) : load_part(row + k, m, V{}));
-        } else {
-          for (int t = 0; t < m; ++t) values[t] = load_one(row + (k + t) * sk);
-        }
-        for (int t = 0; t < m; ++t) out[(k + t) * width_] = values[t];
-      }
-    }
+  V at(int64_t k) const { return Storage<T>::load(column_ + k * tile_.width); }
+  void put(int64_t k, V v) const { Storage<T>::store(column_ + k * tile_.width, v); }
+  V load_field(const void* table, int field) const {
+    return load_part(static_cast<const T*>(table) + field * num_rows_ + row_, n_, V{});
   }
 
-  void store(S* g, int n) const {
-    const int64_t sk = call_.grad_strides.sk, si = call_.grad_strides.si;
-    const int whole = n / W * W;
-    for (int64_t k = 0; k < K_ && si == 1; ++k) {
-      const T* in = scratch_ + k * width_;
-      for (int j = 0; j < whole; j += W) Storage<S>::store(g + k * sk + j, Storage<T>::load(in + j));
-      if (whole < n) store_part(g + k * sk + whole, n - whole, Storage<T>::load(in + whole));
-    }
-    if (si == 1) return;
-    for (int j = 0; j < n; ++j) {
-      const T* in = scratch_ + j;
-      for (int64_t k = 0; k < K_; k += W) {
-        T values[W];
-        S bits[W];
-        const int m = int(min_of<int64_t>(W, K_ - k));
-        for (int t = 0; t < m; ++t) values[t] = in[(k + t) * width_];
-        for (int t = m; t < W; ++t) values[t] = T(0);
-        Storage<S>::store(bits, Storage<T>::load(values));
-        if (sk == 1) {
-          memcpy(g + j * si + k, bits, m * sizeof(S));
-        } else {
-          for (int t = 0; t < m; ++t) g[j * si + (k + t) * sk] = bits[t];
-        }
-      }
-    }
-  }
-
-  // Labels, -1 where the row is ignored (or not there); the logits of such lanes become zeros, whatever they were.
-  // A target that is no class of these is -2: SLICE_STATS, or a label that makes its row NaN.
+  // Labels: IGNORED where the row is ignored (or not there); the logits of such lanes become zeros, whatever they were.
+  // NO_CLASS where the target is none of these: SLICE_STATS, or a label that makes its row NaN.
   I load_labels() const {
     I y;
     bool dead = false;
     for (int j = 0; j < W; ++j) {
       const int64_t label = j < n_ ? label_at(call_, row_ + j) : call_.ignore_index;
       const bool live = j < n_ && label != call_.ignore_index;
-      y[j] = !live ? -1 : !is_class(call_, label) ? -2 : typename Traits<T>::Int(label);
+      y[j] = !live ? IGNORED : !is_class(call_, label) ? NO_CLASS : Int(label);
       dead |= !live;
     }
-    if (dead) clear(y == -1);
+    if (dead) clear(y == IGNORED);
     return y;
   }
   void clear(I dead) const {
@@ -126,62 +94,47 @@ class Tiles {
   }
 
   static bool any(I mask) {
-    typename Traits<T>::Int x = 0;
+    Int x = 0;
     for (int j = 0; j < W; ++j) x |= mask[j];
     return x != 0;
   }
 
-  // total += part by compensated summation; part starts anew.
-  static ANL_INLINE void add(V& total, V& lost, V& part) {
-    const V sum = total + part;
-    lost += (total - sum) + part;
-    total = sum;
-    part = V{};
-  }
-
-  // f(k) over all classes, and fold() after every SUM_CLASSES of them.
-  template <class F, class Fold>
-  ANL_INLINE void each_class(const F& f, const Fold& fold) const {
+  // Compensated sums over all classes of what f(part, k) adds to part.
+  template <class Sums, class F>
+  ANL_INLINE void sum_classes(Sums& out, const F& f) const {
+    CompensatedSums<V, Sums::SIZE> sums;
+    Sums part = {};
     for (int64_t k0 = 0; k0 < K_; k0 += SUM_CLASSES) {
       const int64_t stop = min_of(K_, k0 + SUM_CLASSES);
-      for (int64_t k = k0; k < stop; ++k) f(k);
-      fold();
+      for (int64_t k = k0; k < stop; ++k) f(part, k);
+      sums.take(part.of);
     }
+    sums.totals(out.of);
   }
 
   struct First {
-    V max, x_y, tail, gap, count;
+    V max, min, x_y;
     bool missing;  // some class does not exist for some row
-    V min;
+    FirstSums<M, FULL> sums;
   };
 
   template <bool MASKED>
   ANL_INLINE void exp_sums(I y, First& f) const {
-    V tail = {}, gap = {}, missing = {}, tail_part = {}, gap_part = {}, tail_lost = {}, gap_lost = {};
-    each_class(
-        [&](int64_t k) __attribute__((always_inline)) {
-          const V v = at(k), x = v - f.max;
-          const auto target = y == typename Traits<T>::Int(k);
-          tail_part += target ? V{} : vexp<T>(x);
-          f.x_y = target ? x : f.x_y;
-          if (MASKED) {
-            const auto absent = v == T(-INF);
-            gap_part -= (absent | target) ? V{} : x;
-            missing += absent ? V{} + T(1) : V{};
-          } else {
-            gap_part -= target ? V{} : x;
-          }
-        },
-        [&]() __attribute__((always_inline)) {
-          add(tail, tail_lost, tail_part);
-          add(gap, gap_lost, gap_part);
-        });
-    f.tail = tail + tail_lost;
-    f.gap = gap + (gap_lost == gap_lost ? gap_lost : V{});  // inf - inf where the gap itself overflows
-    f.count = T(K_ - 1) - missing;
+    // No class exists: -inf - -inf would be NaN.
+    const V anchor = MASKED ? (f.max == T(-INF) ? V{} : f.max) : f.max;
+    sum_classes(f.sums, [&](FirstSums<M, FULL>& part, int64_t k) __attribute__((always_inline)) {
+      const V x = at(k) - anchor, e = M::class_exp(x);
+      const auto target = y == Int(k);
+      f.x_y = target ? x : f.x_y;
+      if (MASKED)
+        part.template add<true>(target ? set1(T(-INF)) : x, target ? V{} : e);
+      else
+        part.template add<false>(target ? V{} : x, target ? V{} : e);  // zeros change no sum
+    });
+    if (!MASKED) f.sums.of[COUNT] = y < 0 ? set1(T(K_)) : set1(T(K_ - 1));
   }
 
-  First first_sums(I y) const {
+  ANL_NOINLINE First first_sums(I y) const {
     First f = {};
     f.max = f.min = at(0);
     for (int64_t k = 1; k < K_; ++k) {
@@ -190,268 +143,211 @@ class Tiles {
       f.min = vmin(v, f.min);
     }
     f.missing = any(f.min == T(-INF));
-    if (!f.missing) {
+    if (f.missing)
+      exp_sums<true>(y, f);
+    else
       exp_sums<false>(y, f);
-      return f;
-    }
-    const V high = f.max;
-    f.max = high == T(-INF) ? V{} : high;  // no class exists: -inf - -inf would be NaN
-    exp_sums<true>(y, f);
-    f.max = high;
     return f;
+  }
+
+  ANL_NOINLINE SecondSums<M, FULL> second_sums(I y, V max, const SecondSweep<M>& sweep) const {
+    SecondSums<M, FULL> sums = {};
+    by_second_sums<FULL>(prog_, [&](auto mass, auto focal) {
+      SecondSums<M, focal.value> found;
+      sum_classes(found, [&](SecondSums<M, focal.value>& part, int64_t k) __attribute__((always_inline)) {
+        const V x = y == Int(k) ? set1(T(-INF)) : at(k) - max;
+        sweep.template add_as<mass.value, focal.value>(part, x);
+      });
+      for (int j = 0; j < found.SIZE; ++j) sums.of[j] = found.of[j];
+    });
+    return sums;
+  }
+
+  // f(j, sums of row j, in double) for every row.
+  template <int SIZE, class F>
+  void each_row(const V (&sums)[SIZE], const F& f) const {
+    for (int j = 0; j < n_; ++j) {
+      double row[SIZE];
+      for (int i = 0; i < SIZE; ++i) row[i] = double(sums[i][j]);
+      f(j, row);
+    }
   }
 
   // The sums of rows whose other classes lie elsewhere.
-  double slice_sums() const {
+  void slice_sums() const {
     const I y = load_labels();
     if (!call_.lse) {
       const First f = first_sums(y);
-      const V values[NUM_SLICE_FIRST] = {f.max, f.tail, f.gap, f.count + (y == -2 ? V{} + T(1) : V{})};
-      write_slice(values);
-      return 0.0;
+      return each_row(f.sums.of, [&](int j, const auto& sums) { write_slice_first(call_, row_ + j, f.max[j], sums); });
     }
-    First f = {};
-    RowStatistics<M> s = {};
+    V max = {}, log_sum = {};
     for (int j = 0; j < n_; ++j) {
-      f.max[j] = T(call_.lse[row_ + j]);
-      s.log_sum[j] = T(call_.lse[num_rows_ + row_ + j]);
+      max[j] = T(call_.lse[row_ + j]);
+      log_sum[j] = T(call_.lse[num_rows_ + row_ + j]);
     }
-    const V inv_sum = vexp<T>(-s.log_sum);
-    if (prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE)) {
-      second_sums<true>(y, f, inv_sum, s);
-    } else {
-      second_sums<false>(y, f, inv_sum, s);
-    }
-    const V values[NUM_SLICE_SECOND] = {s.above_sum,    s.above_count,     s.below_mass,        s.focal_sum,
-                                        s.focal_weight, s.focal_above_sum, s.focal_above_weight};
-    write_slice(values);
-    return 0.0;
+    const V inv_sum = vexp<T>(-log_sum);
+    const auto found = second_sums(y, max, SecondSweep<M>::of_row(prog_, log_sum));
+    each_row(found.of, [&](int j, const auto& sums) {
+      write_slice_second(call_, row_ + j, sums, needs_focal(prog_) ? 1.0 : double(inv_sum[j]));
+    });
   }
 
-  template <int FIELDS>
-  void write_slice(const V (&values)[FIELDS]) const {
-    for (int i = 0; i < FIELDS; ++i)
-      for (int j = 0; j < n_; ++j) call_.stats[i * num_rows_ + row_ + j] = double(values[i][j]);
-  }
-
-  First first_sweep(I y) const {
-    First f = first_sums(y);
-    // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
-    const I bad = (f.gap != f.gap) | (f.x_y == T(-INF)) | (f.x_y != f.x_y) | (y == -2);
-    f.x_y = bad ? set1(T(NaN)) : f.x_y;
-    f.tail = bad ? set1(T(NaN)) : f.tail;
-    return f;
-  }
-
-  template <bool FOCAL>
-  ANL_INLINE void second_sums(I y, const First& f, V inv_sum, RowStatistics<M>& s) const {
-    const V floor = T(prog_.log_floor_neg) - s.log_sum;
-    V part[6] = {}, lost[6] = {};
-    V* total[6] = {&s.above_sum, &s.below_mass, &s.focal_sum, &s.focal_weight, &s.focal_above_sum, &s.focal_above_weight};
-    V count = {};
-    for (V* t : total) *t = V{};
-    each_class(
-        [&](int64_t k) __attribute__((always_inline)) {
-          const V v = at(k), x = v - f.max;
-          const auto above = x > -floor;
-          const auto other = y != typename Traits<T>::Int(k), counted = above & other, rest = ~above & other;
-          part[0] += counted ? x + floor : V{};
-          part[1] += rest ? vexp<T>(x) * inv_sum : V{};
-          count += counted ? V{} + T(1) : V{};
-          if (FOCAL) {
-            const V l = x - s.log_sum;
-            V others;
-            vexp_and_rest<T>(l, others);
-            const V w = focal_weight<M>(others, prog_.gamma);
-            const auto exists = other & (v != T(-INF));
-            part[2] -= exists ? w * l : V{};
-            part[3] += exists ? w : V{};
-            part[4] += counted ? w * l + T(prog_.focal_floor) : V{};
-            part[5] += counted ? w : V{};
-          }
-        },
-        [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 6
-          for (int j = 0; j < 6; ++j) add(*total[j], lost[j], part[j]);
-        });
-    for (int j = 0; j < 6; ++j) *total[j] += lost[j] == lost[j] ? lost[j] : V{};
-    s.above_count = count;
-  }
-
-  RowStatistics<M> statistics(I y, First& f, V& inv_sum) const {
+  // Statistics, and 1 over the sum of exp(z_j - max), NaN in a NaN row.
+  RowStatistics<M> statistics(I y, const First& f, V& inv_sum) const {
     RowStatistics<M> s;
-    target_statistics<M>(s, f.x_y, f.tail);
-    s.classes = f.count;
-    s.neg_log_sum = f.count * s.log_sum + f.gap;
-    inv_sum = vexp<T>(-s.log_sum);
-    inv_sum = s.log_sum != s.log_sum ? set1(T(NaN)) : inv_sum;
-    const T clamp = T(prog_.log_floor_neg);
-    const bool focal = prog_.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
-    s.focal_sum = s.focal_weight = s.focal_above_sum = s.focal_above_weight = V{} + T(1);
-    if (focal) {
-      second_sums<true>(y, f, inv_sum, s);
-    } else if (prog_.needs && any(f.min - f.max <= s.log_sum - clamp)) {
-      second_sums<false>(y, f, inv_sum, s);
-    } else {  // every class above the clamp: closed form
-      s.above_count = f.count;
-      s.above_sum = f.count * clamp - s.neg_log_sum;
-      s.below_mass = V{};
-    }
+    // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
+    const V gap = f.sums.of[GAP];
+    const I bad = (gap != gap) | (f.x_y == T(-INF)) | (f.x_y != f.x_y) | (y == NO_CLASS);
+    set_first_sums(s, bad ? set1(T(NaN)) : f.x_y, f.sums.of);
+    inv_sum = vexp<T>(-s.log_sum) + (s.log_sum - s.log_sum);
+    if (!needs_second(prog_)) return s;
+    const auto sweep = SecondSweep<M>::of_row(prog_, s.log_sum);
+    SecondSums<M, FULL> second = {};
+    if (sweep.focal || any(f.min - f.max <= sweep.threshold))
+      second = second_sums(y, f.max, sweep);
+    else
+      second.set_all_above(f.sums.of[COUNT], f.sums.of[GAP], -sweep.threshold);
+    set_second_sums(s, second.of, sweep.focal ? set1(T(1)) : inv_sum);
     return s;
   }
 
   double forward() {
-    const I y = load_labels();
-    First f = first_sweep(y);
+    const I y = load_labels(), live = y != IGNORED;
+    const First f = first_sums(y);
     V inv_sum;
     const RowStatistics<M> s = statistics(y, f, inv_sum);
     if (call_.op == Op::STATS) {
-      write_statistics(y, f, s);
+      write_statistics(y, f.max, s);
       return 0.0;
     }
-    Coefficients<M> g;
-    const I live = y != -1;
-    V weight = {};
+    V weight = {}, coefs[NUM_COEFS];
     for (int j = 0; j < n_; ++j) weight[j] = y[j] < 0 ? T(1) : T(class_weight<T>(call_, y[j]));
-    V loss = evaluate<M>(prog_, s, g);
+    V loss = loss_of<M>(prog_, s, coefs);
     loss = live ? loss * weight : V{};
     const V scale = weight * T(call_.loss_scale);
-    V* fields[7] = {&g.a, &g.b, &g.a_above, &g.c, &g.bw, &g.cw, &g.target};
-    for (V* x : fields) *x = live ? *x * scale : V{};
+    for (int j = COEF_A; j <= COEF_TARGET; ++j) coefs[j] = live ? coefs[j] * scale : V{};
+    coefs[COEF_MAX] = f.max;
+    coefs[COEF_INV_SUM] = live ? inv_sum : V{};
+    coefs[COEF_LOG_SUM] = s.log_sum;
     if (call_.row_loss) store_part(static_cast<T*>(call_.row_loss) + row_, n_, loss);
-    if (call_.coefs) {
-      const V values[NUM_COEFS] = {f.max, live ? inv_sum : V{}, g.a,      g.b,        g.a_above,
-                                   g.c,   g.bw,                  g.cw,     g.target,   s.log_sum};
-      for (int j = 0; j < NUM_COEFS; ++j)
-        store_part(static_cast<T*>(call_.coefs) + j * num_rows_ + row_, n_, values[j]);
-    }
-    if (call_.grad) gradient(y, f.max, s.log_sum, inv_sum, g, prog_.needs, f.missing, nullptr);
+    for (int j = 0; j < NUM_COEFS && call_.grad_coefs; ++j)
+      store_part(static_cast<T*>(call_.grad_coefs) + j * num_rows_ + row_, n_, coefs[j]);
+    if (call_.grad) write_gradient(y, coefs, set1(T(1)), f.missing);
     return lane_sum(loss);
   }
 
-  double from_coefs() {
-    I y = load_labels();
-    V x[NUM_COEFS], go = {};
-    for (int j = 0; j < NUM_COEFS; ++j)
-      x[j] = load_part(static_cast<const T*>(call_.coefs) + j * num_rows_ + row_, n_, V{});
-    for (int j = 0; j < n_; ++j) go[j] = T(grad_output<T>(call_, row_ + j));
-    const I live = x[COEF_INV_SUM] != T(0);
+  void gradient_from_coefs() const {
+    const I y = load_labels();
+    V coefs[NUM_COEFS], factor = {};
+    for (int j = 0; j < NUM_COEFS; ++j) coefs[j] = load_field(call_.grad_coefs, j);
+    for (int j = 0; j < n_; ++j) factor[j] = T(grad_output<T>(call_, row_ + j));
+    const I live = coefs[COEF_INV_SUM] != T(0), bad = live & (y == NO_CLASS);
     if (any(~live)) clear(~live);
-    Coefficients<M> g;
-    V* fields[7] = {&g.a, &g.b, &g.a_above, &g.c, &g.bw, &g.cw, &g.target};
-    for (int j = 0; j < 7; ++j) *fields[j] = live ? x[COEF_A + j] * go : V{};
-    const I bad = live & (y == -2);
-    g.target = bad ? set1(T(NaN)) : g.target;
-    x[COEF_INV_SUM] = bad ? set1(T(NaN)) : x[COEF_INV_SUM];
-    gradient(y, x[COEF_MAX], x[COEF_LOG_SUM], x[COEF_INV_SUM], g, prog_.needs, true, static_cast<const T*>(call_.log_q));
+    factor = live ? factor : V{};
+    for (int j = COEF_A; j <= COEF_TARGET; ++j) coefs[j] = live ? coefs[j] : V{};
+    coefs[COEF_INV_SUM] = bad ? set1(T(NaN)) : coefs[COEF_INV_SUM];
+    write_gradient(y, coefs, factor, true);
     if (call_.log_q && any(~live)) clear(~live);  // log_q may be NaN: no row was valid
-    return 0.0;
   }
 
-  // sum_k p_k (log_q_k - center): twice, so that the mean is taken about (nearly) itself and its digits do not cancel.
-  V mean_log_q(V high, const T* log_q, V center) const {
-    V mass = {}, moment = {}, mass_part = {}, moment_part = {}, mass_lost = {}, moment_lost = {};
-    each_class(
-        [&](int64_t k) __attribute__((always_inline)) {
-          const V e = vexp<T>(at(k) - high);
-          mass_part += e;
-          moment_part += e * (log_q[k] - center);
-        },
-        [&]() __attribute__((always_inline)) {
-          add(mass, mass_lost, mass_part);
-          add(moment, moment_lost, moment_part);
-        });
-    return (moment + moment_lost) / (mass + mass_lost);
+  void write_gradient(I y, const V (&coefs)[NUM_COEFS], V factor, bool missing) const {
+    by_gradient_parts<FULL>(prog_, [&](auto parts) {
+      constexpr unsigned PARTS = parts.value;
+      const V norm = PARTS & FOCAL_OFFSET ? set1(T(1)) : coefs[COEF_INV_SUM];
+      const auto row = gradient_row<M>(prog_, coefs, factor, norm);
+      const auto nothing = [](int64_t) __attribute__((always_inline)) { return V{}; };
+      if (call_.log_q)
+        entropy_gradient<PARTS | CLAMPED | EXTRA_SLOPE>(y, row, coefs, norm);
+      else if (missing)
+        each_gradient<PARTS>(y, coefs[COEF_MAX], row, row.target, nothing);
+      else
+        each_gradient<FULL ? PARTS : PARTS & ~unsigned(MISSING_CLASSES)>(y, coefs[COEF_MAX], row, row.target, nothing);
+    });
   }
 
-  template <bool ABOVE, bool FOCAL, bool ENTROPY>
-  ANL_INLINE void gradient_classes(I y, V high, V log_sum, V inv_sum, const Coefficients<M>& g, bool masked,
-                                   const T* log_q) const {
-    V slope0 = g.a * inv_sum, slope1 = g.a_above * inv_sum, q_scale = {}, center = {}, lost = {},
-      target = g.target;
-    if (ENTROPY) {
-      q_scale = T(entropy_scale<T>(call_)) * inv_sum;
-      lost = mean_log_q(high, log_q, center);
-      center += lost;
-      lost = mean_log_q(high, log_q, center);
-      for (int64_t k = 0; k < K_; ++k)
-        target += y == typename Traits<T>::Int(k) ? q_scale * vexp<T>(at(k) - high) * ((log_q[k] - center) - lost) : V{};
-    }
-    const V thr = log_sum - T(prog_.log_floor_neg), zero = target - target;
+  // extra_slope(k): read with EXTRA_SLOPE.
+  template <unsigned PARTS, class Extra>
+  ANL_NOINLINE void each_gradient(I y, V max, const GradientRow<M>& row, V target, const Extra& extra_slope) const {
     for (int64_t k = 0; k < K_; ++k) {
-      const V v = at(k), x = v - high;
-      const auto above = x > thr;
-      V slope = slope0, offset = g.b;
-      if (ABOVE) {
-        slope = above ? slope1 : slope;
-        offset += above ? g.c : V{};
-      }
-      if (ENTROPY) slope += q_scale * ((log_q[k] - center) - lost);
-      if (FOCAL) {
-        V others;
-        vexp_and_rest<T>(x - log_sum, others);
-        offset += (above ? g.bw + g.cw : g.bw) * focal_weight<M>(others, prog_.gamma);
-      }
-      V out = vexp<T>(x) * slope + offset;
-      if (masked) out = v == T(-INF) ? zero : out;
-      put(k, y == typename Traits<T>::Int(k) ? target : out);
+      const V x = at(k) - max, e = PARTS & FOCAL_OFFSET ? V{} : M::class_exp(x);
+      put(k, y == Int(k) ? target : row.template at<PARTS>(x, e, extra_slope(k)));
     }
   }
 
-  void gradient(I y, V high, V log_sum, V inv_sum, const Coefficients<M>& g, unsigned needs, bool masked,
-                const T* log_q) const {
-    const bool focal = needs & (NEED_FOCAL | NEED_FOCAL_ABOVE);
-    if (log_q)
-      gradient_classes<true, true, true>(y, high, log_sum, inv_sum, g, masked, log_q);
-    else if (focal)
-      gradient_classes<true, true, false>(y, high, log_sum, inv_sum, g, masked, log_q);
-    else if (needs)
-      gradient_classes<true, false, false>(y, high, log_sum, inv_sum, g, masked, log_q);
-    else
-      gradient_classes<false, false, false>(y, high, log_sum, inv_sum, g, masked, log_q);
+  struct Moments {  // sums of exp(z_k - max), and of the same times log_q_k - center
+    static constexpr int SIZE = 2;
+    V of[SIZE];
+  };
+
+  // sum_k p_k (log_q_k - center).
+  V mean_log_q(V max, const T* log_q, V center) const {
+    Moments moments;
+    sum_classes(moments, [&](Moments& part, int64_t k) __attribute__((always_inline)) {
+      const V e = M::class_exp(at(k) - max);
+      part.of[0] += e;
+      part.of[1] += e * (log_q[k] - center);
+    });
+    return moments.of[1] / moments.of[0];
   }
 
-  void write_statistics(I y, const First& f, const RowStatistics<M>& s) const {
-    V values[NUM_STATS];
-    all_statistics<M>(prog_, s, f.max, values);
+  template <unsigned PARTS>
+  void entropy_gradient(I y, const GradientRow<M>& row, const V (&coefs)[NUM_COEFS], V norm) const {
+    const T* log_q = static_cast<const T*>(call_.log_q);
+    const V max = coefs[COEF_MAX], scale = set1(T(entropy_scale<T>(call_)));
+    // The mean is taken about (nearly) itself, so that its digits do not cancel.
+    const V center = mean_log_q(max, log_q, V{}), lost = mean_log_q(max, log_q, center);
+    V x_y = max - max, log_q_y = {};
     for (int j = 0; j < n_; ++j) {
-      if (y[j] == -1) {
-        write_ignored_statistics(call_, row_ + j, num_rows_);
-        continue;
-      }
-      for (int i = 0; i < NUM_STATS; ++i) call_.stats[i * num_rows_ + row_ + j] = double(values[i][j]);
+      if (y[j] < 0) continue;
+      x_y[j] = column_[y[j] * tile_.width + j] - max[j];
+      log_q_y[j] = log_q[y[j]];
     }
+    const V p_y = vexp<T>(x_y) * coefs[COEF_INV_SUM];
+    const V target = row.target + scale * p_y * ((log_q_y - center) - lost);
+    each_gradient<PARTS>(y, max, row, target, [&](int64_t k) __attribute__((always_inline)) {
+      return scale * norm * ((log_q[k] - center) - lost);
+    });
+  }
+
+  void write_statistics(I y, V max, const RowStatistics<M>& s) const {
+    V values[NUM_STATS];
+    statistics_of<M>(prog_, s, max, values);
+    each_row(values, [&](int j, const auto& fields) {
+      if (y[j] == IGNORED)
+        write_unread_statistics(call_, row_ + j, true);
+      else
+        write_fields(call_, row_ + j, fields);
+    });
   }
 
   void add_columns(double* sums) const {
-    const T* coefs = static_cast<const T*>(call_.coefs) + row_;
-    const V inv_sum = load_part(coefs + COEF_INV_SUM * num_rows_, n_, V{});
-    const V high = load_part(coefs + COEF_MAX * num_rows_, n_, V{});
+    const V inv_sum = load_field(call_.grad_coefs, COEF_INV_SUM), max = load_field(call_.grad_coefs, COEF_MAX);
     const I dead = inv_sum == T(0);
-    for (int64_t k = 0; k < K_; ++k) sums[k] += lane_sum(dead ? V{} : vexp<T>(at(k) - high) * inv_sum);
+    for (int64_t k = 0; k < K_; ++k) sums[k] += lane_sum(dead ? V{} : vexp<T>(at(k) - max) * inv_sum);
   }
 
   const Call& call_;
   const Program& prog_;
-  const int64_t K_, num_rows_, width_;
-  T* scratch_;
-  T* s_ = nullptr;   // the current vector of rows
-  int64_t row_ = 0;  // its first row
-  int n_ = 0;        // how many of its lanes are rows
+  const int64_t K_, num_rows_;
+  const Tile<S> tile_;
+  T* column_ = nullptr;  // the current vector of rows
+  int64_t row_ = 0;      // its first row
+  int n_ = 0;            // how many of its lanes are rows
 };
 
-template <class S>
+template <class S, bool FULL>
 double run(const Call& call) {
   using T = typename Storage<S>::Acc;
-  const int64_t K = call.num_classes, width = Tiles<S>::tile_width(K), per_outer = ceil_div(call.inner, width);
+  const int64_t K = call.num_classes, width = Tile<S>::width_for(K), per_outer = ceil_div(call.inner, width);
   const int64_t num_tiles = call.outer * per_outer;
   const bool columns = call.op == Op::COLUMN_SUMS;
   // Tasks are tiles, or for column sums a fixed number of runs of tiles, so that no order depends on the threads.
   const int64_t run_length = columns ? ceil_div(num_tiles, 16) : 1, num_tasks = ceil_div(num_tiles, run_length);
+  const int64_t grain = max_of<int64_t>(1, TASK_ELEMENTS / (run_length * width * K));
   Scratch<double> partial(columns ? num_tasks * K : num_tasks);
-  parallel_for(num_tasks, max_of<int64_t>(1, TASK_ELEMENTS / (run_length * width * K)), [&](int64_t begin, int64_t end) {
+  parallel_for(num_tasks, grain, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(K * width);
-    Tiles<S> tiles(call, scratch.data);
+    Tiles<S, FULL> tiles(call, scratch.data);
     for (int64_t task = begin; task < end; ++task) {
       double* sums = columns ? partial.data + task * K : nullptr;
       for (int64_t k = 0; k < K && columns; ++k) sums[k] = 0.0;
@@ -475,7 +371,10 @@ double run(const Call& call) {
 }  // namespace
 
 double spatial_entry(const Call& call) {
-  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) { return run<typename decltype(s)::type>(call); });
+  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) {
+    using S = typename decltype(s)::type;
+    return needs_full(call.program) ? run<S, true>(call) : run<S, false>(call);
+  });
 }
 
 }  // namespace ANL_ISA

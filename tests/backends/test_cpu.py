@@ -47,7 +47,10 @@ def program(kernels, terms, min_prob=1e-7):
         (KINDS[name], coefficient, *parameters.get(name, lambda p: (0.0, 0.0))(p)) for coefficient, name, p in terms
     ]
     gammas = {p["gamma"] for _, _, p in terms if "gamma" in p} or {0.0}
-    return kernels.Program(built, min_prob, gammas.pop())
+    needs = 0
+    for _, name, _ in terms:
+        needs |= {"nnce": 1, "rce": 3, "nfl": 4, "nnfl": 8}.get(name, 0)
+    return kernels.Program(built, min_prob, gammas.pop(), needs)
 
 
 def nan(*shape, dtype):
@@ -381,7 +384,7 @@ def test_the_module_loads_without_torch(cpu):
         "z, g = array.array('f', [0.0] * 8), array.array('f', [7.0] * 8)\n"
         "y, l = array.array('q', [0, 1]), array.array('f', [7.0])\n"
         "address = lambda a: a.buffer_info()[0]\n"
-        "program = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0)\n"
+        "program = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0, 0)\n"
         "z_view, g_view = (address(z), (4, 1, 0)), (address(g), (4, 1, 0))\n"
         "rest = address(y), 0, -100, 0, 1, address(l), 0, False\n"
         "bad = module.row_loss(program, 0, (2, 4, 1), *z_view, *g_view, *rest)\n"

@@ -86,7 +86,7 @@ def test_a_label_that_is_none_when_it_is_used_makes_its_row_nan(kernels, layout,
         grad = torch.full_like(logits, 7.0) if keeps == "gradient" else None
         coefs = torch.full((10, ROWS), 7.0, dtype=acc) if keeps == "coefficients" else None
         bad = kernels.row_loss(
-            kernels.Program(ANL_CE, 1e-7, 0.0), backend.DTYPES[dtype], shape, logits.data_ptr(), strides,
+            kernels.Program(ANL_CE, 1e-7, 0.0, 1), backend.DTYPES[dtype], shape, logits.data_ptr(), strides,
             0 if grad is None else grad.data_ptr(), strides, labels.data_ptr(), backend.TARGETS[labels.dtype], -100,
             weight.data_ptr(), 0, loss.data_ptr(), 0 if coefs is None else coefs.data_ptr(), False,
         )  # fmt: skip
@@ -339,7 +339,7 @@ def test_the_module_refuses_null_pointers_by_name(cpu):
 
     def row_loss(x, y, loss, reduction):
         cpu.row_loss(
-            cpu.Program(ANL_CE, 1e-7, 0.0), 0, shape, x, strides, 0, strides, y, 0, -100, 0, reduction, loss, 0, 0
+            cpu.Program(ANL_CE, 1e-7, 0.0, 1), 0, shape, x, strides, 0, strides, y, 0, -100, 0, reduction, loss, 0, 0
         )
 
     def row_grad(x, grad, y, coefs, output, log_q, scale):

@@ -1,7 +1,8 @@
 """Mutants of the CPU kernels and the headers that CUDA's share with them, as those of python.py."""
 
 ROWS, SWEEPS, SPATIAL = "csrc/cpu/rows.cpp", "csrc/cpu/row_sweeps.h", "csrc/cpu/spatial.cpp"
-SIMD, MODULE, MATH = "csrc/cpu/simd.h", "csrc/cpu/module.cpp", "csrc/row_math.h"
+ROW_GRADIENT, SIMD, STORAGE = "csrc/cpu/row_gradient.h", "csrc/cpu/simd.h", "csrc/cpu/storage.h"
+MODULE, MATH, TERMS = "csrc/cpu/module.cpp", "csrc/row_math.h", "csrc/terms.h"
 STRETCHES = 'tests/test_conformance.py -k "stretches and 2311 and float32 and cpu"'
 BELOW = 'tests/test_conformance.py -k "just_below and cpu"'
 LAYOUT = 'tests/test_conformance.py -k "every_layout and float32 and cpu"'
@@ -20,42 +21,49 @@ FAULTS = "tests/backends/test_cpu_faults.py"
 
 MUTANTS = [
     # ---- rows whose classes lie side by side
-    (ROWS, "if (s.inv_sum != s.inv_sum) return fill(r, T(NaN));", "", MASKED_NAN),
-    (ROWS, "s.gap += k.gap;  // 0 or NaN", "// 0 or NaN", SLICES),
-    (ROWS, "k.below_mass = k.tail * exp_of_gap(below) * s.inv_sum;", "k.below_mass = 0.0;", BELOW),
-    (ROWS, "k.above_sum = k.count * (lse_gap - below) - k.gap;", "k.above_sum = k.count * lse_gap - k.gap;", STRETCHES),
-    (ROWS, "exist = blocks && blocks[b].min != -INF;", "exist = blocks;", STRETCHES),
-    (ROWS, "const RowState& k = above ? all : s;", "const RowState& k = s;", STRETCHES),
-    (ROWS, "e ? exp_of_gap(s.max - blocks[b].max) : 1.0", "1.0", STRETCHES),
-    (ROWS, "mean = mean_log_q(z, log_q, s, mean);", "", ENTROPY),
-    (
-        ROWS,
-        "for (int64_t r = r0; r < min_of(stop, r0 + 32); ++r) {",
-        "for (int64_t r = r0; r < min_of(stop, r0 + 31); ++r) {",
-        'tests/backends/test_cpu.py -k "column_sums and float32"',
-    ),
+    (ROWS, "s.x_y = gap != gap || z_y == -INF || z_y != z_y ? NaN", "s.x_y = z_y != z_y ? NaN", MASKED_NAN),
+    (ROWS, "      s.first.add(first);", "      if (block.max != -INF) s.first.add(first);", SLICES),
+    (ROWS, "block.second.set_all_below(first.of[TAIL]);", "block.second.set_all_below(0.0);", BELOW),
+    (ROWS, "block.first.of[GAP], x_max - sweep.threshold);", "block.first.of[GAP], -sweep.threshold);", STRETCHES),
     (
         ROWS,
         "min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES)",
         "min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES) / num_threads()",
         SAME_BITS,
     ),
-    (ROWS, "total += loss.x[i] * weight;", "total += loss.x[i];", WEIGHTS),
-    (ROWS, "s.cw = x[COEF_CW] * go;", "s.cw = x[COEF_CW];", LAYOUT),
-    (ROWS, "s.inv_sum = exp(-s.log_sum);", "s.inv_sum = 1.0;", SLICES),
-    (SWEEPS, "const int padding = (W - n % W) % W;", "const int padding = 0;", NUMBERS),
-    (SWEEPS, "((u - center) - lost) * q_scale", "(u - center) * q_scale", ENTROPY),
+    (ROWS, "total += loss.of[0][i] * weight;", "total += loss.of[0][i];", WEIGHTS),
+    (ROWS, "y, coefs, grad_output<T>(call_, r), nullptr", "y, coefs, 1.0, nullptr", LAYOUT),
+    (ROWS, "needs_focal(prog_) ? 1.0 : exp(-s.log_sum)", "1.0", SLICES),
+    (ROW_GRADIENT, "exist = block && block->min != -INF,", "exist = block,", STRETCHES),
+    (ROW_GRADIENT, "if (above) part = part.all_above();", "", STRETCHES),
+    (ROW_GRADIENT, "const double scale = ScalarMath::exp(block->max - max);", "const double scale = 1.0;", STRETCHES),
+    (
+        ROW_GRADIENT,
+        "mean_log_q(z, log_q, max, mean_log_q(z, log_q, max, 0.0))",
+        "mean_log_q(z, log_q, max, 0.0)",
+        ENTROPY,
+    ),
+    (
+        "csrc/cpu/column_sums.h",
+        "for (int64_t r = r0; r < min_of(stop, r0 + 32); ++r) {",
+        "for (int64_t r = r0; r < min_of(stop, r0 + 31); ++r) {",
+        'tests/backends/test_cpu.py -k "column_sums and float32"',
+    ),
+    (SWEEPS, "sums[0].template add<true>(x, e);", "sums[0].template add<MASKED>(x, e);", NUMBERS),
+    (SWEEPS, "((log_q - entropy.center) - entropy.lost)", "(log_q - entropy.center)", ENTROPY),
     (SWEEPS, "load_part(log_q + i, m, V{}) - center", "load_part(log_q + i, m, V{})", ENTROPY),
-    (SWEEPS, "offset = above ? offset + c : offset;", "offset = offset + c;", CLAMP),
+    (SWEEPS, "if (!MASKED) out.of[COUNT] = n - (y >= 0);", "if (!MASKED) out.of[COUNT] = n;", NUMBERS),
     # ---- any strides
     (
         SPATIAL,
-        "lost += (total - sum) + part;",
+        "lost[i] += (sum[i] - next) + part[i];",
         "",
         "tests/backends/test_cpu.py -k equal_numbers",
     ),
-    (SPATIAL, "f.gap = gap + (gap_lost == gap_lost ? gap_lost : V{});", "f.gap = gap + gap_lost;", LOWEST),
-    (SPATIAL, "f.max = high == T(-INF) ? V{} : high;  // no class", "f.max = high;  // no class", SLICES),
+    (SPATIAL, "(lost[i] == lost[i] ? lost[i] : V{})", "lost[i]", LOWEST),
+    (SPATIAL, "MASKED ? (f.max == T(-INF) ? V{} : f.max) : f.max", "f.max", SLICES),
+    (SPATIAL, "y < 0 ? set1(T(K_)) : set1(T(K_ - 1))", "set1(T(K_ - 1))", SLICES),
+    (SPATIAL, "target ? V{} : x, target ? V{} : e", "x, target ? V{} : e", NUMBERS),
     (SPATIAL, "if (call_.log_q && any(~live)) clear(~live);", "", 'tests/test_entropy.py -k "without_rows and cpu"'),
     (
         SPATIAL,
@@ -69,19 +77,19 @@ MUTANTS = [
         "const I dead = {};",
         'tests/test_entropy.py -k "test_entropy and float32 and sum and cpu"',
     ),
-    (SPATIAL, "const I bad = live & (y == -2);", "const I bad = {};", f"{FAULTS} -k between_forward"),
+    (SPATIAL, "bad = live & (y == NO_CLASS);", "bad = {};", f"{FAULTS} -k between_forward"),
     # ---- vectors
-    (SIMD, "(b + ((b >> 16) & 1) + 0x7fff) >> 16", "(b + 0x8000) >> 16", HALVES),
-    (SIMD, "const IntF out = a < 0x38800000 ? small", "const IntF out = a < 0x38000000 ? small", HALVES),
-    (SIMD, "const IntF special = bit_cast<IntF>(scaled) | 0x7f800000;", "const IntF special = {};", HALVES),
+    (STORAGE, "(b + ((b >> 16) & 1) + 0x7fff) >> 16", "(b + 0x8000) >> 16", HALVES),
+    (STORAGE, "const IntF out = a < 0x38800000 ? small", "const IntF out = a < 0x38000000 ? small", HALVES),
+    (STORAGE, "const IntF special = bit_cast<IntF>(scaled) | 0x7f800000;", "const IntF special = {};", HALVES),
     (
-        SIMD,
+        STORAGE,
         "return (1u << n) - 1u;",
         "return (2u << n) - 1u;",
         'tests/test_conformance.py -k "alignment and float32 and avx512"',
     ),
     (
-        SIMD,
+        STORAGE,
         "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)",
         "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_ZERO)",
         'tests/backends/test_cpu.py -k "half_precision and avx2 and (float16 or bfloat16)"',
@@ -124,7 +132,7 @@ MUTANTS = [
         "terms.size() >= MAX_TERMS",
         "tests/backends/test_cpu.py -k sixteen",
     ),
-    ("csrc/arguments.h", "pow(1.0 - min_prob, gamma) * p.log_floor_neg", "p.log_floor_neg", CLAMP),
+    ("csrc/arguments.h", "pow(1.0 - min_prob, gamma) * p.clamp_height", "p.clamp_height", CLAMP),
     (
         "csrc/call.h",
         "static_cast<const ANL_READ_ONCE uint8_t*>",
@@ -138,18 +146,23 @@ MUTANTS = [
         'tests/backends/test_cpu.py -k "nothing_outside and float32 and anl_ce"',
     ),
     (
-        MATH,
-        "f.a += F < infinity ? r * (s.focal_sum + s.focal_weight * l) / F : zero;",
-        "f.a += r * (s.focal_sum + s.focal_weight * l) / F;",
+        TERMS,
+        "f.a += F < infinity ? r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l) / F : zero;",
+        "f.a += r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l) / F;",
         LOWEST,
     ),
-    (MATH, "(below - below_y) * s.target_prob * f.P", "below * s.target_prob * f.P", CLAMP),
+    (TERMS, "(below - below_y) * s.target_prob * f.P", "below * s.target_prob * f.P", CLAMP),
     (
         MATH,
-        "out[STAT_ABOVE_COUNT] = above ? s.above_count + I_y + poison : absent;",
-        "out[STAT_ABOVE_COUNT] = above ? s.above_count + I_y : absent;",
+        "out[STAT_ABOVE_COUNT] = above ? s.second[ABOVE_COUNT] + I_y + poison : absent;",
+        "out[STAT_ABOVE_COUNT] = above ? s.second[ABOVE_COUNT] + I_y : absent;",
         "tests/backends/test_cpu.py -k every_statistic_of",
     ),
+    (MATH, "g.offset_above = b + c[COEF_C] * factor + nan_or_0;", "g.offset_above = b + nan_or_0;", CLAMP),
+    (MATH, "b = PARTS & CLAMPED_OFFSET ? (above ? offset_above : offset) : offset;", "b = offset_above;", CLAMP),
+    (MATH, "g.missing = nan_or_0;", "g.missing = M::set(0.0);", MASKED_NAN),
+    (MATH, "s.second[BELOW_MASS] *= mass_scale;", "", CLAMP),
+    (MATH, "of[GAP] += of[COUNT] * by;", "", STRETCHES),
     # ---- tensors to pointers
     (
         "anl_kernels/backends/cpu.py",

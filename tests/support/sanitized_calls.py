@@ -57,7 +57,7 @@ def one_call():
     target[torch.rand(rows) < 0.2] = -100
     kinds = random.sample(range(12), random.choice([1, 2, 3]))
     gamma = random.choice([0, 0.5, 1, 2, 0.7])
-    program = _cpu.Program([(kind, 1.5, 5.5, 1.5) for kind in kinds], 1e-7, gamma)
+    program = _cpu.Program([(kind, 1.5, 5.5, 1.5) for kind in kinds], 1e-7, gamma, random.randrange(16))
     weight, coefs, loss = torch.rand(classes, dtype=acc), torch.empty(10, rows, dtype=acc), torch.empty(rows, dtype=acc)
     stats, sums = torch.empty(13, rows, dtype=torch.float64), torch.empty(classes, dtype=torch.float64)
     log_q, scale, output = torch.randn(classes, dtype=acc), torch.rand(1, dtype=acc), torch.rand(rows, dtype=acc)

@@ -1,0 +1,130 @@
+// The losses: each term's value and its partial derivatives by the statistics of a row (row_math.h).
+#pragma once
+
+#include "row_math.h"
+
+namespace anl {
+
+enum TermKind : int { CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, NUM_TERM_KINDS };
+
+// f's partials by the statistics over all classes, and a without the part that P makes.
+template <class M>
+struct Partials {
+  typename M::V a, S, U, P, F, G;
+};
+
+// Adds factor * term to the loss and its partials.
+template <class M>
+ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, typename M::V w_y, typename M::V& loss,
+                     Partials<M>& f) {
+  using V = typename M::V;
+  const V k = M::set(prog.factor[t]), zero = M::set(0.0), T = M::set(prog.clamp_height);
+  const V l = s.target_log_prob, p = s.target_prob, tail = s.target_tail;
+  const V infinity = M::set(__builtin_inf());
+  const auto above = l > -T;
+  const double p0 = prog.p0[t], p1 = prog.p1[t];
+  switch (prog.kind[t]) {
+    case CE:
+      loss -= k * l;
+      f.a += k;
+      break;
+    case NCE: {  // -l / S
+      const V S = s.neg_log_sum - l, r = k / S;
+      loss -= r * l;
+      f.S += r * l / S;
+      // Logits near the dtype's lowest, as masks write them, overflow the sum: the loss and its gradient are then 0.
+      f.a += S < infinity ? r * (s.neg_log_sum + s.classes * l) / S : zero;
+      break;
+    }
+    case NNCE: {  // 1 - I (T + l) / U
+      const V U = s.second[ABOVE_SUM] + (T + l), r = above ? k / U : zero;
+      const V v = above ? r * (T + l) : zero;
+      loss += above ? r * s.second[ABOVE_SUM] : k;
+      f.U += v / U;
+      f.a += above ? r * (s.second[ABOVE_SUM] - s.second[ABOVE_COUNT] * (T + l)) / U : zero;
+      break;
+    }
+    case FL:
+      loss -= k * w_y * l;
+      f.a += k * w_y;
+      break;
+    case NFL: {  // -w l / F
+      const V F = s.second[FOCAL_SUM] - w_y * l, r = k * w_y / F;
+      loss -= r * l;
+      f.F += r * l / F;
+      f.a += F < infinity ? r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l) / F : zero;
+      break;
+    }
+    case NNFL: {  // 1 - I (A + w l) / G
+      const V height = M::set(prog.focal_clamp_height) + w_y * l;
+      const V G = s.second[FOCAL_ABOVE_SUM] + height, r = above ? k / G : zero;
+      const V v = above ? r * height : zero;
+      loss += above ? r * s.second[FOCAL_ABOVE_SUM] : k;
+      f.G += v / G;
+      f.a += above ? r * (w_y * s.second[FOCAL_ABOVE_SUM] - s.second[FOCAL_ABOVE_WEIGHT] * height) / G : zero;
+      break;
+    }
+    case MAE:
+      loss += k * tail;
+      f.a += k * p;
+      break;
+    case RCE: {  // p0 sum_{k != y} max(p_k, min_prob)
+      const V r = k * M::set(p0), mp = M::set(prog.min_prob);
+      loss += r * (tail - s.second[BELOW_MASS] + (s.classes - s.second[ABOVE_COUNT]) * mp);
+      f.a += above ? r * p : zero;
+      f.P += r;
+      break;
+    }
+    case GCE:  // (1 - p^q) / q
+      loss -= k * M::expm1(M::set(p0) * l) / M::set(p0);
+      f.a += k * M::exp(M::set(p0) * l);
+      break;
+    case AGCE: {  // ((a + 1)^q - (a + p)^q) / q, from log(a + p) - log(a + 1) = log1p(-tail / (a + 1))
+      const V lead = M::exp(M::set(p1) * M::log(M::set(p0 + 1.0)));
+      const V ratio = M::log1p(-tail / M::set(p0 + 1.0));
+      loss -= k * lead * M::expm1(M::set(p1) * ratio) / M::set(p1);
+      f.a += k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0) + p) * p;
+      break;
+    }
+    case AUL: {  // ((a - p)^q - (a - 1)^q) / q, likewise
+      const V lead = M::exp(M::set(p1) * M::log(M::set(p0 - 1.0)));
+      const V ratio = M::log1p(tail / M::set(p0 - 1.0));
+      loss += k * lead * M::expm1(M::set(p1) * ratio) / M::set(p1);
+      f.a += k * lead * M::exp(M::set(p1) * ratio) / (M::set(p0 - 1.0) + tail) * p;
+      break;
+    }
+    case AEL: {  // exp(-p / a)
+      const V v = k * M::exp(-p / M::set(p0));
+      loss += v;
+      f.a += v * p / M::set(p0);
+      break;
+    }
+  }
+}
+
+// The loss of a row, and COEF_A to COEF_TARGET of its gradient: a + d stands in A_ABOVE, as 1 - P would cancel in the sum;
+// TARGET is the whole gradient at j = y.
+template <class M>
+ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, typename M::V (&g)[NUM_COEFS]) {
+  using V = typename M::V;
+  const V zero = M::set(0.0), one = M::set(1.0);
+  const V w_y = focal_weight<M>(s.target_tail, prog.gamma);
+  V loss = zero;
+  Partials<M> f = {zero, zero, zero, zero, zero, zero};
+  for (int t = 0; t < prog.num_terms; ++t) add_term<M>(prog, t, s, w_y, loss, f);
+
+  const V below_y = s.target_log_prob > M::set(-prog.clamp_height) ? zero : one;
+  const V below = s.second[BELOW_MASS] + below_y * s.target_prob;  // 1 - P
+  g[COEF_A_ABOVE] = f.a + below * f.P;
+  g[COEF_A] = g[COEF_A_ABOVE] - f.P;
+  g[COEF_B] = -f.S;
+  g[COEF_C] = f.U;
+  g[COEF_BW] = -f.F;
+  g[COEF_CW] = f.G;
+  // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
+  g[COEF_TARGET] = s.classes * f.S - s.second[ABOVE_COUNT] * f.U + s.second[FOCAL_WEIGHT] * f.F -
+                   s.second[FOCAL_ABOVE_WEIGHT] * f.G - f.a * s.target_tail + (below - below_y) * s.target_prob * f.P;
+  return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
+}
+
+}  // namespace anl
