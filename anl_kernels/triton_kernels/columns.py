@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LaunchConfig, cdiv, choose_columns, launch_first, target_of, view_of
-from .math import exp, multiple
+from .memory import multiple
+from .scalar_math import INF, exp
 
-_INF = tl.constexpr(float("inf"))
 PROGRAMS = 1024  # the rows are cut into chunks for about so many, whatever the device
 GROUP = tl.constexpr(8)  # so many tiles are added up in the arithmetic of the logits, then on in float64
 _ADD = LaunchConfig(BLOCK_N=64, BLOCK_K=16, num_warps=4)
@@ -49,7 +49,7 @@ def columns_kernel(
             row = Coefs_ptr + (batch * lanes + start) + lane
             high, inv_sum = tl.load(row, mask=exist, other=0.0), tl.load(row + num_rows, mask=exist, other=0.0)
             live = inv_sum != 0.0
-            z = tl.load(Logits_ptr + (batch * so + start * si) + offsets, mask=live & (offs_k < K), other=-_INF)
+            z = tl.load(Logits_ptr + (batch * so + start * si) + offsets, mask=live & (offs_k < K), other=-INF)
             part += tl.where(live, exp(z.to(acc) - high) * inv_sum, 0.0)
         total += tl.sum(part, 0).to(tl.float64)
     offs_k = tl.reshape(offs_k, [BLOCK_K])

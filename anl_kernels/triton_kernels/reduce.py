@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import shape_and_strides
 from .launch import LaunchConfig, cdiv, launch, target_of, view_of
-from .math import multiple, stored
+from .memory import multiple, stored
 
 ITEMS = 16384  # what one program adds up
 _SUM = LaunchConfig(BLOCK_N=1, BLOCK_K=1024, num_warps=4)
