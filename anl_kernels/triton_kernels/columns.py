@@ -18,9 +18,22 @@ _ADD = LaunchConfig(BLOCK_N=64, BLOCK_K=16, num_warps=4)
 
 @triton.jit(do_not_specialize=["batches", "lanes", "K", "num_rows", "tiles", "so", "sk", "si"])
 def columns_kernel(
-    Logits_ptr, Coefs_ptr, Parts_ptr, batches, lanes, K, num_rows, tiles, so, sk, si,
-    CONTIGUOUS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    Logits_ptr,
+    Coefs_ptr,
+    Parts_ptr,
+    batches,
+    lanes,
+    K,
+    num_rows,
+    tiles,
+    so,
+    sk,
+    si,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Parts (chunks, K), float64: the sums over the `tiles` blocks of BLOCK_N lanes of a chunk, added in order.
 
     Logits: (batches, K, lanes) by its strides; Coefs: max and 1 / sum of each row, (>= 2, num_rows). CONTIGUOUS, VEC:

@@ -212,9 +212,21 @@ def gradient_kernel(
 
 
 def row_grad(
-    grad: Tensor, logits: Tensor, shape, strides, grad_strides, target: Tensor, coefs: Tensor, grad_output, step: int,
-    log_q, scale, min_prob: float, gamma: float | None, needs: int,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    logits: Tensor,
+    shape,
+    strides,
+    grad_strides,
+    target: Tensor,
+    coefs: Tensor,
+    grad_output,
+    step: int,
+    log_q,
+    scale,
+    min_prob: float,
+    gamma: float | None,
+    needs: int,
+) -> Tensor:
     """grad = grad_output times the gradient of `coefs` (NUM_COEFS, rows), plus scale p_j (log_q_j - sum_k p_k log_q_k).
 
     logits, grad: (outer, K, inner) `shape` by their strides. target: contiguous, its labels need not be classes.
@@ -234,11 +246,9 @@ def row_grad(
     one = view.CONTIGUOUS != 2 and log_q is None
     class_blocks = cdiv(view.num_classes + width - 1, config.BLOCK_K) if one else 1
     numbers = runtime_numbers((), min_prob, gamma or 0.0, coefs.element_size() == 8)
-    args = (
-        logits, grad, target, coefs, grad_output, log_q, scale, numbers,
-        view.lanes, view.num_classes, view.batches * view.lanes, step, *view.strides,
-    )  # fmt: skip
+    pointers = (logits, grad, target, coefs, grad_output, log_q, scale)
+    sizes = (view.lanes, view.num_classes, view.batches * view.lanes, step)
     constexprs = {"NEEDS": needs, "CONTIGUOUS": view.CONTIGUOUS, "VEC": view.VEC, "WIDTH": width, "ONE": one}
     grid = (view.batches * cdiv(view.lanes, config.BLOCK_N) * class_blocks, 1, 1)
-    launch_first(gradient_kernel, grid, args, constexprs, config, logits.device)
+    launch_first(gradient_kernel, grid, (*pointers, numbers, *sizes, *view.strides), constexprs, config, logits.device)
     return grad

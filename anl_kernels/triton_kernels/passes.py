@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..trust import trusted
 from . import autotune, launch, reduce
-from .row_math import NUM_STATS
+from .row_math import IN_SECOND_SWEEP, NUM_STATS
 from .rows import loop_kernel, tile_kernel
 from .scalar_math import runtime_numbers
 from .split import FIELDS, split_kernel
@@ -149,14 +149,11 @@ def row_stats(spec: Pass, call, logits: Tensor, view, target) -> Tensor:
 
 
 def _launch(p, spec, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, table):
-    args = (
-        logits, grad, target, weight, denominator, loss, table, spec.numbers,
-        view.lanes, view.num_classes, target.numel(), *view.strides, ignore_index,
-    )  # fmt: skip
-    constexprs = {
-        "KINDS": spec.kinds, "NEEDS": spec.needs, "REDUCTION": reduction, "STATS": loss is None, "WHOLE": p.whole,
-        "CONTIGUOUS": view.CONTIGUOUS, "VEC": 1 if view.CONTIGUOUS == 2 else view.VEC,
-    }  # fmt: skip
+    pointers = (logits, grad, target, weight, denominator, loss, table)
+    args = (*pointers, spec.numbers, view.lanes, view.num_classes, target.numel(), *view.strides, ignore_index)
+    vec = 1 if view.CONTIGUOUS == 2 else view.VEC
+    constexprs = {"KINDS": spec.kinds, "NEEDS": spec.needs, "REDUCTION": reduction, "STATS": loss is None}
+    constexprs |= {"WHOLE": p.whole, "CONTIGUOUS": view.CONTIGUOUS, "VEC": vec}
     if p.kernel is not tile_kernel:
         constexprs["LANES"] = _lanes(view, p.config.BLOCK_K)
     if p.split is not None:
@@ -169,7 +166,7 @@ def _launch_split(p: Plan, needs: int, args: tuple, constexprs: dict, logits: Te
     parts, blocks, group, one_launch = p.split
     acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
     sums = logits.new_empty(p.row_blocks * FIELDS.value * parts * p.config.BLOCK_N, dtype=acc)
-    counters, phases = None, 3 if needs else 2
+    counters, phases = None, 3 if needs & IN_SECOND_SWEEP.value else 2
     if one_launch:
         counters = logits.new_zeros(1 + 2 * p.row_blocks, dtype=torch.int32)
         launches = [(None, phases * (launch.cdiv(p.row_blocks, group) + phases - 1) * group * parts)]

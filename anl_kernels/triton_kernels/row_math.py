@@ -1,11 +1,8 @@
 """The mathematics of a row in Triton: statistics, terms, coefficients. It mirrors csrc/row_math.h, formula by formula.
 
-Numbers of a row are [BLOCK_N, 1] tensors, classes are the second axis of [BLOCK_N, BLOCK_K] tiles. What changes from
-call to call (a term's factor and parameters, the clamp, the focal exponent) is passed at run time; compiled in are the
-kinds of a sum's terms (KINDS) and the statistics that they read (NEEDS).
-
-Kernels loop over the fields of FirstSums, SecondSums, GradCoefs and of the statistics' table. What a field is, how it
-is added up (folds.py) and which bits of NEEDS ask for it is said here alone.
+Numbers per row are [BLOCK_N, 1] tensors, classes are the second axis of [BLOCK_N, BLOCK_K] tiles. Compiled in are the
+kinds of a sum's terms (KINDS) and the statistics that they read (NEEDS); all numbers are passed at run time. Kernels
+loop over the fields of FirstSums, SecondSums, GradCoefs and of the statistics' table: what they are is said here alone.
 """
 
 from __future__ import annotations
@@ -22,9 +19,9 @@ from .scalar_math import INF, exp, expm1, focal_weight, log1p, number, one_minus
 CE, NCE, NNCE, FL, NFL, NNFL = (tl.constexpr(i) for i in range(6))
 MAE, RCE, GCE, AGCE, AUL, AEL = (tl.constexpr(i) for i in range(6, 12))
 
-# Statistics of the second sweep, bits of NEEDS. Write `ABOVE & NEEDS`: the interpreter knows no other order.
+# Bits of NEEDS, and those that a second sweep is made for. Write `ABOVE & NEEDS`: the interpreter knows no other order.
 ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = (tl.constexpr(1 << i) for i in range(4))
-ANY_ABOVE, ANY_FOCAL, ANY = (tl.constexpr(bits) for bits in (3, 12, 15))
+ANY_ABOVE, ANY_FOCAL, IN_SECOND_SWEEP = (tl.constexpr(bits) for bits in (3, 12, 15))
 
 
 # ---- what sweeps add up, always without the target: with its part added by hand, what is equal in a loss and its
@@ -65,9 +62,7 @@ _SECOND = tl.constexpr(SecondSums._fields)
 @triton.jit
 def first_of_tile(z, x, e, base, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
     """FirstSums of logits z, [BLOCK_N, BLOCK_K] or [BLOCK_N, LANES, classes], about `base`: x = z - base, e = exp(x).
-
-    CAREFUL: -inf may be among them; without it -inf leaves low = -inf, and sums that are of no use.
-    """
+    CAREFUL: -inf may be among them; without it -inf leaves low = -inf, and sums that are of no use."""
     tail = last_sum(e)
     if CAREFUL:
         below = tl.where(z != -INF, x, 0.0)
@@ -88,11 +83,8 @@ def _about(f, high):
 
 @triton.jit
 def add_first(f, z, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
-    """FirstSums `f` with the logits z, [BLOCK_N, LANES, classes]; CAREFUL: first_of_tile.
-
-    Every lane has a maximum of its own, to which it rescales what it has when that rises: one exp a class, and one a
-    lane and block.
-    """
+    """FirstSums `f` with the logits z, [BLOCK_N, LANES, classes]; CAREFUL: first_of_tile. Every lane has a maximum of
+    its own, to which it rescales what it has when that rises: one exp per class, and one per lane and block."""
     high = tl.maximum(f.max, tl.max(z, 2))
     f = _about(f, high)
     base = tl.where(high == -INF, 0.0, high)  # a lane without classes
@@ -111,8 +103,7 @@ def merged_first(f, z_y, NEEDS: tl.constexpr):
 @triton.jit
 def _second_of_class(i: tl.constexpr, x, e, w, cost, threshold, c):
     """What a class adds to the i-th of SecondSums: I_j = [x > threshold], w = w_j, cost = -w_j l_j; below_mass in units
-    of e. Comparisons are made where they are used: kept for later, they would fill registers.
-    """
+    of e. Comparisons are made where they are used: kept for later, they would fill registers."""
     if equal(_SECOND[i], "above_sum"):
         r = tl.maximum(x - threshold, 0.0)
     elif equal(_SECOND[i], "below_mass"):
@@ -321,8 +312,9 @@ class GradCoefs(NamedTuple):
 
 NUM_COEFS = tl.constexpr(len(GradCoefs._fields))
 INV_SUM = tl.constexpr(GradCoefs._fields.index("inv_sum"))
-COEF_BITS = tl.constexpr((0, 0, 0, 0, ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, 0, ANY))  # of NEEDS: who reads a field
-_IS_LINEAR = tl.constexpr((0, 0, 1, 1, 1, 1, 1, 1, 1, 0))  # whether a field is proportional to the loss
+# For each field: the bits of NEEDS with which it is read, and whether it is proportional to the loss.
+COEF_BITS = tl.constexpr((0, 0, 0, 0, ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, 0, IN_SECOND_SWEEP))
+_IS_LINEAR = tl.constexpr((0, 0, 1, 1, 1, 1, 1, 1, 1, 0))
 
 
 @triton.jit
@@ -381,8 +373,8 @@ class GradientRow(NamedTuple):
 def gradient_row(g, inv_sum, c):
     """GradientRow from a row's GradCoefs and exp(-log_sum)."""
     slope, slope_above, poison = g.a * inv_sum, g.a_above * inv_sum, g.inv_sum - g.inv_sum
-    threshold = g.log_sum - c.clamp_height
-    return GradientRow(g, slope, slope_above, g.b + g.c, g.bw + g.cw, threshold, inv_sum, poison, c.gamma)
+    offset_above, weight_above, threshold = g.b + g.c, g.bw + g.cw, g.log_sum - c.clamp_height
+    return GradientRow(g, slope, slope_above, offset_above, weight_above, threshold, inv_sum, poison, c.gamma)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from .folds import folded, merged, no_sums
 from .row_math import (
     ANY_FOCAL,
     FIRST_FOLDS,
+    IN_SECOND_SWEEP,
     SECOND_BITS,
     SECOND_FOLDS,
     FirstSums,
@@ -239,7 +240,7 @@ def loop_kernel(
         f = uniform_if(rows.ignored, f, v.K)
     s = row_statistics(f, z_y, c)
     second = s.second
-    if NEEDS > 0:
+    if IN_SECOND_SWEEP & NEEDS:
         if needs_second_sweep(rows.known, s, c, NEEDS):
             second = second_sweep(rows, v, 0, v.K, s, c, NEEDS, CONTIGUOUS, LANES, BLOCK_K)
     s = with_second(s, second)

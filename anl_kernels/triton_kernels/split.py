@@ -23,6 +23,7 @@ from .folds import asked, by_row, merged, neutral, size
 from .row_math import (
     FIRST_BITS,
     FIRST_FOLDS,
+    IN_SECOND_SWEEP,
     NUM_FIRST,
     NUM_SECOND,
     SECOND_BITS,
@@ -187,7 +188,7 @@ def split_kernel(
     parts. Launches of one PHASE each, in their order: Counters None; grid: row_blocks * parts.
     """
     acc: tl.constexpr = tl.float64 if Logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    PHASES: tl.constexpr = 2 if NEEDS == 0 else 3
+    PHASES: tl.constexpr = 3 if IN_SECOND_SWEEP & NEEDS else 2
     if PHASE is None:
         item = tl.atomic_add(Counters_ptr, 1, sem="relaxed")
         part = item % parts
@@ -216,7 +217,7 @@ def split_kernel(
             store_sums(p, part, 0, f, FIRST_BITS, NEEDS)
             store_part(p, part, _Z_Y, z_y)
             publish(p.first_done)
-        elif (phase == 1) & (NEEDS > 0):
+        elif (phase == 1) & (PHASES == 3):
             s = load_statistics(p, rows, v.K, c, NEEDS, STATS, PARTS)
             swept = needs_second_sweep(rows.known, s, c, NEEDS)
             if swept:
@@ -227,7 +228,7 @@ def split_kernel(
         elif (part == 0) | (Grad_ptr is not None):
             s = load_statistics(p, rows, v.K, c, NEEDS, STATS, PARTS)
             second = s.second
-            if NEEDS > 0:
+            if PHASES == 3:
                 if was_swept(p, BLOCK_N, PARTS):
                     second = load_second(p, NEEDS, BLOCK_N, PARTS)
             s = with_second(s, second)
