@@ -63,14 +63,14 @@ _SECOND = tl.constexpr(SecondSums._fields)
 def first_of_tile(z, x, e, base, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
     """FirstSums of logits z, [BLOCK_N, BLOCK_K] or [BLOCK_N, LANES, classes], about `base`: x = z - base, e = exp(x).
     CAREFUL: -inf may be among them; without it -inf leaves low = -inf, and sums that are of no use."""
-    tail = last_sum(e)
+    below = x
     if CAREFUL:
         below = tl.where(z != -INF, x, 0.0)
-        gap, low = -last_sum(below), base + last_min(below)
-        count = last_sum(tl.where(z != -INF, 1.0, 0.0).to(x.dtype))
+    tail, gap = last_sum(e), -last_sum(below)
+    if CAREFUL:
+        low, count = base + last_min(below), last_sum(tl.where(z != -INF, 1.0, 0.0).to(x.dtype))
     else:
-        gap, low = -last_sum(x), last_min(z)
-        count = tl.full(base.shape, z.shape[len(z.shape) - 1], x.dtype)
+        low, count = last_min(z), tl.full(base.shape, z.shape[len(z.shape) - 1], x.dtype)
     return FirstSums(base, low, tail, gap, count)
 
 
