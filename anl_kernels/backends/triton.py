@@ -71,7 +71,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     rows, shape, strides = as_rows(logits)
     grad_strides = strides if grad is None else shape_and_strides(grad)[1]
     view = launch.view_of(shape, logits.element_size(), strides, grad_strides)
-    program = passes.program(
+    program = passes.terms_program(
         tuple(call.terms), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64
     )
     weight = None if weight is None else weight.contiguous()
@@ -83,7 +83,7 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     passes, launch, *_ = _kernels()
     rows, shape, strides = as_rows(logits)
     view = launch.view_of(shape, logits.element_size(), strides, strides)
-    program = passes.program((), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64)
+    program = passes.terms_program((), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64)
     return passes.row_stats(program, call, rows, view, target.contiguous())
 
 

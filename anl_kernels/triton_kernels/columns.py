@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LaunchConfig, cdiv, choose_columns, launch_first, target_of, view_of
-from .math import exp, multiple
+from .memory import multiple
+from .scalar_math import INF, exp
 
-_INF = tl.constexpr(float("inf"))
 PROGRAMS = 1024  # the rows are cut into chunks for about so many, whatever the device
 GROUP = tl.constexpr(8)  # so many tiles are added up in the arithmetic of the logits, then on in float64
 _ADD = LaunchConfig(BLOCK_N=64, BLOCK_K=16, num_warps=4)
@@ -18,9 +18,22 @@ _ADD = LaunchConfig(BLOCK_N=64, BLOCK_K=16, num_warps=4)
 
 @triton.jit(do_not_specialize=["batches", "lanes", "K", "num_rows", "tiles", "so", "sk", "si"])
 def columns_kernel(
-    Logits_ptr, Coefs_ptr, Parts_ptr, batches, lanes, K, num_rows, tiles, so, sk, si,
-    CONTIGUOUS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    Logits_ptr,
+    Coefs_ptr,
+    Parts_ptr,
+    batches,
+    lanes,
+    K,
+    num_rows,
+    tiles,
+    so,
+    sk,
+    si,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Parts (chunks, K), float64: the sums over the `tiles` blocks of BLOCK_N lanes of a chunk, added in order.
 
     Logits: (batches, K, lanes) by its strides; Coefs: max and 1 / sum of each row, (>= 2, num_rows). CONTIGUOUS, VEC:
@@ -49,7 +62,7 @@ def columns_kernel(
             row = Coefs_ptr + (batch * lanes + start) + lane
             high, inv_sum = tl.load(row, mask=exist, other=0.0), tl.load(row + num_rows, mask=exist, other=0.0)
             live = inv_sum != 0.0
-            z = tl.load(Logits_ptr + (batch * so + start * si) + offsets, mask=live & (offs_k < K), other=-_INF)
+            z = tl.load(Logits_ptr + (batch * so + start * si) + offsets, mask=live & (offs_k < K), other=-INF)
             part += tl.where(live, exp(z.to(acc) - high) * inv_sum, 0.0)
         total += tl.sum(part, 0).to(tl.float64)
     offs_k = tl.reshape(offs_k, [BLOCK_K])

@@ -255,10 +255,9 @@ def _launch_here(kernel, grid, args, constexprs, config, driver, index):
         _compiled[key] = _launch_by_triton(kernel, grid, args, constexprs, config, _known(driver))
         return
     compiled, compiled_in, _ = found
-    compiled.run(
-        *grid, driver.get_current_stream(index), compiled.function, compiled.packed_metadata, None, None, None,
-        *values, *compiled_in,
-    )  # fmt: skip
+    hooks = (None, None, None)  # what they are told, and the two of them
+    stream = driver.get_current_stream(index)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, *hooks, *values, *compiled_in)
 
 
 def _known(driver) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..trust import trusted
 from . import autotune, launch, reduce
-from .math import runtime_numbers
+from .row_math import IN_SECOND_SWEEP, NUM_STATS
 from .rows import loop_kernel, tile_kernel
+from .scalar_math import runtime_numbers
 from .split import FIELDS, split_kernel
 
 
@@ -24,7 +25,7 @@ class Pass(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def program(terms: tuple, min_prob: float, gamma: float, needs: int, exact: bool) -> Pass:
+def terms_program(terms: tuple, min_prob: float, gamma: float, needs: int, exact: bool) -> Pass:
     return Pass(tuple(term[0] for term in terms), needs, runtime_numbers(terms, min_prob, gamma, exact))
 
 
@@ -100,7 +101,7 @@ def in_launches(p: Plan) -> Plan:
     return p._replace(split=p.split._replace(one_launch=False))
 
 
-def row_loss(this: Pass, call, logits: Tensor, view, target, weight, grad, coefs) -> Tensor:
+def row_loss(spec: Pass, call, logits: Tensor, view, target, weight, grad, coefs) -> Tensor:
     """The loss, reduced; fills `grad` and `coefs` where given. logits, grad: as `view` (launch.View) has them."""
     ignore_index, reduction = call.ignore_index, call.reduction
     acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
@@ -117,49 +118,46 @@ def row_loss(this: Pass, call, logits: Tensor, view, target, weight, grad, coefs
         loss = logits.new_empty((() if p.whole else p.row_blocks), dtype=acc)
     overwrites = grad is not None and grad.data_ptr() == logits.data_ptr()  # once only, then
     if autotune.enabled() and not overwrites and not p.whole and p.split is None:
-        p = _tuned(p, this, logits, view, target, ignore_index, weight, denominator, reduction, grad, coefs)
+        p = _tuned(p, spec, logits, view, target, ignore_index, weight, denominator, reduction, grad, coefs)
         if reduction != "none":
             loss = logits.new_empty(p.row_blocks, dtype=acc)
-    _launch(p, this, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, coefs)
+    _launch(p, spec, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, coefs)
     return loss if p.whole or reduction == "none" else reduce.reduce_sum(loss, denominator)
 
 
-def _tuned(p, this, logits, view, target, ignore_index, weight, denominator, reduction, grad, coefs) -> Plan:
+def _tuned(p, spec, logits, view, target, ignore_index, weight, denominator, reduction, grad, coefs) -> Plan:
     """`p` with the blocks that are the fastest for its kind of call. What is timed writes the results again."""
     acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
     loss = logits.new_empty(max(target.numel(), p.row_blocks), dtype=acc)
 
     def run(config):
         q = planned(p.kernel, view, config)
-        _launch(q, this, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, coefs)
+        _launch(q, spec, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, coefs)
 
     device = launch.target_of(logits.device).name
-    kind = autotune.kind_of(p.kernel.fn.__name__, view, logits.dtype, this.needs, device)
+    kind = autotune.kind_of(p.kernel.fn.__name__, view, logits.dtype, spec.needs, device)
     return planned(p.kernel, view, autotune.best(kind, autotune.candidates(p.config, view.num_classes), run))
 
 
-def row_stats(this: Pass, call, logits: Tensor, view, target) -> Tensor:
-    """The table of statistics, (13, *target.shape), float64."""
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+def row_stats(spec: Pass, call, logits: Tensor, view, target) -> Tensor:
+    """The table of statistics, (NUM_STATS, *target.shape), float64."""
+    table = logits.new_empty((NUM_STATS.value, *target.shape), dtype=torch.float64)
     if target.numel():
         p = plan_of(call, logits, view)
-        _launch(p, this, logits, view, target, call.ignore_index, None, None, "none", None, None, table)
+        _launch(p, spec, logits, view, target, call.ignore_index, None, None, "none", None, None, table)
     return table
 
 
-def _launch(p, this, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, table):
-    args = (
-        logits, grad, target, weight, denominator, loss, table, this.numbers,
-        view.lanes, view.num_classes, target.numel(), *view.strides, ignore_index,
-    )  # fmt: skip
-    constexprs = {
-        "KINDS": this.kinds, "NEEDS": this.needs, "REDUCTION": reduction, "STATS": loss is None, "WHOLE": p.whole,
-        "CONTIGUOUS": view.CONTIGUOUS, "VEC": 1 if view.CONTIGUOUS == 2 else view.VEC,
-    }  # fmt: skip
+def _launch(p, spec, logits, view, target, ignore_index, weight, denominator, reduction, grad, loss, table):
+    pointers = (logits, grad, target, weight, denominator, loss, table)
+    args = (*pointers, spec.numbers, view.lanes, view.num_classes, target.numel(), *view.strides, ignore_index)
+    vec = 1 if view.CONTIGUOUS == 2 else view.VEC
+    constexprs = {"KINDS": spec.kinds, "NEEDS": spec.needs, "REDUCTION": reduction, "STATS": loss is None}
+    constexprs |= {"WHOLE": p.whole, "CONTIGUOUS": view.CONTIGUOUS, "VEC": vec}
     if p.kernel is not tile_kernel:
         constexprs["LANES"] = _lanes(view, p.config.BLOCK_K)
     if p.split is not None:
-        _launch_split(p, this.needs, args, constexprs, logits)
+        _launch_split(p, spec.needs, args, constexprs, logits)
     else:
         launch.launch_first(p.kernel, (p.row_blocks, 1, 1), args, constexprs, p.config, logits.device)
 
@@ -168,7 +166,7 @@ def _launch_split(p: Plan, needs: int, args: tuple, constexprs: dict, logits: Te
     parts, blocks, group, one_launch = p.split
     acc = torch.float64 if logits.dtype is torch.float64 else torch.float32
     sums = logits.new_empty(p.row_blocks * FIELDS.value * parts * p.config.BLOCK_N, dtype=acc)
-    counters, phases = None, 3 if needs else 2
+    counters, phases = None, 3 if needs & IN_SECOND_SWEEP.value else 2
     if one_launch:
         counters = logits.new_zeros(1 + 2 * p.row_blocks, dtype=torch.int32)
         launches = [(None, phases * (launch.cdiv(p.row_blocks, group) + phases - 1) * group * parts)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import shape_and_strides
 from .launch import LaunchConfig, cdiv, launch, target_of, view_of
-from .math import multiple, stored
+from .memory import multiple, stored
 
 ITEMS = 16384  # what one program adds up
 _SUM = LaunchConfig(BLOCK_N=1, BLOCK_K=1024, num_warps=4)
@@ -32,7 +32,7 @@ def sum_kernel(Values_ptr, Denominator_ptr, Out_ptr, N, items, DIVIDE: tl.conste
 
 
 @triton.jit(do_not_specialize=["N", "K", "items", "ignore_index"])
-def share_kernel(
+def row_weight_kernel(
     Target_ptr, Weight_ptr, Out_ptr, N, K, items, ignore_index, WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """As sum_kernel, of what each row counts in the mean: weight[label]; 1 without weights, or for a label that is no
@@ -43,19 +43,34 @@ def share_kernel(
         offs = start + i + tl.arange(0, BLOCK_K)
         label = tl.load(Target_ptr + offs, mask=offs < N, other=0).to(tl.int64)
         counts = (offs < N) & (label != ignore_index)
-        share = tl.where(counts, 1.0, 0.0).to(tl.float64)
+        row_weight = tl.where(counts, 1.0, 0.0).to(tl.float64)
         if WEIGHTED:
             known = counts & (label >= 0) & (label < K)
-            share = tl.where(known, tl.load(Weight_ptr + label, mask=known, other=0.0).to(tl.float64), share)
-        total += share
+            row_weight = tl.where(known, tl.load(Weight_ptr + label, mask=known, other=0.0).to(tl.float64), row_weight)
+        total += row_weight
     tl.store(Out_ptr + tl.program_id(0), tl.sum(total, axis=0).to(Out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["batches", "lanes", "K", "so", "sk", "si", "out_so", "out_sk", "out_si"])
 def scale_kernel(
-    In_ptr, Out_ptr, Factor_ptr, batches, lanes, K, so, sk, si, out_so, out_sk, out_si,
-    ALWAYS: tl.constexpr, CONTIGUOUS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    In_ptr,
+    Out_ptr,
+    Factor_ptr,
+    batches,
+    lanes,
+    K,
+    so,
+    sk,
+    si,
+    out_so,
+    out_sk,
+    out_si,
+    ALWAYS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Out = In * Factor, (batches, K, lanes) by their strides; nothing is touched where Factor is 1, unless ALWAYS.
 
     CONTIGUOUS, VEC: as in launch.View. Grid: any number of programs.
@@ -99,7 +114,7 @@ def denominator(target: Tensor, ignore_index: int, weight: Tensor | None, num_cl
     total, parts = target.new_empty((), dtype=acc), _parts(target)
     out = total if parts is None else parts
     args = (target, weight, out, target.numel(), num_classes, ITEMS, ignore_index)
-    launch(share_kernel, (out.numel(), 1, 1), args, {"WEIGHTED": weight is not None}, _SUM, target.device)
+    launch(row_weight_kernel, (out.numel(), 1, 1), args, {"WEIGHTED": weight is not None}, _SUM, target.device)
     if parts is not None:
         _launch_sum(parts, None, total)
     return total

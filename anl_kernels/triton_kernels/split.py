@@ -19,28 +19,32 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import _INF, SecondSums, by_row, closed_form, constants, exp, gradient_row, merged_second, with_second
-from .rows import (
-    _NUMBERS,
+from .folds import asked, by_row, merged, neutral, size
+from .row_math import (
+    FIRST_BITS,
+    FIRST_FOLDS,
+    IN_SECOND_SWEEP,
+    NUM_FIRST,
+    NUM_SECOND,
+    SECOND_BITS,
+    SECOND_FOLDS,
     FirstSums,
-    Outputs,
-    first_statistics,
-    first_sweep,
-    gradient_sweep,
-    layout_of,
+    SecondSums,
+    gradient_row,
     merged_first,
-    needs_second_sweep,
-    poison_of,
-    rows_of,
-    second_sweep,
-    target_logit,
-    write_results,
-    write_statistics,
-    write_target_gradient,
+    row_statistics,
+    uniform_if,
+    with_second,
 )
+from .rows import NUMBERS, first_sweep, gradient_sweep, needs_second_sweep, second_sweep
+from .scalar_math import constants, exp
+from .tiles import Outputs, layout_of, rows_of, target_logit, write_results, write_statistics, write_target_gradient
 
-FIELDS = tl.constexpr(14)  # of a part: 5 sums of the first sweep and z_y, 7 sums of the second, whether it was made
-_SWEPT = tl.constexpr(13)
+# Fields of a part: FirstSums, z_y, SecondSums, whether the second sweep was made.
+_Z_Y = tl.constexpr(NUM_FIRST.value)
+_SECOND = tl.constexpr(_Z_Y.value + 1)
+_SWEPT = tl.constexpr(_SECOND.value + NUM_SECOND.value)
+FIELDS = tl.constexpr(_SWEPT.value + 1)
 
 
 class Parts(NamedTuple):
@@ -71,8 +75,17 @@ def wait(pointer, count):
 
 
 @triton.jit
-def store_part(p, part, i: tl.constexpr, value, BLOCK_N: tl.constexpr):
+def store_part(p, part, i: tl.constexpr, value):
+    BLOCK_N: tl.constexpr = value.shape[0]
     tl.store(p.sums + (i * p.parts + part) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None], value)
+
+
+@triton.jit
+def store_sums(p, part, START: tl.constexpr, sums, BITS: tl.constexpr, NEEDS: tl.constexpr):
+    """The sums of a part, those that NEEDS asks for, as its fields START, START + 1, ..."""
+    for i in tl.static_range(size(BITS)):
+        if asked(BITS[i], NEEDS):
+            store_part(p, part, START + i, sums[i])
 
 
 @triton.jit
@@ -84,28 +97,42 @@ def load_parts(p, i: tl.constexpr, other, BLOCK_N: tl.constexpr, PARTS: tl.const
 
 
 @triton.jit
-def load_first(p, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    """The rows' FirstSums, and z_y, once every part has them."""
+def load_sums(
+    p,
+    START: tl.constexpr,
+    FOLDS: tl.constexpr,
+    BITS: tl.constexpr,
+    NEEDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """What store_sums stored of every part, each [BLOCK_N, PARTS]."""
+    sums = ()
+    for i in tl.static_range(size(BITS)):
+        value = tl.zeros([BLOCK_N, PARTS], p.sums.dtype.element_ty)
+        if asked(BITS[i], NEEDS):
+            value = load_parts(p, START + i, neutral(FOLDS[i]), BLOCK_N, PARTS)
+        sums += (value,)
+    return sums
+
+
+@triton.jit
+def load_statistics(p, rows, K, c, NEEDS: tl.constexpr, STATS: tl.constexpr, PARTS: tl.constexpr):
+    """RowStatistics from every part's FirstSums, once they are there; SecondSums as row_statistics knows them."""
+    BLOCK_N: tl.constexpr = rows.label.shape[0]
     wait(p.first_done, p.parts)
-    z_y = by_row(tl.load(p.sums + 5 * p.parts * BLOCK_N + tl.arange(0, BLOCK_N)))
-    parts = FirstSums(
-        load_parts(p, 0, -_INF, BLOCK_N, PARTS), load_parts(p, 1, _INF, BLOCK_N, PARTS),
-        load_parts(p, 2, 0.0, BLOCK_N, PARTS), load_parts(p, 3, 0.0, BLOCK_N, PARTS),
-        load_parts(p, 4, 0.0, BLOCK_N, PARTS),
-    )  # fmt: skip
-    return merged_first(parts, z_y), z_y
+    z_y = by_row(tl.load(p.sums + _Z_Y * p.parts * BLOCK_N + tl.arange(0, BLOCK_N)))
+    f = merged_first(FirstSums(*load_sums(p, 0, FIRST_FOLDS, FIRST_BITS, NEEDS, BLOCK_N, PARTS)), z_y, NEEDS)
+    if STATS:
+        f = uniform_if(rows.ignored, f, K)
+    return row_statistics(f, z_y, c)
 
 
 @triton.jit
 def load_second(p, NEEDS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     """The rows' SecondSums, which every part has."""
-    parts = SecondSums(
-        load_parts(p, 6, 0.0, BLOCK_N, PARTS), load_parts(p, 7, 0.0, BLOCK_N, PARTS),
-        load_parts(p, 8, 0.0, BLOCK_N, PARTS), load_parts(p, 9, 0.0, BLOCK_N, PARTS),
-        load_parts(p, 10, 0.0, BLOCK_N, PARTS), load_parts(p, 11, 0.0, BLOCK_N, PARTS),
-        load_parts(p, 12, 0.0, BLOCK_N, PARTS),
-    )  # fmt: skip
-    return merged_second(parts, NEEDS)
+    parts = load_sums(p, _SECOND, SECOND_FOLDS, SECOND_BITS, NEEDS, BLOCK_N, PARTS)
+    return SecondSums(*merged(parts, SECOND_FOLDS, SECOND_BITS, NEEDS))
 
 
 @triton.jit
@@ -115,15 +142,45 @@ def was_swept(p, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     return tl.min(by_row(tl.min(load_parts(p, _SWEPT, 1.0, BLOCK_N, PARTS), 1))) > 0.0
 
 
-@triton.jit(do_not_specialize=[*_NUMBERS, "row_blocks", "parts", "blocks", "group"])
+@triton.jit(do_not_specialize=[*NUMBERS, "row_blocks", "parts", "blocks", "group"])
 def split_kernel(
-    Logits_ptr, Grad_ptr, Target_ptr, Weight_ptr, Denominator_ptr, Loss_ptr, Table_ptr, numbers,
-    lanes, K, num_rows, so, sk, si, gso, gsk, gsi, ignore_index,
-    Sums_ptr, Counters_ptr, row_blocks, parts, blocks, group,
-    KINDS: tl.constexpr, NEEDS: tl.constexpr, REDUCTION: tl.constexpr, STATS: tl.constexpr, WHOLE: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr, PHASE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    Logits_ptr,
+    Grad_ptr,
+    Target_ptr,
+    Weight_ptr,
+    Denominator_ptr,
+    Loss_ptr,
+    Table_ptr,
+    numbers,
+    lanes,
+    K,
+    num_rows,
+    so,
+    sk,
+    si,
+    gso,
+    gsk,
+    gsi,
+    ignore_index,
+    Sums_ptr,
+    Counters_ptr,
+    row_blocks,
+    parts,
+    blocks,
+    group,
+    KINDS: tl.constexpr,
+    NEEDS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    STATS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PHASE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """loop_kernel with each block of BLOCK_N rows split into `parts` of `blocks` blocks of classes.
 
     Sums (row_blocks, FIELDS, parts, BLOCK_N): memory of the arithmetic's type. PARTS: a power of two, at least `parts`.
@@ -131,7 +188,7 @@ def split_kernel(
     parts. Launches of one PHASE each, in their order: Counters None; grid: row_blocks * parts.
     """
     acc: tl.constexpr = tl.float64 if Logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    PHASES: tl.constexpr = 2 if NEEDS == 0 else 3
+    PHASES: tl.constexpr = 3 if IN_SECOND_SWEEP & NEEDS else 2
     if PHASE is None:
         item = tl.atomic_add(Counters_ptr, 1, sem="relaxed")
         part = item % parts
@@ -156,37 +213,31 @@ def split_kernel(
         p = Parts(sums, first_done, second_done, parts)
         if phase == 0:
             z_y = target_logit(rows, v, acc)
-            f = merged_first(first_sweep(rows, v, begin, end, acc, CONTIGUOUS, LANES, BLOCK_N, BLOCK_K), z_y)
-            fields = (f.max, f.low, f.tail, f.gap, f.count, z_y)
-            for i in tl.static_range(6):
-                store_part(p, part, i, fields[i], BLOCK_N)
+            f = first_sweep(rows, v, begin, end, z_y, NEEDS, CONTIGUOUS, LANES, BLOCK_K)
+            store_sums(p, part, 0, f, FIRST_BITS, NEEDS)
+            store_part(p, part, _Z_Y, z_y)
             publish(p.first_done)
-        elif (phase == 1) & (NEEDS > 0):
-            f, z_y = load_first(p, BLOCK_N, PARTS)
-            s = first_statistics(rows, f.max, f.tail, f.gap, f.count, z_y, v.K, STATS)
-            swept = needs_second_sweep(rows, f, s, c, NEEDS)
+        elif (phase == 1) & (PHASES == 3):
+            s = load_statistics(p, rows, v.K, c, NEEDS, STATS, PARTS)
+            swept = needs_second_sweep(rows.known, s, c, NEEDS)
             if swept:
-                second = second_sweep(rows, v, begin, end, f.max, s, c, acc, NEEDS, CONTIGUOUS, LANES, BLOCK_N, BLOCK_K)
-                for i in tl.static_range(7):
-                    store_part(p, part, 6 + i, second[i], BLOCK_N)
-            store_part(p, part, _SWEPT, swept.to(acc), BLOCK_N)
+                second = second_sweep(rows, v, begin, end, s, c, NEEDS, CONTIGUOUS, LANES, BLOCK_K)
+                store_sums(p, part, _SECOND, second, SECOND_BITS, NEEDS)
+            store_part(p, part, _SWEPT, tl.zeros([BLOCK_N, 1], acc) + swept.to(acc))
             publish(p.second_done)
         elif (part == 0) | (Grad_ptr is not None):
-            f, z_y = load_first(p, BLOCK_N, PARTS)
-            s = first_statistics(rows, f.max, f.tail, f.gap, f.count, z_y, v.K, STATS)
-            second = closed_form(s, f.gap, c)
-            if NEEDS > 0:
+            s = load_statistics(p, rows, v.K, c, NEEDS, STATS, PARTS)
+            second = s.second
+            if PHASES == 3:
                 if was_swept(p, BLOCK_N, PARTS):
                     second = load_second(p, NEEDS, BLOCK_N, PARTS)
             s = with_second(s, second)
             out = Outputs(Weight_ptr, Denominator_ptr, Loss_ptr, Table_ptr, num_rows.to(tl.int64))
             if STATS:
-                write_statistics(rows, s, f.max, c, out, NEEDS)
+                write_statistics(rows, s, c, out, NEEDS)
             else:
-                g = write_results(rows, s, f.max, c, numbers, out, block, part == 0, KINDS, NEEDS, REDUCTION, WHOLE)
+                g = write_results(rows, s, c, numbers, out, block, part == 0, KINDS, NEEDS, REDUCTION, WHOLE)
                 if Grad_ptr is not None:
-                    r = gradient_row(g, s.log_sum, exp(-s.log_sum), c)
-                    gradient_sweep(
-                        rows, v, begin, end, f, r, poison_of(rows, s), acc, NEEDS, CONTIGUOUS, BLOCK_N, BLOCK_K
-                    )
+                    r = gradient_row(g, exp(-s.log_sum), c)
+                    gradient_sweep(rows, v, begin, end, s.first, r, NEEDS, CONTIGUOUS, BLOCK_K)
                     write_target_gradient(rows, v, g, begin, end)

@@ -1,6 +1,7 @@
 """Mutants of the Triton kernels and their launchers, as those of python.py."""
 
-SPLIT, ROWS, MATH = (f"anl_kernels/triton_kernels/{name}.py" for name in ("split", "rows", "math"))
+SPLIT, ROWS, TILES = (f"anl_kernels/triton_kernels/{name}.py" for name in ("split", "rows", "tiles"))
+MATH, FOLDS, SCALARS = (f"anl_kernels/triton_kernels/{name}.py" for name in ("row_math", "folds", "scalar_math"))
 GRADIENT, COLUMNS, REDUCE = (f"anl_kernels/triton_kernels/{name}.py" for name in ("gradient", "columns", "reduce"))
 LAUNCH, PASSES, AUTOTUNE = (f"anl_kernels/triton_kernels/{name}.py" for name in ("launch", "passes", "autotune"))
 BACKEND = "anl_kernels/backends/triton.py"
@@ -13,9 +14,9 @@ MUTANTS = [
     (SPLIT, 'while done < count:\n            done = tl.atomic_add(pointer, 0, sem="acquire")',
      'while done < count:\n            done = tl.atomic_add(pointer, 0, sem="relaxed")', COMPILED),
     (SPLIT, "tl.debug_barrier()\n        tl.atomic_add(pointer, 1", "tl.atomic_add(pointer, 1", COMPILED),
-    (ROWS, "    tl.debug_barrier()\n", "", COMPILED),
+    (TILES, "    tl.debug_barrier()\n", "", COMPILED),
     (SPLIT, "block.to(tl.int64) * (FIELDS", "block * (FIELDS", COMPILED),
-    (ROWS, "start = (program % blocks).to(tl.int64) * BLOCK_N", "start = (program % blocks) * BLOCK_N", COMPILED),
+    (TILES, "start = (block % blocks).to(tl.int64) * BLOCK_N", "start = (block % blocks) * BLOCK_N", COMPILED),
     (REDUCE, "            tile = tl.full([], tile, tl.int64)\n",
      "            tile = tl.full([], tile, tl.int64).to(tl.int32)\n", COMPILED),
     # split rows
@@ -33,32 +34,37 @@ MUTANTS = [
      "tests/triton_kernels/test_split.py -k plans"),
     # rows
     (ROWS, " & (v.K <= 16777216)", "", "tests/triton_kernels/test_rows.py"),
-    (ROWS, "low = tl.minimum(f.low, base + tl.min(below, 2))", "low = tl.minimum(f.low, tl.min(below, 2))",
+    (MATH, "base + last_min(below)", "last_min(below)",
      "tests/triton_kernels/test_rows.py -k low_logits"),
-    (ROWS, "others = K - 1.0", "others = K * 1.0", "tests/triton_kernels/test_rows.py"),
-    (ROWS, "mask=rows.known, other=1.0).to(acc)", "mask=rows.known, other=0.0).to(acc)",
+    (MATH, "others, gap = K - 1.0,", "others, gap = K * 1.0,", "tests/triton_kernels/test_rows.py"),
+    (MATH, "f.gap - f.count * fall", "f.gap", "tests/test_conformance.py -k 'anl_ce and triton-loop'"),
+    (FOLDS, "value = by_row(tl.min(f[i], 1))", "value = by_row(tl.max(f[i], 1))",
+     "tests/test_conformance.py -k 'nnce and triton-loop'"),
+    (FOLDS, "bits == 0 or bits & needs != 0", "bits == 0 or bits & needs == bits",
+     "tests/test_conformance.py -k 'nnce and triton-loop'"),
+    (TILES, "mask=rows.known, other=1.0).to(acc)", "mask=rows.known, other=0.0).to(acc)",
      "tests/triton_kernels/test_rows.py"),
-    (ROWS, "tl.where(rows.exist & ~rows.ignored, weight, 0.0)", "tl.where(~rows.ignored, weight, 0.0)",
+    (TILES, "tl.where(rows.exist & ~rows.ignored, weight, 0.0)", "tl.where(~rows.ignored, weight, 0.0)",
      "tests/test_cases.py -k 'class_weights_of_another and triton'"),
     # mathematics
-    (MATH, "tl.where(gamma == 0.0, 1.0, 0.0)", "tl.where(gamma == 0.0, 0.0, 0.0)", "tests/triton_kernels/test_rows.py"),
-    (MATH, "return tl.where(x > -0.5, -_expm1_near_0(x), 1.0 - e)", "return 1.0 - e",
-     "tests/triton_kernels/test_rows.py -k keeps_its_digits"),
-    (MATH, "(second.below_mass + (1.0 - I_y) * s.target_prob).to(tl.float64)",
-     "second.below_mass + (1.0 - I_y) * s.target_prob", "tests/triton_kernels/test_rows.py -k float64"),
-    (MATH, "tl.where(ignored, count * I_y, second.above_count + I_y)", "second.above_count + I_y",
+    (SCALARS, "tl.where(gamma == 0.0, 1.0, 0.0)", "tl.where(gamma == 0.0, 0.0, 0.0)",
      "tests/triton_kernels/test_rows.py"),
-    (MATH, "return tl.log(u) + (x - (u - 1.0)) / u", "return tl.log(u)",
+    (SCALARS, "return tl.where(x > -0.5, -_expm1_near_0(x), 1.0 - e)", "return 1.0 - e",
+     "tests/triton_kernels/test_rows.py -k keeps_its_digits"),
+    (MATH, "value = 1.0 - value.to(tl.float64)", "value = 1.0 - value", "tests/triton_kernels/test_rows.py -k float64"),
+    (MATH, "tl.where(ignored, count * target, s.second[i] + target)", "s.second[i] + target",
+     "tests/triton_kernels/test_rows.py"),
+    (SCALARS, "return tl.log(u) + (x - (u - 1.0)) / u", "return tl.log(u)",
      "tests/test_conformance.py -k 'certain and triton-tile'"),
-    (MATH, "a = tl.where(F < _INF, r * (others + s.second.focal_weight * l) / F, 0.0)",
-     "a = r * (others + s.second.focal_weight * l) / F",
+    (MATH, "a = tl.where(F < INF, r * (others + second.focal_weight * l) / F, 0.0)",
+     "a = r * (others + second.focal_weight * l) / F",
      "tests/test_cases.py -k 'lowest and triton and float32'"),
     (MATH, "above = x > r.threshold", "above = x > r.threshold - 1.0",
      "tests/test_conformance.py -k 'around_the_clamp and triton-tile'"),
     # the gradient from coefficients
     (GRADIENT, "((log_q - entropy.center) - entropy.lost)", "(log_q - entropy.center)",
      "tests/triton_kernels/test_gradient.py -k nearly_equal"),
-    (GRADIENT, "    if NEEDS & 12:\n", "    if NEEDS & 4:\n",
+    (MATH, "ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, 0, IN", "ABOVE_MASS, ABOVE, FOCAL, FOCAL, 0, IN",
      "tests/triton_kernels/test_gradient.py -k 'formula and float32 and 10-8'"),
     (GRADIENT, "log_q is None and config.BLOCK_N == 1 and not", "log_q is None and not",
      "tests/triton_kernels/test_gradient.py -k width"),

@@ -64,8 +64,9 @@ def scenarios():
     from anl_kernels.backends import triton as backend
     from anl_kernels.functional import checked_call
     from anl_kernels.layout import as_rows
-    from anl_kernels.triton_kernels import columns, reduce
+    from anl_kernels.triton_kernels import columns, reduce, row_math
 
+    num_coefs = row_math.NUM_COEFS.value
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     losses = {
         "anl_ce": 5 * ak.NCE() + 5 * ak.NNCE(),
@@ -93,7 +94,7 @@ def scenarios():
             target = label_of(logits)
             acc = fp64 if dtype == fp64 else fp32
             grad = torch.empty_like(logits) if made == "grad" else None
-            coefs = empty((10, *target.shape), acc) if made == "coefs" else None
+            coefs = empty((num_coefs, *target.shape), acc) if made == "coefs" else None
             backend.row_loss(call_of(name, reduction), logits, target, None, grad, coefs)
 
         return run
@@ -109,7 +110,7 @@ def scenarios():
         def run():
             logits = empty(shape, dtype)
             target = label_of(logits)
-            coefs = empty((10, *target.shape), fp32)
+            coefs = empty((num_coefs, *target.shape), fp32)
             pair = (empty((shape[1],), fp32), empty((), fp32)) if entropy else None
             backend.row_grad(call_of(name), logits, target, coefs, empty((), fp32), pair)
 
@@ -118,7 +119,7 @@ def scenarios():
     def sums(shape, dtype):
         def run():
             logits, shape_, strides = as_rows(empty(shape, dtype))
-            columns.column_sums(logits, shape_, strides, empty((10, shape[0] * logits[0, 0].numel()), fp32))
+            columns.column_sums(logits, shape_, strides, empty((num_coefs, shape[0] * logits[0, 0].numel()), fp32))
 
         return run
 

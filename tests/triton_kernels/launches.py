@@ -18,7 +18,7 @@ import torch
 import triton
 
 import anl_kernels as ak
-from anl_kernels import kernels
+from anl_kernels import triton_kernels
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
 from anl_kernels.triton_kernels import launch, reduce
@@ -29,7 +29,7 @@ def signatures() -> dict:
     from triton.runtime.jit import JITFunction
 
     found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
+    for module in pkgutil.iter_modules(triton_kernels.__path__):
         for name, kernel in vars(importlib.import_module(f"anl_kernels.triton_kernels.{module.name}")).items():
             if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
                 passed = [p for p in kernel.params if not p.is_constexpr]

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.thorough
 # Registers a thread. 128 leave room for 16 warps of an SM, 80 for 24: loads of one cover the arithmetic of another.
 REGISTERS = {
     "tile_kernel": 128, "loop_kernel": 112, "split_kernel": 112, "gradient_kernel": 128, "columns_kernel": 112,
-    "add_kernel": 64, "scale_kernel": 64, "sum_kernel": 64, "share_kernel": 64,
+    "add_kernel": 64, "scale_kernel": 64, "sum_kernel": 64, "row_weight_kernel": 64,
 }  # fmt: skip
 MORE_REGISTERS = {  # where the arithmetic, not the memory, is the limit; and AMD's split rows of pixels
     "loss anl_fl": 216, "stats": 152, "gradient anl_fl": 200, "gradient entropy": 168,
-    "loss anl_ce bf16 8192x50257": 232, "columns fp32 8x19x512x512": 160, "loss anl_ce fp32 8x150x512x512": 152,
+    "loss anl_ce bf16 8192x50257": 256, "columns fp32 8x19x512x512": 160, "loss anl_ce fp32 8x150x512x512": 152,
     "loss anl_ce bf16 8x19x512x512": 160,
 }  # fmt: skip
 # Kernels that move the logits; the others read numbers by row.
@@ -37,7 +37,7 @@ SWEEP_BY_ELEMENT = 64  # where a thread loads them one by one, each with sums of
 WHOLE = {
     "tile_kernel": (1600, 4, 4), "loop_kernel": (2700, 24, 32), "split_kernel": (3500, 28, 48),
     "gradient_kernel": (1600, 4, 4), "columns_kernel": (850, 12, 4), "add_kernel": (250, 4, 4),
-    "scale_kernel": (600, 4, 4), "sum_kernel": (350, 4, 4), "share_kernel": (280, 4, 4),
+    "scale_kernel": (600, 4, 4), "sum_kernel": (350, 4, 4), "row_weight_kernel": (280, 4, 4),
 }  # fmt: skip
 WHOLE_BY_ELEMENT = (5000, 28, 48)
 MACHINES = [(tritons.INSTALLED, target) for target in TARGETS]

@@ -7,6 +7,7 @@ import torch
 import anl_kernels as ak
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
+from anl_kernels.triton_kernels.row_math import NUM_COEFS
 
 
 def call_of(inplace=False):
@@ -23,7 +24,7 @@ def problem(device):
 
 
 def gradient(call, logits, labels, factors):
-    coefs = logits.new_empty(10, *labels.shape)
+    coefs = logits.new_empty(NUM_COEFS.value, *labels.shape)
     backend.row_loss(call, logits, labels, None, None, coefs)
     return backend.row_grad(call, logits, labels, coefs, factors, None)
 

@@ -13,11 +13,12 @@ from tiers import mainly, thorough
 from anl_kernels.backends import cpu
 from anl_kernels.layout import as_rows, new_grad, shape_and_strides
 from anl_kernels.triton_kernels import gradient
+from anl_kernels.triton_kernels.row_math import NUM_COEFS
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # NumPy's, in NaN rows
 MIN_PROB = 1e-7
 T = -math.log(MIN_PROB)
-MAX, INV_SUM, A, B, A_ABOVE, C, BW, CW, TARGET, LOG_SUM = range(10)
+MAX, INV_SUM, A, B, A_ABOVE, C, BW, CW, TARGET, LOG_SUM = range(NUM_COEFS.value)
 NEEDS = (0, 1, 3, 4, 8, 15)
 
 
@@ -32,7 +33,7 @@ class Case:
         ignored = labels == -100
         bad = int(torch.nonzero(~ignored)[3])
         values[bad, 1 % classes] = math.nan
-        coefs = torch.randn(10, len(labels), generator=helpers.generator(needs), dtype=torch.float64)
+        coefs = torch.randn(NUM_COEFS.value, len(labels), generator=helpers.generator(needs), dtype=torch.float64)
         coefs[MAX] = rows.amax(1)
         coefs[LOG_SUM] = (rows - rows.amax(1, keepdim=True)).exp().sum(1).log()
         coefs[INV_SUM] = torch.exp(-coefs[LOG_SUM])
@@ -92,7 +93,7 @@ class Case:
         call = SimpleNamespace(inplace=False, min_prob=MIN_PROB, gamma=self.gamma, needs=self.needs)
         coefs = self.coefs.clone()
         coefs[:, self.ignored], coefs[:, self.bad] = 0.0, math.nan
-        coefs = coefs.view(10, *self.target.shape)
+        coefs = coefs.view(NUM_COEFS.value, *self.target.shape)
         pair = (entropy["log_q"], entropy["scale"]) if entropy else None
         return oracle.as_rows(cpu.row_grad(call, self.logits, self.target, coefs, None, pair))
 
@@ -209,6 +210,6 @@ def test_labels_that_are_no_class(device):
 
 def test_no_rows(device):
     empty = torch.empty(0, 5, device=device)
-    coefs = torch.empty(10, 0, device=device)
+    coefs = torch.empty(NUM_COEFS.value, 0, device=device)
     args = (empty, empty, (0, 5, 1), (5, 1, 0), (5, 1, 0), torch.empty(0, dtype=torch.long), coefs)
     assert gradient.row_grad(*args, None, 0, None, None, MIN_PROB, None, 0) is empty

@@ -27,7 +27,7 @@ NARROW = {  # what is far below 2^31, or comes last behind 64 bits
     "columns_kernel": {"Coefs_ptr + more", "Parts_ptr + more"},
     "add_kernel": {"Out_ptr", "Parts_ptr + more"},
     "sum_kernel": {"Out_ptr"},
-    "share_kernel": {"Out_ptr"},
+    "row_weight_kernel": {"Out_ptr"},
     "scale_kernel": set(),
 }
 

@@ -12,8 +12,9 @@ from backends_under_test import Backend
 import anl_kernels as ak
 from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
-from anl_kernels.triton_kernels import rows
-from anl_kernels.triton_kernels.math import GradientRow
+from anl_kernels.triton_kernels import rows, tiles
+from anl_kernels.triton_kernels.row_math import FirstSums, GradCoefs, gradient_row
+from anl_kernels.triton_kernels.scalar_math import Constants
 
 WAYS = {path: Backend(f"triton-{path}", path) for path in ("tile", "loop")}
 
@@ -21,12 +22,13 @@ WAYS = {path: Backend(f"triton-{path}", path) for path in ("tile", "loop")}
 @triton.jit
 def sweep_kernel(Logits_ptr, Grad_ptr, Target_ptr, K, BLOCK_K: tl.constexpr):
     """The first BLOCK_K classes of a row of K, of which as many are said to exist as float32 counts without one."""
-    v = rows.layout_of(1, K, 0, 1, 0, 0, 1, 0, 1, 1)
-    row = rows.rows_of(tl.program_id(0), v, Logits_ptr, Grad_ptr, Target_ptr, -100, 1)
+    v = tiles.layout_of(1, K, 0, 1, 0, 0, 1, 0, 1, 1)
+    row = tiles.rows_of(tl.program_id(0), v, Logits_ptr, Grad_ptr, Target_ptr, -100, 1)
     zero = tl.zeros([1, 1], tl.float32)
-    f = rows.FirstSums(zero, zero, zero, zero, zero + (K - 2).to(tl.float32))
-    r = GradientRow(zero, zero, zero + 1.0, zero, zero, zero, zero, zero, zero, 0.5)
-    rows.gradient_sweep(row, v, 0, BLOCK_K, f, r, zero, tl.float32, 0, 1, 1, BLOCK_K)
+    f = FirstSums(zero, zero, zero, zero, zero + (K - 2).to(tl.float32))
+    g = GradCoefs(zero, zero + 1.0, zero, zero + 1.0, zero, zero, zero, zero, zero, zero)
+    r = gradient_row(g, zero + 1.0, Constants(1e-7, 0.5, 16.0, 16.0))
+    rows.gradient_sweep(row, v, 0, BLOCK_K, f, r, 0, 1, BLOCK_K)
 
 
 @pytest.mark.parametrize("classes", [2**24, 2**24 + 2])

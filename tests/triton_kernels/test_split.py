@@ -14,6 +14,7 @@ from anl_kernels.backends import triton as backend
 from anl_kernels.functional import checked_call
 from anl_kernels.triton_kernels import launch, passes
 from anl_kernels.triton_kernels import split as kernels
+from anl_kernels.triton_kernels.row_math import NUM_COEFS
 
 WAYS = {"one launch": Backend("triton-split", "split"), "launches": Backend("triton-launches", "launches")}
 LOSSES = {
@@ -64,7 +65,7 @@ def gradient_of(call, logits, target, weight=None):
 
 
 def coefficients_of(call, logits, target):
-    coefs = logits.new_empty((10, len(target)), dtype=torch.float32)
+    coefs = logits.new_empty((NUM_COEFS.value, len(target)), dtype=torch.float32)
     return backend.row_loss(call, logits, target, None, None, coefs), coefs
 
 
