@@ -34,7 +34,7 @@ from .layout import (
     refuse_leaf,
     resolved,
 )
-from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
+from .statistics import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 

@@ -23,7 +23,7 @@ from . import registry, slices
 from .autograd import loss_of_table
 from .derivatives import is_dual, is_usual
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
-from .stats import coefficients, softmax_coefs
+from .statistics import coefficients, softmax_coefs
 
 ONLY_ONCE = (
     "with class_group a loss is differentiated once and in reverse mode: for second derivatives, forward mode and many "

@@ -29,8 +29,9 @@ from .backends import LaunchRefused, reference
 from .class_parallel import Slice
 from .derivatives import BATCHED_ONCE, by_formulas, differentiable, is_usual, times
 from .layout import WITH_MEMORY, acc_dtype, bad_label, check_inputs, is_concrete, log_once, resolved
-from .stats import coefficients, mean_as_sum, softmax_coefs
-from .terms import NCE, NFL, NNCE, NNFL, Algebra
+from .losses import NCE, NFL, NNCE, NNFL
+from .statistics import coefficients, mean_as_sum, softmax_coefs
+from .terms import Algebra
 
 # A chunk's memory if the caller does not say: products of so many rows run near full speed at a million classes.
 CHUNK_BYTES = {"cpu": 256 << 20}

@@ -14,7 +14,7 @@ from torch.library import custom_op
 
 from . import autograd, registry
 from .layout import acc_dtype, new_coefs, new_grad, resolved
-from .stats import coefficients, softmax_coefs
+from .statistics import coefficients, softmax_coefs
 
 
 class _Kernel:

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import stats
+from . import statistics as stats
 from .backends import reference
 from .layout import acc_dtype, log_once
-from .stats import ABOVE, ABOVE_MASS, ELSEWHERE, FOCAL, FOCAL_ABOVE, IGNORED
+from .statistics import ABOVE, ABOVE_MASS, ELSEWHERE, FOCAL, FOCAL_ABOVE, IGNORED
 
 # First sums (6, ...): those of the kernels, of exp(z_j - max), max - z_j and 1; the target's logit; 1 where it is here.
 MAX, TAIL, GAP, COUNT, TARGET, OWNED = range(6)
@@ -121,7 +121,7 @@ def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, cal
         rows[stats.FOCAL_SUM] = second[FOCAL_SUM] - w * l
         rows[stats.FOCAL_WEIGHT] = second[FOCAL_WEIGHT] + w
     if call.needs & FOCAL_ABOVE:
-        floor = stats.focal_floor(call.min_prob, call.gamma)
+        floor = stats.focal_clamp_height(call.min_prob, call.gamma)
         rows[stats.FOCAL_ABOVE_SUM] = second[FOCAL_ABOVE_SUM] + above * (floor + w * l)
         rows[stats.FOCAL_ABOVE_WEIGHT] = second[FOCAL_ABOVE_WEIGHT] + above * w
     rows[stats.VALID] = 1.0
@@ -133,7 +133,7 @@ def _uniform_row(classes: int, call) -> list[float]:
     """An ignored row's statistics, those of a uniform one: any f is finite there, and its result is dropped."""
     K, log_k, T, gamma = float(classes), math.log(classes), -math.log(call.min_prob), call.gamma or 0.0
     w = (1.0 - 1.0 / K) ** gamma
-    heights = stats.focal_floor(call.min_prob, gamma) - w * log_k
+    heights = stats.focal_clamp_height(call.min_prob, gamma) - w * log_k
     return [0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k, K * w, K * heights, K * w, 0.0]
 
 

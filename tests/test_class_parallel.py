@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import EXPRESSIONS, dtype_id, expression
 
-from anl_kernels import class_parallel, functional, registry, slices, stats
+from anl_kernels import class_parallel, functional, registry, slices
+from anl_kernels import statistics as stats
 from anl_kernels.backends import reference
 
 HERE = pathlib.Path(__file__).parent

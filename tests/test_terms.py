@@ -238,7 +238,7 @@ def test_unknown_statistics_are_named():
     ids=["sum", "number", "none", "shape"],
 )
 def test_a_row_loss_gives_one_number_a_row(one_backend, f):
-    with pytest.raises(ValueError, match="one number a row"):
+    with pytest.raises(ValueError, match="one number per row"):
         ak.RowLoss(f)(torch.randn(2, 3), torch.tensor([0, 1]), backend=one_backend.name)
 
 
@@ -633,3 +633,10 @@ def test_a_saved_loss_is_loaded_by_default(term, factor):
     loaded = torch.load(file)["loss"]
     logits, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     assert repr(loaded) == repr(loss) and torch.equal(loaded(logits, target), loss(logits, target))
+
+
+def test_a_loss_saved_where_the_losses_once_were_is_loaded():
+    text = pickle.dumps(ak.RCE(0.01), protocol=0)
+    assert pickle.loads(text.replace(b"anl_kernels.losses", b"anl_kernels.terms")) == ak.RCE(0.01)
+    with pytest.raises(AttributeError, match="nothing"):
+        ak.terms.nothing  # noqa: B018

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import autograd
 from ..layout import as_rows, bad_label, shape_and_strides
-from ..stats import IGNORED
+from ..statistics import IGNORED
 from . import compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address
 

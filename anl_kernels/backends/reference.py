@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..entropy import batch_entropy
 from ..layout import acc_dtype, bad_label, is_concrete, new_grad
-from ..stats import (
+from ..statistics import (
     DIFFERENTIABLE,
     FOCAL,
     FOCAL_ABOVE,
@@ -20,7 +20,7 @@ from ..stats import (
     LOG_SUM,
     PRIMARY,
     Statistics,
-    focal_floor,
+    focal_clamp_height,
     reduce_rows,
 )
 
@@ -85,7 +85,7 @@ class LogitStatistics(Statistics):
 
     @property
     def _above(self) -> Tensor:
-        return (self._exists & (self.log_prob.detach() > self.log_floor)).to(self.log_prob.dtype)
+        return (self._exists & (self.log_prob.detach() > self.log_min_prob)).to(self.log_prob.dtype)
 
     @property
     def _focal_weight(self) -> Tensor:
@@ -107,7 +107,7 @@ class LogitStatistics(Statistics):
         return self._above.sum(-1)
 
     def _make_above_sum(self):
-        return (self._above * (self.log_prob - self.log_floor)).sum(-1)
+        return (self._above * (self.log_prob - self.log_min_prob)).sum(-1)
 
     def _make_above_mass(self):
         return (self._above * self.prob).sum(-1)
@@ -120,7 +120,7 @@ class LogitStatistics(Statistics):
         return (self._focal_weight * -self.log_prob).sum(-1)
 
     def _make_focal_above_sum(self):
-        return (self._above * (self.focal_floor + self._focal_weight * self.log_prob)).sum(-1)
+        return (self._above * (self.focal_clamp_height + self._focal_weight * self.log_prob)).sum(-1)
 
     def table(self, needs: int) -> Tensor:
         """The kernels' table (13, ...), float64, of the statistics that can be differentiated; the others are 0."""
@@ -222,7 +222,7 @@ def _second_sums(call, z, other, lse):
     if call.gamma is None:
         return sums
     w = (-torch.expm1(l)).clamp(min=0.0) ** call.gamma
-    floor = focal_floor(call.min_prob, call.gamma)
+    floor = focal_clamp_height(call.min_prob, call.gamma)
     return [*sums, total(other, -w * l), total(other, w), total(above, floor + w * l), total(above, w)]
 
 

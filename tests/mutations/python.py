@@ -125,7 +125,7 @@ MUTANTS = [
         RANKS,
     ),
     ("anl_kernels/entropy.py", "shared = sums * world_size(call.batch_group)", "shared = sums", RANKS),
-    ("anl_kernels/stats.py", "missing = -torch.expm1(log_prob)", "missing = 1.0 - torch.exp(log_prob)", TERMS),
+    ("anl_kernels/statistics.py", "missing = -torch.expm1(log_prob)", "missing = 1.0 - torch.exp(log_prob)", TERMS),
     (
         "anl_kernels/class_parallel.py",
         "total = int((labels * torch.arange(1, len(labels) + 1)).sum())",
@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     # terms
     ("anl_kernels/terms.py", "if not (low < value < math.inf or", "if not (low < value or", TERMS),
-    ("anl_kernels/terms.py", "    a: float = 0.6\n", "    a: float = 6.0\n", FUNCTIONAL),
+    ("anl_kernels/losses.py", "    a: float = 0.6\n", "    a: float = 6.0\n", FUNCTIONAL),
     ("anl_kernels/terms.py", 'focal = () if gamma is None else ("focal_sum", "focal_above_sum")', "focal = ()", TERMS),
     (
         "anl_kernels/terms.py",
@@ -230,7 +230,7 @@ MUTANTS = [
         TERMS,
     ),
     # calls
-    ("anl_kernels/functional.py", "        if len(expression.calls) >= MAX_KEPT:\n", "        if False:\n", FUNCTIONAL),
+    ("anl_kernels/functional.py", "        if len(expression.calls) >= CACHE_SIZE:\n", "        if False:\n", FUNCTIONAL),
     ("anl_kernels/functional.py", "known = options, tuple(map(type, options))", "known = options", FUNCTIONAL),
     ("anl_kernels/functional.py", "key = parameters, tuple(map(type, parameters))", "key = parameters", FUNCTIONAL),
     ("anl_kernels/functional.py", "if not 0.0 < min_prob < 1.0:", "if not 0.0 <= min_prob < 1.0:", FUNCTIONAL),

@@ -73,8 +73,8 @@ class Statistics:
     `target_above`          I_y                                            (constant)
     `target_focal_weight`   w_y                                            (constant)
     `num_classes`           the classes with a logit above -inf            (constant)
-    `log_floor`             -T, a float
-    `focal_floor`           A, a float
+    `log_min_prob`          -T, a float (`log_floor` is another name of it)
+    `focal_clamp_height`    A, a float
     `min_prob`, `gamma`     the call's two numbers
     ======================  =====================================================================
 
@@ -84,7 +84,7 @@ class Statistics:
     def __init__(self, min_prob: float, gamma: float | None):
         self.min_prob = min_prob
         self.gamma = gamma
-        self.log_floor = math.log(min_prob)
+        self.log_min_prob = self.log_floor = math.log(min_prob)
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in PRIMARY and name not in DERIVED:
@@ -97,14 +97,14 @@ class Statistics:
         return value
 
     @property
-    def focal_floor(self) -> float:
-        return focal_floor(self.min_prob, self.gamma)
+    def focal_clamp_height(self) -> float:
+        return focal_clamp_height(self.min_prob, self.gamma)
 
     def _make(self, name: str) -> Tensor:
         raise NotImplementedError
 
 
-def focal_floor(min_prob: float, gamma: float) -> float:
+def focal_clamp_height(min_prob: float, gamma: float) -> float:
     """A = (1 - min_prob)^gamma T: the focal term of a class that the clamp holds."""
     return -((1.0 - min_prob) ** gamma) * math.log(min_prob)
 
@@ -116,7 +116,7 @@ def one_minus_exp(x: Tensor) -> Tensor:
 
 def _target_above(s: Statistics) -> Tensor:
     log_prob = s.target_log_prob.detach()
-    return (log_prob > s.log_floor).to(log_prob.dtype)
+    return (log_prob > s.log_min_prob).to(log_prob.dtype)
 
 
 _DERIVE = {
