@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-import operator
-import os
 from collections.abc import Iterable
 
 import torch
@@ -13,37 +10,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import class_parallel, registry
+from .call import Call, checked_call
 from .layout import WITH_MEMORY, acc_dtype, check_inputs, is_compiling, resolved
-from .statistics import ABOVE, ABOVE_MASS, FOCAL_ABOVE
-from .terms import Algebra, Expression, RowLoss, number
+from .terms import Algebra, Expression, RowLoss
 
-REDUCTIONS = ("none", "mean", "sum")
 CACHE_SIZE = 256  # expressions by their parameters; calls by their keywords
-
-
-class Call:
-    """The checked keywords of a call, and what the kernels need to know of its expression."""
-
-    __slots__ = (
-        "backend", "batch_group", "built_in", "clamp", "class_group", "deferred", "entropy_weight", "expression",
-        "gamma", "ignore_index", "inplace", "min_prob", "modules", "needs", "program", "recompute", "reduction",
-        "terms", "variants",
-    )  # fmt: skip
-
-    @property
-    def explicit(self) -> bool:
-        """Whether somebody named the backend: then it takes protocols that nothing has verified here (trust.py)."""
-        return self.backend != "auto" or os.environ.get("ANL_KERNELS_BACKEND", "auto") not in ("", "auto")
-
-    def variant(self, **changes) -> Call:
-        """This call with some fields changed; kept with it."""
-        key = tuple(changes.items())
-        if key not in self.variants:
-            self.variants[key] = other = Call()
-            for name in self.__slots__:
-                setattr(other, name, changes.get(name, getattr(self, name)))
-            other.program, other.modules, other.variants = None, {}, {}
-        return self.variants[key]
 
 
 def robust_loss(
@@ -131,7 +102,7 @@ def robust_loss(
     if compiling or batch_group is not None or class_group is not None:
         call = checked_call(expression, *options, class_group, batch_group)
     else:
-        call = _known_call(expression, options)
+        call = _cached_call(expression, options)
     if class_group is not None:
         return class_parallel.robust_loss(logits, target, weight, call)
     check_inputs(logits, target, weight, call.clamp)
@@ -142,80 +113,22 @@ robust_loss.__signature__ = inspect.signature(robust_loss)
 robust_loss.__defaults__ = (None, None, None)  # logits may come as `input`; a missing target is then named below
 
 
-def _known_call(expression: Algebra, options: tuple) -> Call:
-    """The call of these keywords: checked when they are first seen, then kept with the expression."""
+def _cached_call(expression: Algebra, options: tuple) -> Call:
+    """The call of these keywords: checked when they are first seen, then cached with the expression."""
     if type(expression) is not Expression and isinstance(expression, Algebra):
         expression = expression.cached() if isinstance(expression, RowLoss) else _expression_of(expression)
     known = options, tuple(map(type, options))  # to tell True from 1
     try:
         return expression.calls[known]
     except (AttributeError, KeyError, TypeError):
-        call = checked_call(expression, *options)
-        call.expression = expression.without_calls()  # no cycle, which only the garbage collector would free
+        if not isinstance(expression, Expression):
+            checked_call(expression, *options)  # raises
+        # Without its calls: no cycle, which only the garbage collector would free.
+        call = checked_call(expression.without_calls(), *options)
         if len(expression.calls) >= CACHE_SIZE:
             expression.calls.clear()
         expression.calls[known] = call
         return call
-
-
-def checked_call(
-    expression,
-    ignore_index,
-    reduction,
-    entropy_weight,
-    min_prob,
-    inplace,
-    recompute,
-    backend,
-    class_group=None,
-    batch_group=None,
-) -> Call:
-    if not isinstance(expression, Algebra):
-        raise TypeError(f"expression must be a loss such as 5 * NCE() + NNCE(), got {type(expression).__name__}")
-    if not isinstance(expression, Expression):
-        expression = Expression(expression.terms_of())
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if type(ignore_index) is not int:
-        if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
-            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-        ignore_index = operator.index(ignore_index)
-    if not isinstance(inplace, bool):
-        raise TypeError(f"inplace must be True or False, got {inplace!r}")
-    if not (recompute is None or isinstance(recompute, bool)):
-        raise TypeError(f"recompute must be True, False or None, got {recompute!r}")
-    if backend != "auto":
-        registry.check_name(backend, "backend")
-    entropy_weight = number("entropy_weight", entropy_weight)
-    min_prob = number("min_prob", min_prob)
-    if not 0.0 < min_prob < 1.0:
-        raise ValueError(f"min_prob must be between 0 and 1, got {min_prob:g}")
-    if not -math.inf < entropy_weight < math.inf:
-        raise ValueError(f"entropy_weight must be finite, got {entropy_weight}")
-    if entropy_weight != 0.0 and reduction == "none":
-        raise ValueError("the batch entropy couples the rows, so it has no value a row: use reduction='mean' or 'sum'")
-    _check_group("class_group", class_group)
-    _check_group("batch_group", batch_group)
-    call = Call()
-    call.expression = expression
-    call.terms = [(term.kind, coef, *term.parameters) for coef, term in expression.terms]
-    call.built_in, call.needs, call.gamma = expression.built_in, expression.needs, expression.gamma
-    call.ignore_index, call.reduction, call.min_prob = ignore_index, reduction, min_prob
-    # K * clamp must stay below 1, or a uniform row would be clamped; 0 for a loss that clamps nothing.
-    call.clamp = min_prob if call.needs & (ABOVE | ABOVE_MASS | FOCAL_ABOVE) else 0.0
-    call.entropy_weight, call.batch_group, call.class_group = entropy_weight, batch_group, class_group
-    call.inplace, call.recompute, call.backend = inplace, recompute, backend
-    call.deferred = bool(recompute) or reduction == "none" or entropy_weight != 0.0
-    call.program, call.modules, call.variants = None, {}, {}  # filled by the backends and the choice among them
-    return call
-
-
-def _check_group(name: str, group) -> None:
-    if group is None or (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
-        return
-    raise ValueError(
-        f"{name} must be a torch.distributed process group that this rank belongs to, got {type(group).__name__}"
-    )
 
 
 def cached(build):

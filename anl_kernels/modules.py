@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .functional import checked_call, robust_loss
+from .call import checked_call
+from .functional import robust_loss
 from .losses import NCE, NFL, NNCE, NNFL, pair
 from .terms import Algebra, Expression, Factor, as_factor
 

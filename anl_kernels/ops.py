@@ -13,27 +13,25 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import autograd, registry
+from .call import Call, KernelTerm
 from .layout import acc_dtype, new_coefs, new_grad, resolved
 from .statistics import coefficients, softmax_coefs
 
 
-class _Kernel:
-    """What the kernels need to know of a call, from an operator's numbers."""
-
-    entropy_weight = 0.0
-    inplace = False
-    program = None
-
-    def __init__(self, terms, min_prob, gamma, needs, ignore_index=-100, reduction="none", explicit=False):
-        flat = iter(terms)
-        self.terms = [(int(kind), coef, p0, p1) for kind, coef, p0, p1 in zip(flat, flat, flat, flat)]
-        self.min_prob, self.gamma, self.needs = min_prob, gamma, needs
-        self.ignore_index, self.reduction, self.explicit = ignore_index, reduction, explicit
-
-
 @functools.lru_cache(maxsize=256)
-def _kernel(*numbers) -> _Kernel:
-    return _Kernel(*numbers)
+def _call(terms, min_prob, gamma, needs, ignore_index=-100, reduction="none", explicit_backend="auto") -> Call:
+    """The call that an operator's numbers stand for. explicit_backend: "auto" where the caller named none."""
+    flat = iter(terms)
+    terms = tuple(KernelTerm(int(kind), *numbers) for kind, *numbers in zip(flat, flat, flat, flat))
+    return Call(
+        terms=terms,
+        min_prob=min_prob,
+        gamma=gamma,
+        needs=needs,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=explicit_backend,
+    )
 
 
 @custom_op("anl_kernels::row_loss", mutates_args=())
@@ -50,12 +48,12 @@ def row_loss(
     backend: str,
     explicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (10, *target.shape).
+    """The loss of a sum of built-in terms (kind, factor, p0, p1, ...), and what row_grad needs (10, *target.shape).
 
     explicit: the caller named the backend.
     """
     kernels = registry.fused(backend, explicit)
-    call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, explicit)
+    call = _call(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, backend if explicit else "auto")
     logits, weight = resolved(logits), resolved(weight)
     coefs = new_coefs(logits, target)
     return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
@@ -82,7 +80,7 @@ def row_stats(
 ) -> tuple[Tensor, Tensor]:
     """The statistics' table (13, *target.shape), float64, and the column sums of p (K,), or (0,) if not wanted."""
     kernels = registry.fused(backend, explicit)
-    call = _kernel((), min_prob, gamma, needs, ignore_index, "none", explicit)
+    call = _call((), min_prob, gamma, needs, ignore_index, "none", backend if explicit else "auto")
     logits = resolved(logits)
     table = kernels.row_stats(call, logits, target)
     if not with_sums:
@@ -113,7 +111,7 @@ def row_grad(
     """The gradient by the logits, from row_loss's coefs; column_grad: the gradient by row_stats' column sums."""
     kernels = registry.fused(backend, explicit=True)
     entropy = None if column_grad is None else (column_grad, column_grad.new_ones(()))
-    call = _kernel((), min_prob, gamma, needs)
+    call = _call((), min_prob, gamma, needs)
     return kernels.row_grad(call, resolved(logits), target, coefs.contiguous(), resolved(grad_output), entropy)
 
 
@@ -147,7 +145,8 @@ def _save_stats(ctx, inputs, output):
 
 def _grad_of_stats(ctx, partials, column_grad):
     logits, target, table = ctx.saved_tensors
-    call = _Kernel((), *ctx.numbers)
+    min_prob, gamma, needs = ctx.numbers
+    call = Call(min_prob=min_prob, gamma=gamma, needs=needs)
     coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
     column_grad = column_grad if ctx.with_sums else None
     return row_grad(logits, target, coefs, None, column_grad, *ctx.numbers, ctx.backend), *[None] * 8

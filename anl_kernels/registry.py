@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import autograd
 from .backends import LaunchRefused, cpu, cuda, reference, triton
-from .layout import log_once
+from .layout import is_compiling, log_once
+
+if TYPE_CHECKING:
+    from .call import Call
 
 _MODULES = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}  # fastest first
 # What `auto` tries, in this order, before the reference.
@@ -88,15 +91,28 @@ def _why_not(module, arguments) -> str | None:
 _WITH_FALLBACKS = {name: WithFallbacks(name) for name in ("cuda", "triton")}
 
 
-def choose(logits: Tensor, call):
+_chosen: dict[tuple[str, torch.device, bool], object] = {}  # the backends of earlier calls
+_MANY = 1 << 31  # logits of which a row may have more classes than a backend takes
+
+
+def choose(logits: Tensor, call: Call):
     """The backend that runs `call`; an explicit one that cannot raises with the reason."""
     name, asked_by = call.backend, "backend"
     if name == "auto":
         name, asked_by = os.environ.get("ANL_KERNELS_BACKEND") or "auto", "ANL_KERNELS_BACKEND"
-    key = (name, logits.device.type)
-    if key not in call.modules:
-        call.modules[key] = _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
-    return call.modules[key]
+    if is_compiling() or logits.numel() >= _MANY:  # a compiled graph would guard on what is cached
+        return _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
+    key = name, logits.device, call.inplace
+    found = _chosen.get(key)
+    if found is None:
+        found = _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
+        _chosen[key] = found
+    return found
+
+
+def choose_anew() -> None:
+    """Forgets what earlier calls took: for tests, which change what can run."""
+    _chosen.clear()
 
 
 def check_name(name: str, asked_by: str) -> None:

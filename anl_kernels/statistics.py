@@ -11,6 +11,7 @@ from .entropy import all_reduced, world_size
 
 # Bits of the passes over a row that a statistic asks for (the compiled modules use the same numbers).
 ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = 1, 2, 4, 8
+CLAMPED = ABOVE | ABOVE_MASS | FOCAL_ABOVE
 
 # The statistics that a loss may be differentiated by, and the passes each needs.
 PRIMARY = {

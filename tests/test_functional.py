@@ -11,7 +11,7 @@ from helpers import THERE, single
 
 import anl_kernels as ak
 from anl_kernels import functional, losses
-from anl_kernels.functional import checked_call
+from anl_kernels.call import checked_call
 
 # function -> (its own parameters, the oracle's terms for them)
 FUNCTIONS = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from ..layout import as_rows, bad_label, shape_and_strides
 from ..statistics import IGNORED
 from . import compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address
+
+if TYPE_CHECKING:
+    from ..call import KernelTerm
 
 NAME = "cpu"
 PURPOSE = "fused C++ kernels on PyTorch's threads"
@@ -32,9 +37,9 @@ def info() -> dict:
     return _cpu.info()
 
 
-def _program(call):
-    call.program = _cpu.Program(call.terms, call.min_prob, call.gamma or 0.0)
-    return call.program
+@lru_cache(maxsize=256)
+def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float | None, needs: int):
+    return _cpu.Program(terms, min_prob, gamma or 0.0)
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
@@ -49,7 +54,8 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
         weight = weight.to(acc).contiguous()
     loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
     bad = _cpu.row_loss(
-        call.program or _program(call), DTYPES[dtype], shape, address(rows, "logits"), strides,
+        _terms_program(call.terms, call.min_prob, call.gamma, call.needs), DTYPES[dtype], shape,
+        address(rows, "logits"), strides,
         address(grad, "the gradient"), grad_strides, address(target, "target"), TARGETS[target.dtype],
         call.ignore_index, address(weight, "weight"), REDUCTIONS[call.reduction], loss.data_ptr(),
         address(coefs, "coefs"), fresh,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .. import autograd, trust
 from ..layout import acc_dtype, as_rows, log_once, shape_and_strides
 from . import LaunchRefused, compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address
+
+if TYPE_CHECKING:
+    from ..call import KernelTerm
 
 NAME = "cuda"
 PURPOSE = "fused CUDA kernels for NVIDIA GPUs"
@@ -89,8 +93,8 @@ def _launch(kernel, *arguments) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(terms: tuple, min_prob: float, gamma: float):
-    return _cuda.Program(terms, min_prob, gamma)
+def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float | None, needs: int):
+    return _cuda.Program(terms, min_prob, gamma or 0.0)
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
@@ -106,7 +110,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     if weight is not None:
         weight = weight.to(acc).contiguous()
     _launch(
-        _cuda.row_loss, _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape,
+        _cuda.row_loss, _terms_program(call.terms, call.min_prob, call.gamma, call.needs), DTYPES[dtype], shape,
         address(rows, "logits"), strides, address(grad, "the gradient"), grad_strides,
         address(target, "target"), TARGETS[target.dtype], call.ignore_index, address(weight, "weight"),
         REDUCTIONS[call.reduction], loss.data_ptr(), address(coefs, "coefs"), _where(logits, _protocols(call, logits)),

@@ -71,9 +71,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     rows, shape, strides = as_rows(logits)
     grad_strides = strides if grad is None else shape_and_strides(grad)[1]
     view = launch.view_of(shape, logits.element_size(), strides, grad_strides)
-    program = passes.program(
-        tuple(call.terms), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64
-    )
+    program = passes.program(call.terms, call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64)
     weight = None if weight is None else weight.contiguous()
     return passes.row_loss(program, call, rows, view, target.contiguous(), weight, grad, coefs)
 
