@@ -22,7 +22,6 @@ from .derivatives import (
     second_vjp,
     times,
 )
-from .entropy import batch_entropy, world_size
 from .layout import (
     acc_dtype,
     is_compiling,
@@ -34,7 +33,8 @@ from .layout import (
     refuse_leaf,
     resolved,
 )
-from .statistics import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
+from .reduction import batch_entropy, loss_of_table, mean_as_sum, world_size
+from .statistics import CoefField, coefficients, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -51,10 +51,10 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
     if not call.built_in:
         return stats_loss(kernels, logits, target, weight, call)
     if call.batch_group is not None and call.reduction == "mean":
-        weight, nothing = mean_as_sum(
+        weight, nan_if_empty = mean_as_sum(
             target, weight, call, logits.shape[min(1, logits.dim() - 1)], acc_dtype(logits.dtype)
         )
-        return robust_loss(kernels, logits, target, weight, call.variant(reduction="sum")) + nothing
+        return robust_loss(kernels, logits, target, weight, call.variant(reduction="sum")) + nan_if_empty
     if differentiate:
         return _fused_loss(logits, target, weight, call, kernels)
     if call.entropy_weight:
@@ -117,7 +117,7 @@ class FusedLoss(Function):
         again, call = torch.is_grad_enabled(), ctx.call
         if again and call.inplace:  # the formulas will want the logits
             call = call.variant(inplace=False)
-        seed = grad_output if usual else torch.ones_like(coefs[0]) if call.reduction == "none" else coefs.new_ones(())
+        seed = grad_output if usual else coefs.new_ones(target.shape if call.reduction == "none" else ())
         entropy = (entropy[0], entropy[1] * seed.detach()) if entropy else None
         grad = row_grad(ctx.kernels, call, logits.detach(), target, coefs, seed.detach(), entropy)
         if again:
@@ -172,7 +172,7 @@ class _Overwritten(Function):
 def _with_entropy(kernels, logits, target, weight, call, coefs):
     """The loss with the batch entropy term, and what the term's gradient needs: (log_q, scale)."""
     loss = kernels.row_loss(call, logits, target, weight, None, coefs)
-    rows = (coefs[1] != 0.0).sum(dtype=torch.float64)  # of an ignored row the kernels write 0 there
+    rows = (coefs[CoefField.INV_SUM] != 0.0).sum(dtype=torch.float64)  # of an ignored row the kernels write 0 there
     entropy, log_q, rows = batch_entropy(kernels.column_sums(logits, coefs), rows, call)
     loss += call.entropy_weight * entropy
     return loss, (log_q, call.entropy_weight * world_size(call.batch_group) / rows)
@@ -183,22 +183,8 @@ def stats_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, c
     return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
 
 
-def loss_of_table(table, sums, target, weight, call, dtype, classes=None) -> Tensor:
-    """f of the statistics, reduced, with the entropy term; differentiable by `table` and `sums`.
-
-    classes: how many there are, where `sums` are those of a slice of them.
-    """
-    s = TableStatistics(table, call.min_prob, call.gamma, call.needs)
-    valid = table[VALID].detach() != 0.0
-    label = torch.where(valid, target.long(), 0)
-    loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
-    if call.entropy_weight:
-        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call, classes)[0]
-    return loss.to(dtype)
-
-
 class RowStats(Function):
-    """(logits, target) -> the statistics' table (13, *target.shape) and, for the entropy, the column sums of p (K,)."""
+    """(logits, target) -> the statistics' table and, for the entropy, the column sums of p (K,)."""
 
     @staticmethod
     def forward(logits, target, call, kernels):

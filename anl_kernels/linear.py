@@ -30,7 +30,8 @@ from .class_parallel import Slice
 from .derivatives import BATCHED_ONCE, by_formulas, differentiable, is_usual, times
 from .layout import WITH_MEMORY, acc_dtype, bad_label, check_inputs, is_concrete, log_once, resolved
 from .losses import NCE, NFL, NNCE, NNFL
-from .statistics import coefficients, mean_as_sum, softmax_coefs
+from .reduction import mean_as_sum
+from .statistics import NUM_STATS, coefficients, softmax_coefs
 from .terms import Algebra
 
 # A chunk's memory if the caller does not say: products of so many rows run near full speed at a million classes.
@@ -515,7 +516,7 @@ class _Statistics(Function):
     def forward(ctx, hidden, weight, bias, labels, job):
         call, kernels = job.call, job.kernels
         ctx.job, acc = job, acc_dtype(job.dtype)
-        table = torch.empty((13, len(labels)), dtype=torch.float64, device=hidden.device)
+        table = torch.empty((NUM_STATS, len(labels)), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(weight) if call.entropy_weight else 0, dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             products = _Products(_Matrices(hidden, weight, bias), job)

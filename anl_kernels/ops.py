@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import autograd, registry
+from . import registry
 from .call import Call, KernelTerm
 from .layout import acc_dtype, new_coefs, new_grad, resolved
-from .statistics import coefficients, softmax_coefs
+from .reduction import loss_of_table
+from .statistics import NUM_COEFS, NUM_STATS, coefficients, softmax_coefs
 
 
 @functools.lru_cache(maxsize=256)
@@ -48,7 +49,7 @@ def row_loss(
     backend: str,
     explicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a sum of built-in terms (kind, factor, p0, p1, ...), and what row_grad needs (10, *target.shape).
+    """The loss of a sum of built-in terms (kind, factor, p0, p1, ...), and the coefficients that row_grad takes.
 
     explicit: the caller named the backend.
     """
@@ -63,7 +64,7 @@ def row_loss(
 def _(logits, target, weight, terms, min_prob, gamma, needs, ignore_index, reduction, backend, explicit):
     dtype = acc_dtype(logits.dtype)
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((10, *target.shape), dtype=dtype)
+    return loss, logits.new_empty((NUM_COEFS, *target.shape), dtype=dtype)
 
 
 @custom_op("anl_kernels::row_stats", mutates_args=())
@@ -78,7 +79,7 @@ def row_stats(
     backend: str,
     explicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The statistics' table (13, *target.shape), float64, and the column sums of p (K,), or (0,) if not wanted."""
+    """The statistics' table and the column sums of p (K,), or (0,) if not wanted."""
     kernels = registry.fused(backend, explicit)
     call = _call((), min_prob, gamma, needs, ignore_index, "none", backend if explicit else "auto")
     logits = resolved(logits)
@@ -91,7 +92,7 @@ def row_stats(
 
 @row_stats.register_fake
 def _(logits, target, min_prob, gamma, needs, ignore_index, with_sums, backend, explicit):
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    table = logits.new_empty((NUM_STATS, *target.shape), dtype=torch.float64)
     classes = logits.shape[1 if logits.dim() > 1 else 0]
     return table, table.new_empty(classes if with_sums else 0)
 
@@ -168,4 +169,4 @@ def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, 
     with_sums = call.entropy_weight != 0.0
     numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, kernels.NAME, call.explicit)
     table, sums = row_stats(logits, target, *numbers)
-    return autograd.loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
+    return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))

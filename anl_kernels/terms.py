@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .statistics import DERIVED, FOCAL_STATISTICS, PRIMARY, Statistics, needs_of
+from .statistics import STATISTICS, Statistics, needs_of
 
 MAX_TERMS = 16  # of a sum that the compiled modules know; a longer one is computed as any loss is
 
@@ -254,10 +254,10 @@ class _Probe(Statistics):
         super().__init__(1e-7, gamma)
         self.seen = set()
 
-    def _make(self, name):
-        self.seen.add(name)
-        made_up = {"lse": 2.0, "target_logit": 1.0, "target_log_prob": -1.0}
-        return torch.full((1,), made_up.get(name, 4.0), dtype=torch.float64)  # (1,) goes with tensors of any length
+    def _make(self, statistic):
+        self.seen.add(statistic.name)
+        value = {"lse": 2.0, "target_log_prob": -1.0}.get(statistic.name, 4.0)
+        return torch.full((1,), value, dtype=torch.float64)  # (1,) goes with tensors of any length
 
 
 class RowLoss(Term):
@@ -313,9 +313,8 @@ def _probe(f, gamma) -> tuple[str, ...]:
         with torch.no_grad():
             f(probe)  # where torch.compile fails here: say what f reads, RowLoss(f, needs=[...])
     except Exception:
-        focal = () if gamma is None else ("focal_sum", "focal_above_sum")
-        return (*(name for name in PRIMARY if name not in FOCAL_STATISTICS), *focal)
-    return tuple(name for name in (*PRIMARY, *DERIVED) if name in probe.seen)
+        return tuple(s.name for s in STATISTICS.values() if s.derive is None and not (s.focal and gamma is None))
+    return tuple(name for name in STATISTICS if name in probe.seen)
 
 
 def __getattr__(name: str):

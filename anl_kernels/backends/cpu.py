@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import autograd
 from ..layout import as_rows, bad_label, shape_and_strides
-from ..statistics import IGNORED
+from ..statistics import IGNORED, NUM_FIRST_SUMS, NUM_SECOND_SUMS, NUM_STATS
 from . import compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address
 
@@ -43,7 +43,7 @@ def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float 
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+    """The loss; `grad` (logits' shape) or `coefs` (NUM_COEFS, *target.shape) are filled if given."""
     dtype = logits.dtype
     acc = torch.float64 if dtype is torch.float64 else torch.float32
     rows, shape, strides = as_rows(logits)
@@ -66,10 +66,10 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
 
 
 def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
-    """The statistics' table (13, *target.shape), float64."""
+    """The statistics' table (NUM_STATS, *target.shape), float64."""
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    table = logits.new_empty((NUM_STATS, *target.shape), dtype=torch.float64)
     bad = _cpu.row_stats(
         DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"),
         TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
@@ -84,7 +84,7 @@ def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Ten
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
     lse = None if lse is None else lse.contiguous()
-    table = logits.new_empty((4 if lse is None else 7, *target.shape), dtype=torch.float64)
+    table = logits.new_empty((NUM_FIRST_SUMS if lse is None else NUM_SECOND_SUMS, *target.shape), dtype=torch.float64)
     _cpu.slice_stats(
         DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"), IGNORED,
         call.min_prob, call.gamma or 0.0, call.needs, address(lse, "lse"), table.data_ptr(),

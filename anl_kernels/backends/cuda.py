@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import autograd, trust
 from ..layout import acc_dtype, as_rows, log_once, shape_and_strides
+from ..statistics import NUM_STATS
 from . import LaunchRefused, compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address
 
@@ -98,7 +99,7 @@ def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float 
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+    """The loss; `grad` (logits' shape) or `coefs` (NUM_COEFS, *target.shape) are filled if given."""
     dtype = logits.dtype
     acc = acc_dtype(dtype)
     rows, shape, strides = as_rows(logits)
@@ -119,10 +120,10 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
 
 
 def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
-    """The statistics' table (13, *target.shape), float64."""
+    """The statistics' table (NUM_STATS, *target.shape), float64."""
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    table = logits.new_empty((NUM_STATS, *target.shape), dtype=torch.float64)
     _launch(
         _cuda.row_stats, DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"),
         TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),

@@ -66,7 +66,7 @@ def _kernels():
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+    """The loss; `grad` (logits' shape) or `coefs` (NUM_COEFS, *target.shape) are filled if given."""
     passes, launch, *_ = _kernels()
     rows, shape, strides = as_rows(logits)
     grad_strides = strides if grad is None else shape_and_strides(grad)[1]
@@ -77,7 +77,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
 
 
 def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
-    """The statistics' table (13, *target.shape), float64."""
+    """The statistics' table (NUM_STATS, *target.shape), float64."""
     passes, launch, *_ = _kernels()
     rows, shape, strides = as_rows(logits)
     view = launch.view_of(shape, logits.element_size(), strides, strides)

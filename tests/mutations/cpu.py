@@ -159,8 +159,8 @@ MUTANTS = [
     ),
     (
         "anl_kernels/backends/cpu.py",
-        "    target = target.contiguous()\n    table = logits.new_empty((13,",
-        "    table = logits.new_empty((13,",
+        "    target = target.contiguous()\n    table = logits.new_empty((NUM_STATS,",
+        "    table = logits.new_empty((NUM_STATS,",
         f"{FAULTS} -k with_gaps",
     ),
     (

@@ -96,20 +96,35 @@ MUTANTS = [
         SLICES,
     ),
     (
-        "anl_kernels/slices.py",
-        "(-torch.expm1(l)).clamp(min=0.0) ** call.gamma",
-        "(-torch.expm1(l)) ** call.gamma",
+        "anl_kernels/backends/reference.py",
+        "(-torch.expm1(x - log_sum)).clamp(min=0.0) **",
+        "(-torch.expm1(x - log_sum)) **",
         SLICES,
     ),
     (
-        "anl_kernels/slices.py",
-        "torch.where(z == -math.inf, high - high, value)",
-        "torch.where(z == -math.inf, 0.0, value)",
+        "anl_kernels/backends/reference.py",
+        "torch.where(inv_sum.isnan(), math.nan, grad)",
+        "grad",
         SLICES,
     ),
-    ("anl_kernels/slices.py", "= first[COUNT] + 1.0 + poison", "= first[COUNT] + 1.0", SLICES),
-    ("anl_kernels/slices.py", "(second[BELOW_MASS] + (1.0 - above) * l.exp())", "second[BELOW_MASS]", SLICES),
-    ("anl_kernels/slices.py", "value = torch.where(above > 0, a_above, a) * l.exp()", "value = a * l.exp()", SLICES),
+    (
+        "anl_kernels/backends/reference.py",
+        "= first[SliceField.COUNT] + 1.0 + poison",
+        "= first[SliceField.COUNT] + 1.0",
+        SLICES,
+    ),
+    (
+        "anl_kernels/backends/reference.py",
+        "1.0 - with_target[SliceSecond.BELOW_MASS]",
+        "1.0 - second[SliceSecond.BELOW_MASS]",
+        SLICES,
+    ),
+    (
+        "anl_kernels/backends/reference.py",
+        "torch.where(above, coefs[CoefField.A_ABOVE], coefs[CoefField.A])",
+        "coefs[CoefField.A]",
+        SLICES,
+    ),
     ("anl_kernels/class_parallel.py", "sum(sizes[: dist.get_rank(group)])", "sizes[0] * dist.get_rank(group)", RANKS),
     (
         "anl_kernels/class_parallel.py",
@@ -124,7 +139,7 @@ MUTANTS = [
         "        moments = moments.clone()\n",
         RANKS,
     ),
-    ("anl_kernels/entropy.py", "shared = sums * world_size(call.batch_group)", "shared = sums", RANKS),
+    ("anl_kernels/reduction.py", "shared = sums * world_size(call.batch_group)", "shared = sums", RANKS),
     ("anl_kernels/statistics.py", "missing = -torch.expm1(log_prob)", "missing = 1.0 - torch.exp(log_prob)", TERMS),
     (
         "anl_kernels/class_parallel.py",
@@ -202,7 +217,7 @@ MUTANTS = [
     # terms
     ("anl_kernels/terms.py", "if not (low < value < math.inf or", "if not (low < value or", TERMS),
     ("anl_kernels/losses.py", "    a: float = 0.6\n", "    a: float = 6.0\n", FUNCTIONAL),
-    ("anl_kernels/terms.py", 'focal = () if gamma is None else ("focal_sum", "focal_above_sum")', "focal = ()", TERMS),
+    ("anl_kernels/terms.py", "not (s.focal and gamma is None)", "not s.focal", TERMS),
     (
         "anl_kernels/terms.py",
         "return self.gamma == other.gamma and self.parameters == other.parameters",
