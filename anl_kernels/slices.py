@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from .backends import reference
-from .backends.reference import added, merged, second_terms, table_of_sums, target_of
+from .backends.reference import added, merged, table_of_sums, target_of
 from .layout import log_once
 from .statistics import (
-    ANY_NEEDS,
     ELSEWHERE,
     IGNORED,
     NUM_FIRST_SUMS,
@@ -26,7 +25,6 @@ from .statistics import (
     TARGET_LOGIT,
     CoefField,
     SliceField,
-    StatField,
     second_fields,
 )
 
@@ -84,21 +82,8 @@ def second_sums(kernels, call: Call, logits: Tensor, labels: Tensor, first: Tens
 def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, call: Call) -> Tensor:
     """The statistics' table of whole rows, as `row_stats` makes it."""
     rows = table_of_sums(first, second, call)
-    uniform = _uniform_table(classes, call).to(rows.device)
+    uniform = reference.uniform_table(classes, call).to(rows.device)
     return torch.where(valid, rows, uniform.view(-1, *[1] * valid.dim()))
-
-
-def _uniform_table(classes: int, call: Call) -> Tensor:
-    """(NUM_STATS,): what an ignored row has. A uniform row's: any f is finite there, and its result is dropped."""
-    call = call.variant(needs=ANY_NEEDS, gamma=call.gamma or 0.0)
-    others = classes - 1.0
-    first = torch.zeros(NUM_MERGED, dtype=torch.float64)
-    first[SliceField.TAIL] = first[SliceField.COUNT] = others
-    first[OWNED] = 1.0
-    second = others * torch.stack(second_terms(torch.tensor(-math.log(classes), dtype=torch.float64), call))
-    table = table_of_sums(first, second, call)
-    table[StatField.VALID] = 0.0
-    return table
 
 
 def grad(kernels, call, logits: Tensor, labels: Tensor, coefs: Tensor, entropy=None) -> Tensor:

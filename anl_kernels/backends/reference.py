@@ -15,6 +15,7 @@ from ..layout import acc_dtype, bad_label, is_concrete, new_grad
 from ..reduction import batch_entropy, reduce_rows
 from ..statistics import (
     ANY_FOCAL,
+    ANY_NEEDS,
     IGNORED,
     NUM_FIRST_SUMS,
     NUM_SECOND_SUMS,
@@ -189,11 +190,11 @@ def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) 
 
 def _first_sums(z: Tensor, other: Tensor) -> list[Tensor]:
     high = z.amax(1, keepdim=True)
-    x = torch.where(other, z - high, 0.0)
-    total = lambda terms: torch.where(other, terms, 0.0).sum(1, dtype=torch.float64)
+    terms = first_terms(torch.where(other, z - high, 0.0))
+    sums = [high.squeeze(1), *(torch.where(other, x, 0.0).sum(1, dtype=torch.float64) for x in terms)]
     # Where the largest is NaN or +inf, a class at -inf would hide it from the sums.
-    poison = torch.where(high.squeeze(1) < math.inf, 0.0, math.nan)
-    return [high.squeeze(1), total(x.exp()), total(-x) + poison, total(torch.ones_like(x))]
+    sums[SliceField.GAP] += torch.where(sums[SliceField.MAX] < math.inf, 0.0, math.nan)
+    return sums
 
 
 def _second_sums(call: Call, z: Tensor, other: Tensor, lse: Tensor) -> list[Tensor]:
@@ -231,6 +232,11 @@ def added(parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def first_terms(x: Tensor) -> list[Tensor]:
+    """What a class adds to each of the first sums, in SliceField's order after the max; x = z_j - max."""
+    return [x.exp(), -x, torch.ones_like(x)]
 
 
 def second_terms(l: Tensor, call: Call) -> list[Tensor]:
@@ -272,6 +278,18 @@ def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
         rows[StatField.FOCAL_ABOVE_SUM] = with_target[SliceSecond.FOCAL_ABOVE_SUM]
         rows[StatField.FOCAL_ABOVE_WEIGHT] = with_target[SliceSecond.FOCAL_ABOVE_WEIGHT]
     return rows
+
+
+def uniform_table(classes: int, call: Call) -> Tensor:
+    """(NUM_STATS,): what an ignored row has. A uniform row's: any f is finite there, and its result is dropped."""
+    call = call.variant(needs=ANY_NEEDS, gamma=call.gamma or 0.0)
+    zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    others = classes - 1.0
+    first = torch.stack((zero, *(others * term for term in first_terms(zero)), zero, one))
+    second = others * torch.stack(second_terms(-math.log(classes) * one, call))
+    table = table_of_sums(first, second, call)
+    table[StatField.VALID] = 0.0
+    return table
 
 
 # ---- the gradient
