@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .registry import check_name
+from .backends import check_name
 from .statistics import CLAMPED
 from .terms import Algebra, Expression, number
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import class_parallel, registry
+from . import autograd, class_parallel, registry
+from .backends import LaunchRefused, reference
 from .call import Call, checked_call
-from .layout import WITH_MEMORY, acc_dtype, check_inputs, is_compiling, resolved
+from .layout import WITH_MEMORY, acc_dtype, check_inputs, is_compiling, log_once, resolved
 from .terms import Algebra, Expression, RowLoss
 
 CACHE_SIZE = 256  # expressions by their parameters; calls by their keywords
@@ -106,7 +107,16 @@ def robust_loss(
     if class_group is not None:
         return class_parallel.robust_loss(logits, target, weight, call)
     check_inputs(logits, target, weight, call.clamp)
-    return registry.choose(logits, call).robust_loss(logits, target, weight, call)
+    backend = registry.choose(logits, call)
+    if backend is reference:
+        return reference.loss_by_formulas(logits, target, weight, call)
+    try:
+        return autograd.fused_loss(backend, logits, target, weight, call)
+    except LaunchRefused as refused:
+        if call.explicit or reference.cannot_run(logits, call):
+            raise
+        log_once(f"{refused}; the reference backend runs it")
+        return reference.loss_by_formulas(logits, target, weight, call)
 
 
 robust_loss.__signature__ = inspect.signature(robust_loss)

@@ -163,6 +163,11 @@ def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
     return logits.new_empty((NUM_COEFS, *target.shape), dtype=acc_dtype(logits.dtype))
 
 
+def with_step(grad_output: Tensor) -> tuple[Tensor, int]:
+    """grad_output, and the elements from row to row: 0 for a number, or a number expanded to the rows."""
+    return (grad_output.contiguous(), 1) if any(grad_output.stride()) else (grad_output, 0)
+
+
 def refuse_leaf(logits: Tensor) -> None:
     """Raises if to overwrite these logits would overwrite a leaf that requires grad, such as a parameter."""
     base = logits if logits._base is None else logits._base

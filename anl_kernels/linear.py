@@ -500,7 +500,7 @@ class _InForward(Function):
             keep = again or _keeps_graph()
             grads = [job.kernels.scaled(grad, grad_output.detach(), keep) for grad in grads]
         if again:
-            of_logits = lambda logits: reference.robust_loss(logits, labels, class_weight, job.call)
+            of_logits = lambda logits: reference.loss_by_formulas(logits, labels, class_weight, job.call)
             formulas, inputs = _of_needed(job, _Matrices(hidden, weight, bias), needs, of_logits)
             seed = grad_output if usual else torch.ones((), dtype=acc_dtype(job.dtype), device=labels.device)
             grads = differentiable([grad.detach() for grad in grads], formulas, inputs, [seed])
@@ -547,7 +547,7 @@ class _Statistics(Function):
             return *_batched_gradients(job, matrices, labels, table, *cotangents, needs=needs), None, None
         grads = _gradients(job, matrices, labels, table, *cotangents, needs=needs)
         if torch.is_grad_enabled():
-            of_logits = lambda logits: reference.row_stats(logits, labels, call)
+            of_logits = lambda logits: reference.stats_by_formulas(logits, labels, call)
             formulas, inputs = _of_needed(job, matrices, needs, of_logits)
             grads = _spread(differentiable([x for x in grads if x is not None], formulas, inputs, cotangents), needs)
         return *grads, None, None
@@ -586,7 +586,7 @@ def _tiles(products: _Products, rows):
 
 def _is_whole(job: _Job) -> bool:
     """Whether a chunk holds whole rows, so that the kernels for these serve."""
-    return job.share.group is None and job.plan.classes >= job.share.size and hasattr(job.kernels, "row_stats")
+    return job.share.group is None and job.plan.classes >= job.share.size and job.kernels is not reference
 
 
 def _table(job: _Job, labels: Tensor, tiles) -> Tensor:

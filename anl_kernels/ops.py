@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import registry
+from .backends import FusedBackend
 from .call import Call, KernelTerm
 from .layout import acc_dtype, new_coefs, new_grad, resolved
 from .reduction import loss_of_table
@@ -53,11 +54,11 @@ def row_loss(
 
     explicit: the caller named the backend.
     """
-    kernels = registry.fused(backend, explicit)
+    fused = registry.fused(backend, explicit)
     call = _call(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, backend if explicit else "auto")
     logits, weight = resolved(logits), resolved(weight)
     coefs = new_coefs(logits, target)
-    return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
+    return fused.row_loss(call, logits, target, weight, None, coefs), coefs
 
 
 @row_loss.register_fake
@@ -80,14 +81,14 @@ def row_stats(
     explicit: bool,
 ) -> tuple[Tensor, Tensor]:
     """The statistics' table and the column sums of p (K,), or (0,) if not wanted."""
-    kernels = registry.fused(backend, explicit)
+    fused = registry.fused(backend, explicit)
     call = _call((), min_prob, gamma, needs, ignore_index, "none", backend if explicit else "auto")
     logits = resolved(logits)
-    table = kernels.row_stats(call, logits, target)
+    table = fused.row_stats(call, logits, target)
     if not with_sums:
         return table, table.new_empty(0)
     coefs = torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype))
-    return table, kernels.column_sums(logits, coefs)
+    return table, fused.column_sums(logits, coefs)
 
 
 @row_stats.register_fake
@@ -110,10 +111,10 @@ def row_grad(
     backend: str,
 ) -> Tensor:
     """The gradient by the logits, from row_loss's coefs; column_grad: the gradient by row_stats' column sums."""
-    kernels = registry.fused(backend, explicit=True)
+    fused = registry.fused(backend, explicit=True)
     entropy = None if column_grad is None else (column_grad, column_grad.new_ones(()))
     call = _call((), min_prob, gamma, needs)
-    return kernels.row_grad(call, resolved(logits), target, coefs.contiguous(), resolved(grad_output), entropy)
+    return fused.row_grad(call, resolved(logits), target, coefs.contiguous(), resolved(grad_output), entropy)
 
 
 @row_grad.register_fake
@@ -158,15 +159,15 @@ row_stats.register_autograd(_grad_of_stats, setup_context=_save_stats)
 row_grad.register_autograd(_only_once)
 
 
-def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    """`autograd.robust_loss` through the operators."""
+def traced_loss(backend: FusedBackend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """`autograd.fused_loss` through the operators."""
     gamma = 0.0 if call.gamma is None else call.gamma
     shared_mean = call.batch_group is not None and call.reduction == "mean"
     if call.built_in and not call.entropy_weight and not shared_mean:
         terms = [float(number) for term in call.terms for number in term]
-        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, kernels.NAME, call.explicit)
+        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, backend.NAME, call.explicit)
         return row_loss(logits, target, weight, terms, *numbers)[0]
     with_sums = call.entropy_weight != 0.0
-    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, kernels.NAME, call.explicit)
+    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, backend.NAME, call.explicit)
     table, sums = row_stats(logits, target, *numbers)
     return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))

@@ -7,15 +7,12 @@ of the rows' p (Ye et al., arXiv 2412.02373).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .call import Call
 from .statistics import StatField, TableStatistics
-
-if TYPE_CHECKING:
-    from .call import Call
 
 
 def world_size(group) -> int:

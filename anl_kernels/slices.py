@@ -7,14 +7,13 @@ its gradient cancels exactly. Logits here are (N, K_r, ...): the caller gives on
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .backends import reference
+from .backends import Backend, reference
 from .backends.reference import added, merged, table_of_sums, target_of
-from .layout import log_once
+from .call import Call
 from .statistics import (
     ELSEWHERE,
     IGNORED,
@@ -28,9 +27,6 @@ from .statistics import (
     second_fields,
 )
 
-if TYPE_CHECKING:
-    from .call import Call
-
 __all__ = ["added", "first_sums", "grad", "local_labels", "merged", "moments", "second_fields", "second_sums", "table"]
 
 CHUNK_ELEMENTS = 1 << 22  # of logits, where PyTorch's own operators make temporaries of them
@@ -43,17 +39,7 @@ def local_labels(target: Tensor, valid: Tensor, start: int, size: int) -> Tensor
     return torch.where(valid, local, IGNORED)
 
 
-def _kernel(kernels):
-    """`slice_stats` of the backend module, or PyTorch's operators in its place."""
-    if not hasattr(kernels, "slice_stats"):
-        log_once(
-            f"anl_kernels: the {kernels.NAME} backend has no kernel for slices of the classes: PyTorch's operators"
-        )
-        return reference.slice_stats
-    return kernels.slice_stats
-
-
-def first_sums(kernels, call: Call, logits: Tensor, labels: Tensor) -> Tensor:
+def first_sums(backend: Backend, call: Call, logits: Tensor, labels: Tensor) -> Tensor:
     """(NUM_MERGED, *labels.shape), float64: the kernel's sums, the target's logit, and 1 where it is here.
 
     The max is -inf where the slice has no class.
@@ -62,7 +48,7 @@ def first_sums(kernels, call: Call, logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] == 0:
         sums[SliceField.MAX] = -math.inf
         return sums
-    sums[:NUM_FIRST_SUMS] = _kernel(kernels)(call, logits, labels, None)
+    sums[:NUM_FIRST_SUMS] = backend.slice_stats(call, logits, labels, None)
     here = labels >= 0
     target = logits.detach().gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).double()
     sums[TARGET_LOGIT] = torch.where(here, target, 0.0)
@@ -70,23 +56,24 @@ def first_sums(kernels, call: Call, logits: Tensor, labels: Tensor) -> Tensor:
     return sums
 
 
-def second_sums(kernels, call: Call, logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+def second_sums(backend: Backend, call: Call, logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
     """(NUM_SECOND_SUMS, *labels.shape), float64, from the first sums of the whole rows. Those not needed are not
     specified."""
     if logits.shape[1] == 0:
         return torch.zeros((NUM_SECOND_SUMS, *labels.shape), dtype=torch.float64, device=logits.device)
     max_and_log_sum = torch.stack((first[SliceField.MAX], target_of(first)[0]))
-    return _kernel(kernels)(call, logits, labels, max_and_log_sum)
+    return backend.slice_stats(call, logits, labels, max_and_log_sum)
 
 
 def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, call: Call) -> Tensor:
     """The statistics' table of whole rows, as `row_stats` makes it."""
     rows = table_of_sums(first, second, call)
-    uniform = reference.uniform_table(classes, call).to(rows.device)
+    uniform = reference.uniform_row(classes, call.min_prob, call.gamma or 0.0)
+    uniform = torch.tensor(uniform, dtype=rows.dtype, device=rows.device)
     return torch.where(valid, rows, uniform.view(-1, *[1] * valid.dim()))
 
 
-def grad(kernels, call, logits: Tensor, labels: Tensor, coefs: Tensor, entropy=None) -> Tensor:
+def grad(backend: Backend, call: Call, logits: Tensor, labels: Tensor, coefs: Tensor, entropy=None) -> Tensor:
     """The gradient by a slice, from the coefficients (NUM_COEFS, *labels.shape) of whole rows.
 
     entropy: None, or (g (K_r,), mean (*labels.shape)): p_j (g_j - mean) is added. Not where call.inplace.
@@ -94,7 +81,7 @@ def grad(kernels, call, logits: Tensor, labels: Tensor, coefs: Tensor, entropy=N
     if logits.numel() == 0:
         return torch.zeros_like(logits)
     coefs = _without_target(call, logits, labels, coefs)
-    out = kernels.row_grad(call, logits.detach(), labels.clamp(min=0), coefs, None, None)
+    out = backend.row_grad(call, logits.detach(), labels.clamp(min=0), coefs, None, None)
     if entropy is not None:
         g, mean = entropy
         for rows, p in _probabilities(logits, coefs):

@@ -99,7 +99,7 @@ def used(call):
         "            seen.append(module.NAME)\n"
         "            return old(*a, **k)\n"
         "        setattr(module, name, new)\n"
-        "spy(cpu, 'row_loss'); spy(reference, 'robust_loss')\n"
+        "spy(cpu, 'row_loss'); spy(reference, 'loss_by_formulas')\n"
         f"{call}\n"
         "print(','.join(dict.fromkeys(seen)))\n"
     )

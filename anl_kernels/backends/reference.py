@@ -6,12 +6,13 @@ It keeps tens of bytes a logit. What the other backends are compared with, and w
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..layout import acc_dtype, bad_label, is_concrete, new_grad
+from ..call import Call
+from ..layout import acc_dtype, bad_label, is_concrete, log_once, new_grad
 from ..reduction import batch_entropy, reduce_rows
 from ..statistics import (
     ANY_FOCAL,
@@ -32,9 +33,6 @@ from ..statistics import (
     focal_clamp_height,
 )
 
-if TYPE_CHECKING:
-    from ..call import Call
-
 NAME = "reference"
 PURPOSE = "plain PyTorch on every device, with double backward and forward mode"
 
@@ -43,10 +41,14 @@ def unavailable() -> str | None:
     return None
 
 
-def cannot_run(logits: Tensor, call) -> str | None:
+def cannot_run(logits: Tensor, call: Call) -> str | None:
     if call.inplace:
         return "it keeps the logits: inplace=True is for the fused backends"
     return None
+
+
+def device_type() -> str:
+    return "cpu"
 
 
 class LogitStatistics(Statistics):
@@ -128,7 +130,7 @@ _FORMULAS = {
 }
 
 
-def _statistics(logits: Tensor, target: Tensor, call):
+def _statistics(logits: Tensor, target: Tensor, call: Call):
     """The rows' statistics, their labels in [0, K), and which rows count."""
     rows = logits.movedim(1, -1) if logits.dim() > 1 else logits
     rows = rows.to(acc_dtype(logits.dtype))
@@ -145,7 +147,7 @@ def _column_sums(s: LogitStatistics, valid: Tensor) -> Tensor:
     return (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
 
 
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+def loss_by_formulas(logits: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
     """The loss of a validated call, class dimension and keywords as in `functional.robust_loss`."""
     s, label, valid = _statistics(logits, target, call)
     loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
@@ -154,7 +156,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     return loss
 
 
-def row_stats(logits: Tensor, target: Tensor, call):
+def stats_by_formulas(logits: Tensor, target: Tensor, call: Call):
     """What `autograd.RowStats` returns, differentiable: the table, and the column sums if the call has the entropy."""
     s, _, valid = _statistics(logits, target, call)
     table = s.table(call.needs)
@@ -173,7 +175,6 @@ SLICE_ELEMENTS = 1 << 22  # of logits at a time
 
 
 def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
-    """`Backend.slice_stats`."""
     num_sums = NUM_FIRST_SUMS if lse is None else NUM_SECOND_SUMS
     result = torch.empty((num_sums, *target.shape), dtype=torch.float64, device=logits.device)
     step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
@@ -186,6 +187,12 @@ def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) 
         for field, value in enumerate(sums):
             result[field, rows] = value
     return result
+
+
+def slice_stats_for(name: str, call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    """`slice_stats` for a backend that has no kernel for it."""
+    log_once(f"anl_kernels: the {name} backend has no kernel for slices of the classes: PyTorch's operators")
+    return slice_stats(call, logits, target, lse)
 
 
 def _first_sums(z: Tensor, other: Tensor) -> list[Tensor]:
@@ -280,16 +287,17 @@ def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
     return rows
 
 
-def uniform_table(classes: int, call: Call) -> Tensor:
-    """(NUM_STATS,): what an ignored row has. A uniform row's: any f is finite there, and its result is dropped."""
-    call = call.variant(needs=ANY_NEEDS, gamma=call.gamma or 0.0)
+@lru_cache(maxsize=64)
+def uniform_row(classes: int, min_prob: float, gamma: float) -> tuple[float, ...]:
+    """An ignored row's part of the table. A uniform row's: any f is finite there, and its result is dropped."""
+    call = Call(needs=ANY_NEEDS, min_prob=min_prob, gamma=gamma)
     zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
     others = classes - 1.0
     first = torch.stack((zero, *(others * term for term in first_terms(zero)), zero, one))
     second = others * torch.stack(second_terms(-math.log(classes) * one, call))
     table = table_of_sums(first, second, call)
     table[StatField.VALID] = 0.0
-    return table
+    return tuple(table.tolist())
 
 
 # ---- the gradient
@@ -336,7 +344,7 @@ def probabilities(z: Tensor, coefs: Tensor) -> Tensor:
     return torch.where(inv_sum == 0.0, 0.0, torch.exp(z - high) * inv_sum)
 
 
-def gradient(call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:
+def gradient(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:
     """`row_grad` by operators that take any tensors, batched ones too. log_q adds p_j (log_q_j - sum_k p_k log_q_k)."""
     if logits.dim() == 1:
         return gradient(call, logits.unsqueeze(0), target.unsqueeze(0), coefs.unsqueeze(1), log_q).squeeze(0)
@@ -350,12 +358,10 @@ def gradient(call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor 
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """`Backend.scaled`."""
     return grad * factor
 
 
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
-    """Sum over the rows of p, (K_r,), float64."""
     sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
     step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
     for begin in range(0, len(logits), step):
