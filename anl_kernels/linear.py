@@ -510,7 +510,7 @@ class _InForward(Function):
 
 
 class _Statistics(Function):
-    """The rows' table (13, N) and, for the entropy, the column sums of p over this process's classes."""
+    """The rows' table (NUM_STATS, N) and, for the entropy, the column sums of p over this process's classes."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, job):
