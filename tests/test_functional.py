@@ -299,6 +299,16 @@ def test_what_is_kept_is_bounded():
         assert 0 < len(kept) <= functional.CACHE_SIZE
 
 
+def test_a_call_is_a_value():
+    one = call(ak.NCE() + ak.NNCE(), recompute=True)
+    other = one.variant(recompute=None, reduction="none")
+    assert (one.recompute, one.reduction, other.recompute, other.reduction) == (True, "mean", None, "none")
+    assert one.deferred and other.deferred and not one.variant(recompute=False).deferred
+    assert other.terms is one.terms and [(t.kind, t.factor) for t in one.terms] == [(1, 1.0), (2, 1.0)]
+    with pytest.raises(AttributeError):
+        one.reduction = "sum"
+
+
 def test_ignore_index_is_any_integer():
     for two in (np.int64(2), np.uint8(2)):
         assert torch.equal(ak.nce(LOGITS, TARGET, ignore_index=two), ak.nce(LOGITS, TARGET, ignore_index=2))
