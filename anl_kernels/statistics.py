@@ -30,7 +30,7 @@ class Needs(enum.IntFlag):
     FOCAL_ABOVE = 8
 
 
-ANY_NEEDS = int(Needs.ABOVE | Needs.ABOVE_MASS | Needs.FOCAL | Needs.FOCAL_ABOVE)
+ANY_NEEDS = sum(Needs)
 ANY_FOCAL = int(Needs.FOCAL | Needs.FOCAL_ABOVE)
 CLAMPED = int(Needs.ABOVE | Needs.ABOVE_MASS | Needs.FOCAL_ABOVE)
 

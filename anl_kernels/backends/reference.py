@@ -270,7 +270,7 @@ def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
     rows[StatField.NUM_CLASSES] = first[SliceField.COUNT] + 1.0 + poison
     rows[StatField.NEG_LOG_SUM] = first[SliceField.COUNT] * log_sum + first[SliceField.GAP] - l
     rows[StatField.VALID] = 1.0
-    if not call.needs:
+    if second is None:
         return rows
     with_target = [x + of_y + poison for x, of_y in zip(second, second_terms(l, call))]
     if call.needs & Needs.ABOVE:
