@@ -23,7 +23,7 @@ from . import registry, slices
 from .autograd import loss_of_table
 from .derivatives import is_dual, is_usual
 from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
-from .stats import coefficients, softmax_coefs
+from .statistics import coefficients, softmax_coefs
 
 ONLY_ONCE = (
     "with class_group a loss is differentiated once and in reverse mode: for second derivatives, forward mode and many "
@@ -132,7 +132,7 @@ def gathered(part: Tensor, group) -> Tensor:
 
 
 def row_table(kernels, call, share: Slice, target: Tensor, tiles) -> Tensor:
-    """The table (13, *target.shape) of whole rows.
+    """The table (NUM_STATS, *target.shape) of whole rows.
 
     tiles: called for each sweep; yields this rank's logits (N, K_t, ...) and where in its slice they start.
     share.group None: this process has all classes.
@@ -219,7 +219,7 @@ def _of_all_classes(logits: Tensor, classes: int) -> Tensor:
 
 
 class SliceStats(Function):
-    """(logits, target) of a slice -> the whole rows' table (13, ...) and the column sums of p over the slice (K_r,)."""
+    """(logits, target) of a slice -> the whole rows' table and the column sums of p over the slice (K_r,)."""
 
     @staticmethod
     def forward(ctx, logits, target, call, kernels, share):

@@ -29,8 +29,10 @@ from .backends import LaunchRefused, reference
 from .class_parallel import Slice
 from .derivatives import BATCHED_ONCE, by_formulas, differentiable, is_usual, times
 from .layout import WITH_MEMORY, acc_dtype, bad_label, check_inputs, is_concrete, log_once, resolved
-from .stats import coefficients, mean_as_sum, softmax_coefs
-from .terms import NCE, NFL, NNCE, NNFL, Algebra
+from .losses import NCE, NFL, NNCE, NNFL
+from .reduction import mean_as_sum
+from .statistics import NUM_STATS, coefficients, softmax_coefs
+from .terms import Algebra
 
 # A chunk's memory if the caller does not say: products of so many rows run near full speed at a million classes.
 CHUNK_BYTES = {"cpu": 256 << 20}
@@ -498,7 +500,7 @@ class _InForward(Function):
             keep = again or _keeps_graph()
             grads = [job.kernels.scaled(grad, grad_output.detach(), keep) for grad in grads]
         if again:
-            of_logits = lambda logits: reference.robust_loss(logits, labels, class_weight, job.call)
+            of_logits = lambda logits: reference.loss_by_formulas(logits, labels, class_weight, job.call)
             formulas, inputs = _of_needed(job, _Matrices(hidden, weight, bias), needs, of_logits)
             seed = grad_output if usual else torch.ones((), dtype=acc_dtype(job.dtype), device=labels.device)
             grads = differentiable([grad.detach() for grad in grads], formulas, inputs, [seed])
@@ -508,13 +510,13 @@ class _InForward(Function):
 
 
 class _Statistics(Function):
-    """The rows' table (13, N) and, for the entropy, the column sums of p over this process's classes."""
+    """The rows' table (NUM_STATS, N) and, for the entropy, the column sums of p over this process's classes."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, job):
         call, kernels = job.call, job.kernels
         ctx.job, acc = job, acc_dtype(job.dtype)
-        table = torch.empty((13, len(labels)), dtype=torch.float64, device=hidden.device)
+        table = torch.empty((NUM_STATS, len(labels)), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(weight) if call.entropy_weight else 0, dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             products = _Products(_Matrices(hidden, weight, bias), job)
@@ -545,7 +547,7 @@ class _Statistics(Function):
             return *_batched_gradients(job, matrices, labels, table, *cotangents, needs=needs), None, None
         grads = _gradients(job, matrices, labels, table, *cotangents, needs=needs)
         if torch.is_grad_enabled():
-            of_logits = lambda logits: reference.row_stats(logits, labels, call)
+            of_logits = lambda logits: reference.stats_by_formulas(logits, labels, call)
             formulas, inputs = _of_needed(job, matrices, needs, of_logits)
             grads = _spread(differentiable([x for x in grads if x is not None], formulas, inputs, cotangents), needs)
         return *grads, None, None
@@ -584,7 +586,7 @@ def _tiles(products: _Products, rows):
 
 def _is_whole(job: _Job) -> bool:
     """Whether a chunk holds whole rows, so that the kernels for these serve."""
-    return job.share.group is None and job.plan.classes >= job.share.size and hasattr(job.kernels, "row_stats")
+    return job.share.group is None and job.plan.classes >= job.share.size and job.kernels is not reference
 
 
 def _table(job: _Job, labels: Tensor, tiles) -> Tensor:

@@ -15,6 +15,7 @@ from helpers import EXPRESSIONS, THERE, dtype_id
 from tiers import thorough
 
 import anl_kernels as ak
+from anl_kernels.statistics import STATISTICS, derived_statistic
 
 TERMS = [
     ak.CE(),
@@ -238,7 +239,7 @@ def test_unknown_statistics_are_named():
     ids=["sum", "number", "none", "shape"],
 )
 def test_a_row_loss_gives_one_number_a_row(one_backend, f):
-    with pytest.raises(ValueError, match="one number a row"):
+    with pytest.raises(ValueError, match="one number per row"):
         ak.RowLoss(f)(torch.randn(2, 3), torch.tensor([0, 1]), backend=one_backend.name)
 
 
@@ -619,6 +620,29 @@ def test_a_long_sum_runs_fused(one_fused):
     helpers.assert_as_accurate(*result, labels, helpers.truth(values, labels, terms))
 
 
+# ---- statistics of one's own
+
+
+def test_a_statistic_is_declared_beside_the_loss_that_reads_it(one_backend):
+    """What it reads says what the kernels must sum up; it is documented with the others."""
+
+    @derived_statistic("above_sum", "above_count", doc="U / n, held constant", constant=True)
+    def mean_height(s):
+        return (s.above_sum / s.above_count).detach()
+
+    try:
+        loss, same = (
+            ak.RowLoss(lambda s: s.lse * s.mean_height),
+            ak.RowLoss(lambda s: s.lse * (s.above_sum / s.above_count).detach()),
+        )
+        assert "above_sum" in loss.reads and "mean_height" in ak.Statistics.__doc__
+        values, labels = helpers.batch(19, torch.float32)
+        for got, want in zip(*(helpers.calculate(values, labels, x, backend=one_backend.name) for x in (loss, same))):
+            torch.testing.assert_close(got, want)
+    finally:
+        del STATISTICS["mean_height"]
+
+
 # ---- files
 
 
@@ -633,3 +657,10 @@ def test_a_saved_loss_is_loaded_by_default(term, factor):
     loaded = torch.load(file)["loss"]
     logits, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     assert repr(loaded) == repr(loss) and torch.equal(loaded(logits, target), loss(logits, target))
+
+
+def test_a_loss_saved_where_the_losses_once_were_is_loaded():
+    text = pickle.dumps(ak.RCE(0.01), protocol=0)
+    assert pickle.loads(text.replace(b"anl_kernels.losses", b"anl_kernels.terms")) == ak.RCE(0.01)
+    with pytest.raises(AttributeError, match="nothing"):
+        ak.terms.nothing  # noqa: B018

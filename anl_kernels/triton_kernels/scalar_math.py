@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..stats import focal_floor as focal_clamp_height
+from ..statistics import focal_clamp_height
 
 INF = tl.constexpr(math.inf)
 _EXPM1_32 = tl.constexpr(tuple(1.0 / math.factorial(n) for n in range(8, 0, -1)))

@@ -1,7 +1,5 @@
 """The gradient from coefficients by every fused backend, called as autograd calls it."""
 
-import types
-
 import helpers
 import oracle
 import pytest
@@ -9,8 +7,10 @@ import torch
 from helpers import THERE
 
 from anl_kernels import registry
+from anl_kernels.call import Call
+from anl_kernels.statistics import NUM_COEFS, CoefField
 
-CALL = types.SimpleNamespace(min_prob=1e-7, gamma=None, needs=0, inplace=False, explicit=True, program=None, terms=())
+CALL = Call(backend="cuda")  # a backend that is named trusts all of its protocols
 
 
 @pytest.mark.few(layout=["rows"], forced=dict())
@@ -21,9 +21,10 @@ def test_entropys_gradient_where_all_log_q_are_nearly_alike(fused, layout):
     for classes in fused.few((7, 40, 1003)):
         values = helpers.randn(12, classes, generator=helpers.generator(0))
         log_q = -7 - 1e-3 * helpers.rand(classes, generator=helpers.generator(1))
-        coefs = torch.zeros(10, 12)
-        coefs[0], coefs[1] = values.amax(1), 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)
-        coefs[9] = -coefs[1].log()
+        coefs = torch.zeros(NUM_COEFS, 12)
+        coefs[CoefField.MAX] = values.amax(1)
+        coefs[CoefField.INV_SUM] = 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)
+        coefs[CoefField.LOG_SUM] = -coefs[CoefField.INV_SUM].log()
         logits, target = helpers.lay_out(layout, values, torch.zeros(12, dtype=torch.int64))
         module = registry.fused(fused.name, explicit=True)
         grad = oracle.as_rows(module.row_grad(CALL, logits, target, coefs, None, (log_q, torch.tensor(1.0))))
