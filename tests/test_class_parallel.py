@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import EXPRESSIONS, dtype_id, expression
 
-from anl_kernels import class_parallel, functional, registry, slices, stats
+from anl_kernels import functional, registry, stats
 from anl_kernels.backends import reference
+from anl_kernels.sharding import class_group, slices
 
 HERE = pathlib.Path(__file__).parent
 gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo")
@@ -237,7 +238,7 @@ def test_the_gradient_of_slices_is_that_of_whole_rows(cpu, kernels, rows_at_a_ti
             starts = [sum(sizes[:i]) for i in range(len(sizes))]
             parts, gs = parts_of(values, labels, valid, sizes), g.split(sizes)
             moments = slices.added(torch.stack([slices.moments(z, coefs, x) for (z, _), x in zip(parts, gs)]))
-            mean = class_parallel.mean_over_classes(moments, None)
+            mean = class_group.mean_over_classes(moments, None)
             for (z, local), x, start in zip(parts, gs, starts):
                 entropy = None if by_sums is None else (x, mean)
                 grad = slices.grad(kernels, call, z, local, coefs, entropy)

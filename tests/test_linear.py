@@ -15,9 +15,9 @@ from helpers import DTYPES, EPS, EXPRESSIONS, dtype_id, expression, row_loss_exp
 from torch.autograd import profiler
 
 import anl_kernels as ak
-from anl_kernels import linear
 from anl_kernels.cli import timing
 from anl_kernels.cli.timing import Run, profile
+from anl_kernels.linear import chunks as chunking
 
 ROWS, CLASSES, WIDTH = 43, 37, 16
 WEIGHTS = torch.linspace(0.1, 2, CLASSES)
@@ -42,9 +42,9 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """As few rows a chunk as asked for, before a chunk becomes some classes of more rows."""
-    monkeypatch.setattr(linear, "MIN_ROWS", 8)
-    monkeypatch.setattr(linear, "TILE_ROWS", 16)
+    """As few rows per chunk as asked for, before a chunk becomes some classes of more rows."""
+    monkeypatch.setattr(chunking, "MIN_ROWS", 8)
+    monkeypatch.setattr(chunking, "TILE_ROWS", 16)
 
 
 def problem(dtype, rows=ROWS, classes=CLASSES, width=WIDTH, seed=0, ignored=True):
@@ -256,7 +256,7 @@ def test_each_gradient_only_if_needed():
 
 def test_products_are_made_only_for_gradients_that_are_needed(monkeypatch):
     made = []
-    monkeypatch.setattr(linear, "_add_product", lambda out, *rest: made.append(out.shape) or out.zero_())
+    monkeypatch.setattr(chunking, "add_product", lambda out, *rest: made.append(out.shape) or out.zero_())
     hidden, weight, _, target = problem(torch.float32)
     for leaf in (hidden, weight):
         made.clear()
@@ -377,7 +377,7 @@ def test_products_in_blocks(monkeypatch, rows, classes, block, chunks):
     """Of half precision, whose operands are made float32 a block at a time."""
     hidden, weight, bias, target = problem(torch.bfloat16, rows, classes, 5)
     expected = fused(hidden, weight, bias, target, ak.NCE(), **chunks)
-    monkeypatch.setattr(linear, "BLOCK_BYTES", block)
+    monkeypatch.setattr(chunking, "BLOCK_BYTES", block)
     for ours, true in zip(fused(hidden, weight, bias, target, ak.NCE(), **chunks), expected):
         torch.testing.assert_close(ours, true, rtol=2**-7, atol=1e-9)
 
@@ -441,16 +441,16 @@ def test_plans(monkeypatch):
     """As many equal chunks as the memory asks for; a million classes still give products of 32 rows and more."""
     monkeypatch.undo()
     gib = 1 << 30
-    assert linear._plan(4096, 1000, torch.float32, "cpu", None) == (4096, 1000)
-    assert linear._plan(4096, 50_000, torch.float32, "cpu", None) == (1024, 50_000)
-    assert linear._plan(4096, 1_000_000, torch.bfloat16, "cuda", None) == (512, 1_000_000)
-    rows, classes = linear._plan(256, 1_000_000, torch.float32, "cpu", None)
+    assert chunking.plan(4096, 1000, torch.float32, "cpu", None) == (4096, 1000)
+    assert chunking.plan(4096, 50_000, torch.float32, "cpu", None) == (1024, 50_000)
+    assert chunking.plan(4096, 1_000_000, torch.bfloat16, "cuda", None) == (512, 1_000_000)
+    rows, classes = chunking.plan(256, 1_000_000, torch.float32, "cpu", None)
     assert classes == 1_000_000 and 32 <= rows <= 67
-    rows, classes = linear._plan(256, 100_000_000, torch.float32, "cpu", gib)
+    rows, classes = chunking.plan(256, 100_000_000, torch.float32, "cpu", gib)
     assert gib / 2 <= rows * classes * 4 <= gib and rows == 256
-    assert linear._plan(256, 1000, torch.float32, "cpu", 32 * 4000) == (32, 1000)
-    assert linear._plan(10, 1000, torch.float32, "cpu", 4 * 4000)[0] == 10
-    assert linear._spans(10, linear._even(10, 4)) == [(0, 4), (4, 8), (8, 10)]
+    assert chunking.plan(256, 1000, torch.float32, "cpu", 32 * 4000) == (32, 1000)
+    assert chunking.plan(10, 1000, torch.float32, "cpu", 4 * 4000)[0] == 10
+    assert chunking.spans(10, chunking.even(10, 4)) == [(0, 4), (4, 8), (8, 10)]
 
 
 @pytest.mark.unpoisoned

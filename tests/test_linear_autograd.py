@@ -10,6 +10,7 @@ from test_derivatives import FUNC_ROUTES, ROUTES, grad_of
 
 import anl_kernels as ak
 from anl_kernels import linear
+from anl_kernels.linear import chunks as chunking
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 ROWS, CLASSES, WIDTH = 21, 11, 5
@@ -36,8 +37,8 @@ LOSSES = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(linear, "MIN_ROWS", 8)
-    monkeypatch.setattr(linear, "TILE_ROWS", 16)
+    monkeypatch.setattr(chunking, "MIN_ROWS", 8)
+    monkeypatch.setattr(chunking, "TILE_ROWS", 16)
 
 
 def problem(seed=0):
@@ -92,13 +93,13 @@ class OnAGPU(torch.Tensor):
 @pytest.fixture
 def ignored_rows_stay(monkeypatch):
     """As on a GPU, where they stay in the products as zeros."""
-    original = linear._kept_rows
+    original = linear.kept_rows
 
     def kept(hidden, labels, call):
         hidden, rows, labels = original(hidden.as_subclass(OnAGPU), labels, call)
         return hidden.as_subclass(torch.Tensor), rows, labels
 
-    monkeypatch.setattr(linear, "_kept_rows", kept)
+    monkeypatch.setattr(linear, "kept_rows", kept)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 import anl_kernels as ak
 from anl_kernels import layout, linear
 from anl_kernels.backends import LaunchRefused
+from anl_kernels.linear import chunks as chunking
 
 ROWS, CLASSES, WIDTH = 12, 7, 4
 NAMES = ("input", "weight", "bias", "target", "class_weight")
@@ -26,8 +27,8 @@ ROUTES = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(linear, "MIN_ROWS", 8)
-    monkeypatch.setattr(linear, "TILE_ROWS", 16)
+    monkeypatch.setattr(chunking, "MIN_ROWS", 8)
+    monkeypatch.setattr(chunking, "TILE_ROWS", 16)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_what_is_refused_to_launch_is_made_of_logits_but_not_by_one_rank_alone(m
         raise LaunchRefused("too much shared memory")
 
     expected = call(problem(), backend="reference")
-    monkeypatch.setattr(linear, "_head", refuse)
+    monkeypatch.setattr(linear, "head", refuse)
     torch.testing.assert_close(call(problem()), expected)
     for keywords in (dict(backend="cpu"), dict(class_group=mesh.get_group())):
         with pytest.raises(LaunchRefused, match="shared memory"):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers import EXPRESSIONS, expression, row_loss_expression
 
 import anl_kernels as ak
-from anl_kernels import class_parallel
+from anl_kernels.sharding.class_group import gathered
 
 CLASSES = 37
 SIZES = {2: ((19, 18), (36, 1)), 3: ((13, 13, 11), (20, 0, 17)), 4: ((10, 9, 9, 9), (1, 0, 30, 6))}
@@ -83,7 +83,7 @@ def compare(group, rank, sizes, values, target, criterion, backend="auto", **key
     loss_dtype = helpers.acc(values.dtype)
     assert_close(got[0], expected[0], loss_dtype)
     assert_close(got[1], expected[1].split(sizes, dim)[rank], values.dtype, expected[1])
-    every = class_parallel.gathered(got[0].double(), group)
+    every = gathered(got[0].double(), group)
     assert all(torch.equal(x.nan_to_num(7.0), every[0].nan_to_num(7.0)) for x in every), "one loss on all ranks"
 
 
@@ -244,7 +244,7 @@ def check_data_parallel_too(ranks):
                     ),
                     mine,
                 )
-                total = class_parallel.gathered(loss, batch).mean()
+                total = gathered(loss, batch).mean()
                 torch.testing.assert_close(total, expected[0], rtol=1e-12, atol=0)
                 # DDP averages over the two ranks.
                 exact = expected[1].split(row_sizes)[part].split(sizes, 1)[slice_]

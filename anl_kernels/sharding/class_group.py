@@ -1,16 +1,15 @@
 """Classes split over processes: each rank of `class_group` has a contiguous slice of them, and the same targets.
 
 One packed all-gather carries the first sums of every rank's slice, a second one what needs the lse of the whole row,
-and only for losses that read it: 48 bytes a row and rank, then at most 56, whatever the number of classes. Every rank
+and only for losses that read it: 48 bytes per row and rank, then at most 56, whatever the number of classes. Every rank
 merges them in the ranks' order, so all have the same statistics and the same loss, to the bit; the gradient is local.
-Before them goes a fixed header, by which ranks whose calls do not fit together find out, all of them.
+Before them goes a fixed header, by which all ranks find out if their calls do not fit together.
 
-The entropy term adds a number a row in backward, and one a class over `batch_group`.
+The entropy term adds one number per row in backward, and one per class over `batch_group`.
 """
 
 from __future__ import annotations
 
-import sys
 import zlib
 from typing import NamedTuple
 
@@ -19,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from . import registry, slices
-from .autograd import loss_of_table
-from .derivatives import is_dual, is_usual
-from .layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
-from .stats import coefficients, softmax_coefs
+from .. import registry
+from ..autograd import loss_of_table
+from ..derivatives import is_dual, is_usual
+from ..layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
+from ..stats import coefficients, softmax_coefs
+from . import slices
 
 ONLY_ONCE = (
     "with class_group a loss is differentiated once and in reverse mode: for second derivatives, forward mode and many "
@@ -31,24 +31,28 @@ ONLY_ONCE = (
 )
 
 
-class Slice(NamedTuple):
-    """This rank's share of the classes: [start, start + size) of `classes`; the largest rank has `largest`."""
+class ClassShard(NamedTuple):
+    """The classes that this rank has: [start, start + size) of `classes`; the largest rank has `largest`."""
 
-    group: object
+    group: dist.ProcessGroup | None  # None: this process has all classes
     start: int
     size: int
     classes: int
     largest: int
 
+    @staticmethod
+    def whole(classes: int) -> ClassShard:
+        return ClassShard(None, 0, classes, classes, classes)
 
-# ---- what ranks tell each other before anything else, a number each
+
+# ---- what ranks tell each other before anything else, one number each
 
 
 class Header(NamedTuple):
     failed: int  # this rank's own arguments are wrong: it raises, and so do the others
     size: int  # of its slice
     rows: int
-    shape: int  # of the rows, as a checksum, and so on: a rank that differs is named with what it differs in
+    shape: int  # a checksum of the rows' shape, and so on: a rank that differs is told in what
     dtype: int
     settings: int
     weight: int  # the number of class weights, 0 for none
@@ -57,6 +61,7 @@ class Header(NamedTuple):
     targets: int
 
 
+_FAILED = Header(1, *[0] * (len(Header._fields) - 1))
 _DIFFERENCES = {
     "rows": "the number of rows",
     "shape": "the shape without the classes",
@@ -72,11 +77,8 @@ def checksum(value) -> int:
 
 
 def header(size: int, dtype: torch.dtype, target: Tensor, weight: Tensor | None, call, *settings) -> Header:
-    """Of a rank whose arguments are right by themselves."""
-    settings = (
-        repr(call.expression), call.needs, call.reduction, call.ignore_index, call.entropy_weight, call.min_prob,
-        call.batch_group is None, *settings,
-    )  # fmt: skip
+    """What a rank says whose arguments are right by themselves."""
+    keywords = (call.reduction, call.ignore_index, call.entropy_weight, call.min_prob, call.batch_group is None)
     low = high = total = 0
     if target.device.type == "cpu" and target.numel():
         labels = target.reshape(-1).long()
@@ -84,30 +86,51 @@ def header(size: int, dtype: torch.dtype, target: Tensor, weight: Tensor | None,
         low, high = (int(x) for x in counted.aminmax()) if len(counted) else (0, 0)
         total = int((labels * torch.arange(1, len(labels) + 1)).sum())
     return Header(
-        0, size, target.numel(), checksum(tuple(target.shape)), checksum(dtype), checksum(settings),
-        0 if weight is None else weight.numel(), low, high, total,
-    )  # fmt: skip
+        failed=0,
+        size=size,
+        rows=target.numel(),
+        shape=checksum(tuple(target.shape)),
+        dtype=checksum(dtype),
+        settings=checksum((repr(call.expression), call.needs, *keywords, *settings)),
+        weight=0 if weight is None else weight.numel(),
+        low=low,
+        high=high,
+        targets=total,
+    )
 
 
-def agree(group, tensor, mine: Header | None) -> Slice:
-    """This rank's slice, from the headers of all ranks. Raises on every rank if one failed (None) or they differ.
+def agree(group, tensor, mine: Header | Exception) -> ClassShard:
+    """This rank's classes, from the headers of all ranks. Raises on every rank if the headers differ or a rank failed.
 
     tensor: the logits or the head's input, or whatever was given in its place.
+    mine: this rank's header, or what is wrong with its arguments, which is then raised here.
     """
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError(
             f"class_group must be a torch.distributed process group that this rank belongs to, got {group!r}"
         )
-    kinds = dist.get_backend_config(group)
-    if "cpu:" in kinds:  # a GPU's ranks then talk without waiting for their streams
-        device = torch.device("cpu")
-    else:
-        device = tensor.device if isinstance(tensor, Tensor) else torch.device(kinds.split(":")[0])
-    numbers = torch.tensor(mine or Header(1, *[0] * (len(Header._fields) - 1)), device=device)
+    failed = isinstance(mine, Exception)
+    numbers = torch.tensor(_FAILED if failed else mine, device=_device_for_headers(group, tensor))
     ranks = [Header(*numbers) for numbers in gathered(numbers, group).tolist()]
+    if failed:
+        raise mine
+    _compare(ranks)
+    sizes = [header.size for header in ranks]
+    start, classes = sum(sizes[: dist.get_rank(group)]), sum(sizes)
+    if not 0 <= mine.low <= mine.high < max(classes, 1):
+        raise bad_label(mine.low if mine.low < 0 else mine.high)
+    return ClassShard(group, start, mine.size, classes, max(sizes))
+
+
+def _device_for_headers(group, tensor) -> torch.device:
+    kinds = dist.get_backend_config(group)
+    if "cpu:" in kinds:  # the ranks of GPUs then talk without waiting for their streams
+        return torch.device("cpu")
+    return tensor.device if isinstance(tensor, Tensor) else torch.device(kinds.split(":")[0])
+
+
+def _compare(ranks: list[Header]) -> None:
     failed = [rank for rank, header in enumerate(ranks) if header.failed]
-    if mine is None:
-        return None  # the caller raises what it found
     if failed:
         raise RuntimeError(f"class_group: the call failed on rank {failed[0]} of the group, so it ends on all ranks")
     for name, words in _DIFFERENCES.items():
@@ -115,11 +138,6 @@ def agree(group, tensor, mine: Header | None) -> Slice:
         if len(set(values)) > 1:
             detail = f": {values}" if name in ("rows", "weight") else ""
             raise ValueError(f"class_group: the ranks' calls differ in {words}{detail}")
-    sizes = [header.size for header in ranks]
-    start, classes = sum(sizes[: dist.get_rank(group)]), sum(sizes)
-    if not 0 <= mine.low <= mine.high < max(classes, 1):
-        raise bad_label(mine.low if mine.low < 0 else mine.high)
-    return Slice(group, start, mine.size, classes, max(sizes))
 
 
 def gathered(part: Tensor, group) -> Tensor:
@@ -131,59 +149,56 @@ def gathered(part: Tensor, group) -> Tensor:
     return every
 
 
-def row_table(kernels, call, share: Slice, target: Tensor, tiles) -> Tensor:
-    """The table (13, *target.shape) of whole rows.
+def row_table(backend, call, shard: ClassShard, target: Tensor, tiles) -> Tensor:
+    """The statistics' table (13, *target.shape) of whole rows.
 
     tiles: called for each sweep; yields this rank's logits (N, K_t, ...) and where in its slice they start.
-    share.group None: this process has all classes.
     """
     valid = target != call.ignore_index
 
     def sweep(sums, *first):
         parts = [
-            sums(kernels, call, z, slices.local_labels(target, valid, share.start + start, z.shape[1]), *first)
+            sums(backend, call, z, slices.local_labels(target, valid, shard.start + start, z.shape[1]), *first)
             for start, z in tiles()
         ]
         return torch.stack(parts)
 
     first = slices.merged(sweep(slices.first_sums))
-    if share.group is not None:
-        first = slices.merged(gathered(first, share.group))
+    if shard.group is not None:
+        first = slices.merged(gathered(first, shard.group))
     second = None
     fields = slices.second_fields(call.needs)
     if fields:
         part = slices.added(sweep(slices.second_sums, first))
         second = torch.zeros_like(part)
         second[fields] = part[fields]
-        if share.group is not None:
-            second[fields] = slices.added(gathered(part[fields], share.group))
-    return slices.table(first, second, valid, share.classes, call)
+        if shard.group is not None:
+            second[fields] = slices.added(gathered(part[fields], shard.group))
+    return slices.table(first, second, valid, shard.classes, call)
 
 
 # ---- logits
 
 
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+def sharded_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
     """`functional.robust_loss` of this rank's slice of the logits, (N, K_r, ...) or (K_r,)."""
-    mine, failure = None, None
+    backend = None
     try:
         _check_alone(logits, target, weight, call)
-        kernels = registry.choose(logits, call)
-        differentiate = logits.requires_grad and torch.is_grad_enabled()
-        if call.inplace and differentiate:
+        backend = registry.choose(logits, call)
+        wants_grad = logits.requires_grad and torch.is_grad_enabled()
+        if call.inplace and wants_grad:
             refuse_leaf(logits)
         size = logits.shape[min(1, logits.dim() - 1)]
-        mine = header(size, logits.dtype, target, weight, call, differentiate)
+        mine = header(size, logits.dtype, target, weight, call, wants_grad)
     except Exception as error:
-        failure = error
-    share = agree(call.class_group, logits, mine)
-    if failure is not None:
-        raise failure
-    check_inputs(_of_all_classes(logits, share.classes), target, weight, call.clamp)
+        mine = error
+    shard = agree(call.class_group, logits, mine)
+    check_inputs(_of_all_classes(logits, shard.classes), target, weight, call.clamp)
     single, target = logits.dim() == 1, target.long()  # 8 and 16 bits do not hold every class, nor ignore_index
     rows, labels = (logits.unsqueeze(0), target.unsqueeze(0)) if single else (logits, target)
-    table, sums = SliceStats.apply(rows, labels, call, kernels, share)
-    loss = loss_of_table(table, sums, labels, weight, call, acc_dtype(logits.dtype), share.classes)
+    table, sums = SliceStats.apply(rows, labels, call, backend, shard)
+    loss = loss_of_table(table, sums, labels, weight, call, acc_dtype(logits.dtype), shard.classes)
     return loss.squeeze(0) if single and call.reduction == "none" else loss
 
 
@@ -222,75 +237,33 @@ class SliceStats(Function):
     """(logits, target) of a slice -> the whole rows' table (13, ...) and the column sums of p over the slice (K_r,)."""
 
     @staticmethod
-    def forward(ctx, logits, target, call, kernels, share):
-        ctx.call, ctx.kernels, ctx.share = call, kernels, share
-        table = row_table(kernels, call, share, target, lambda: [(0, logits)])
+    def forward(ctx, logits, target, call, backend, shard):
+        ctx.call, ctx.backend, ctx.shard = call, backend, shard
+        table = row_table(backend, call, shard, target, lambda: [(0, logits)])
         ctx.save_for_backward(logits, target, table)
         if not call.entropy_weight or not logits.numel():
             return table, table.new_zeros(logits.shape[1] if call.entropy_weight else 0)
-        return table, kernels.column_sums(logits, torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype)))
+        return table, backend.column_sums(logits, torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype)))
 
     @staticmethod
     def backward(ctx, partials, g):
         logits, target, table = ctx.saved_tensors
         partials, g = resolved(partials), resolved(g)
         check_once(partials, g)
-        call, share = ctx.call, ctx.share
-        coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
-        labels = slices.local_labels(target, target != call.ignore_index, share.start, share.size)
+        call, shard = ctx.call, ctx.shard
+        grad_coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
+        labels = slices.local_labels(target, target != call.ignore_index, shard.start, shard.size)
         if not call.entropy_weight:
-            return slices.grad(ctx.kernels, call, logits, labels, coefs), None, None, None, None
-        mean = mean_over_classes(slices.moments(logits, coefs, g), share.group)
-        grad = slices.grad(ctx.kernels, call.variant(inplace=False), logits, labels, coefs, (g, mean))
+            return slices.grad(ctx.backend, call, logits, labels, grad_coefs), None, None, None, None
+        mean = mean_over_classes(slices.moments(logits, grad_coefs, g), shard.group)
+        grad = slices.grad(ctx.backend, call.variant(inplace=False), logits, labels, grad_coefs, (g, mean))
         if call.inplace:
             grad = overwritten(logits).copy_(grad)
         return grad, None, None, None, None
 
 
 def mean_over_classes(moments: Tensor, group) -> Tensor:
-    """sum_k p_k g_k a row, from the slices' moments (2, ...)."""
+    """sum_k p_k g_k per row, from the slices' moments (2, ...)."""
     if group is not None:
         moments = slices.added(gathered(moments, group))
     return moments[0] / moments[1]
-
-
-# ---- DTensor
-
-
-def is_dtensor(tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: nobody has made one
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def of_dtensors(logits, target, weight, class_group, inplace):
-    """Local logits, targets and class weights, and the class group: of DTensor logits sharded along the classes."""
-    target, weight = replicated("target", target), replicated("weight", weight)
-    if not is_dtensor(logits):
-        return logits, target, weight, class_group
-    from torch.distributed.tensor import Replicate, Shard
-
-    if class_group is not None:
-        raise ValueError("DTensor logits bring their own class group: leave class_group out, or give logits.to_local()")
-    if inplace and torch.is_grad_enabled():
-        refuse_leaf(logits)
-    dim, mesh, group = min(1, logits.dim() - 1), logits.device_mesh, None
-    for axis, placement in enumerate(logits.placements):
-        if placement == Replicate():
-            continue
-        if placement not in (Shard(dim), Shard(dim - logits.dim())) or group is not None:
-            raise ValueError(
-                f"DTensor logits must be replicated or sharded along the classes (dimension {dim}) of one mesh "
-                f"dimension, got {logits.placements}; for rows on several ranks give logits.to_local() and batch_group"
-            )
-        group = mesh.get_group(axis)
-    return logits.to_local(), target, weight, group
-
-
-def replicated(name: str, tensor, remedy: str | None = None):
-    """The local tensor of a replicated DTensor; other tensors as they are."""
-    if not is_dtensor(tensor):
-        return tensor
-    if any(not placement.is_replicate() for placement in tensor.placements):
-        remedy = remedy or f"give {name}.full_tensor()"
-        raise ValueError(f"a DTensor {name} must be replicated, got {tensor.placements}: {remedy}")
-    return resolved(tensor.to_local())

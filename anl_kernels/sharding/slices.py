@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import stats
-from .backends import reference
-from .layout import acc_dtype, log_once
-from .stats import ABOVE, ABOVE_MASS, ELSEWHERE, FOCAL, FOCAL_ABOVE, IGNORED
+from .. import stats
+from ..backends import reference
+from ..layout import acc_dtype, log_once
+from ..stats import ABOVE, ABOVE_MASS, ELSEWHERE, FOCAL, FOCAL_ABOVE, IGNORED
 
 # First sums (6, ...): those of the kernels, of exp(z_j - max), max - z_j and 1; the target's logit; 1 where it is here.
 MAX, TAIL, GAP, COUNT, TARGET, OWNED = range(6)
@@ -22,8 +22,10 @@ NUM_FIRST = 6
 # Second sums (7, ...), with the lse of the whole row.
 ABOVE_SUM, ABOVE_COUNT, BELOW_MASS, FOCAL_SUM, FOCAL_WEIGHT, FOCAL_ABOVE_SUM, FOCAL_ABOVE_WEIGHT = range(7)
 NUM_SECOND = 7
+TABLE_ROWS = 13  # of the statistics' table
+AT_TARGET = 8  # among the gradient's coefficients: the gradient at the target
 
-CHUNK_ELEMENTS = 1 << 22  # of logits, where PyTorch's own operators make temporaries of them
+CHUNK_ELEMENTS = 1 << 22  # of logits at a time, where PyTorch's own operators make temporaries of them
 
 
 def second_fields(needs: int) -> list[int]:
@@ -41,23 +43,23 @@ def local_labels(target: Tensor, valid: Tensor, start: int, size: int) -> Tensor
     return torch.where(valid, local, IGNORED)
 
 
-def _kernel(kernels):
-    """`slice_stats` of the backend module, or PyTorch's operators in its place."""
-    if not hasattr(kernels, "slice_stats"):
+def _kernel(backend):
+    """`slice_stats` of the backend, or PyTorch's operators in its place."""
+    if not hasattr(backend, "slice_stats"):
         log_once(
-            f"anl_kernels: the {kernels.NAME} backend has no kernel for slices of the classes: PyTorch's operators"
+            f"anl_kernels: the {backend.NAME} backend has no kernel for slices of the classes: PyTorch's operators"
         )
         return reference.slice_stats
-    return kernels.slice_stats
+    return backend.slice_stats
 
 
-def first_sums(kernels, call, logits: Tensor, labels: Tensor) -> Tensor:
+def first_sums(backend, call, logits: Tensor, labels: Tensor) -> Tensor:
     """(6, *labels.shape), float64; max is -inf where the slice has no class."""
     sums = torch.zeros((NUM_FIRST, *labels.shape), dtype=torch.float64, device=logits.device)
     if logits.shape[1] == 0:
         sums[MAX] = -math.inf
         return sums
-    sums[:TARGET] = _kernel(kernels)(call, logits, labels, None)
+    sums[:TARGET] = _kernel(backend)(call, logits, labels, None)
     here = labels >= 0
     target = logits.detach().gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).double()
     sums[TARGET] = torch.where(here, target, 0.0)
@@ -65,12 +67,12 @@ def first_sums(kernels, call, logits: Tensor, labels: Tensor) -> Tensor:
     return sums
 
 
-def second_sums(kernels, call, logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+def second_sums(backend, call, logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
     """(7, *labels.shape), float64, from the first sums of the whole rows. Those not needed are not specified."""
     if logits.shape[1] == 0:
         return torch.zeros((NUM_SECOND, *labels.shape), dtype=torch.float64, device=logits.device)
     max_and_log_sum = torch.stack((first[MAX], _target(first)[0]))
-    return _kernel(kernels)(call, logits, labels, max_and_log_sum)
+    return _kernel(backend)(call, logits, labels, max_and_log_sum)
 
 
 def merged(parts: Tensor) -> Tensor:
@@ -104,14 +106,15 @@ def _target(first: Tensor) -> tuple[Tensor, Tensor]:
 def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, call) -> Tensor:
     """The statistics' table (13, ...) of whole rows, as `row_stats` makes it."""
     log_sum, l = _target(first)
-    above = (l > math.log(call.min_prob)).to(l.dtype)
+    log_min_prob = math.log(call.min_prob)
+    above = (l > log_min_prob).to(l.dtype)
     poison = log_sum - log_sum
-    rows = torch.full((13, *l.shape), math.nan, dtype=l.dtype, device=l.device)
+    rows = torch.full((TABLE_ROWS, *l.shape), math.nan, dtype=l.dtype, device=l.device)
     rows[stats.MAX], rows[stats.LOG_SUM], rows[stats.TARGET_LOG_PROB] = first[MAX] + poison, log_sum, l
     rows[stats.NUM_CLASSES] = first[COUNT] + 1.0 + poison
     rows[stats.NEG_LOG_SUM] = first[COUNT] * log_sum + first[GAP] - l
     if call.needs & ABOVE:
-        rows[stats.ABOVE_SUM] = second[ABOVE_SUM] + above * (l - math.log(call.min_prob))
+        rows[stats.ABOVE_SUM] = second[ABOVE_SUM] + above * (l - log_min_prob)
         rows[stats.ABOVE_COUNT] = second[ABOVE_COUNT] + above + poison
     if call.needs & ABOVE_MASS:
         rows[stats.ABOVE_MASS_SUM] = 1.0 - (second[BELOW_MASS] + (1.0 - above) * l.exp())
@@ -121,12 +124,12 @@ def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, cal
         rows[stats.FOCAL_SUM] = second[FOCAL_SUM] - w * l
         rows[stats.FOCAL_WEIGHT] = second[FOCAL_WEIGHT] + w
     if call.needs & FOCAL_ABOVE:
-        floor = stats.focal_floor(call.min_prob, call.gamma)
-        rows[stats.FOCAL_ABOVE_SUM] = second[FOCAL_ABOVE_SUM] + above * (floor + w * l)
+        height = stats.focal_floor(call.min_prob, call.gamma)
+        rows[stats.FOCAL_ABOVE_SUM] = second[FOCAL_ABOVE_SUM] + above * (height + w * l)
         rows[stats.FOCAL_ABOVE_WEIGHT] = second[FOCAL_ABOVE_WEIGHT] + above * w
     rows[stats.VALID] = 1.0
     uniform = torch.tensor(_uniform_row(classes, call), dtype=l.dtype, device=l.device)
-    return torch.where(valid, rows, uniform.view(13, *[1] * l.dim()))
+    return torch.where(valid, rows, uniform.view(TABLE_ROWS, *[1] * l.dim()))
 
 
 def _uniform_row(classes: int, call) -> list[float]:
@@ -137,28 +140,28 @@ def _uniform_row(classes: int, call) -> list[float]:
     return [0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k, K * w, K * heights, K * w, 0.0]
 
 
-def grad(kernels, call, logits: Tensor, labels: Tensor, coefs: Tensor, entropy=None) -> Tensor:
+def grad(backend, call, logits: Tensor, labels: Tensor, grad_coefs: Tensor, entropy=None) -> Tensor:
     """The gradient by a slice, from the coefficients (10, *labels.shape) of whole rows.
 
     entropy: None, or (g (K_r,), mean (*labels.shape)): p_j (g_j - mean) is added. Not where call.inplace.
     """
     if logits.numel() == 0:
         return torch.zeros_like(logits)
-    coefs = _without_target(coefs, logits, labels, call)
-    out = kernels.row_grad(call, logits.detach(), labels.clamp(min=0), coefs, None, None)
+    grad_coefs = _without_target(grad_coefs, logits, labels, call)
+    out = backend.row_grad(call, logits.detach(), labels.clamp(min=0), grad_coefs, None, None)
     if entropy is not None:
         g, mean = entropy
-        for rows, p in _probabilities(logits, coefs):
+        for rows, p in _probabilities(logits, grad_coefs):
             difference = _along_classes(g, p) - mean[rows].to(p.dtype).unsqueeze(1)
             part = out[rows]
             part.copy_(part + torch.where(p == 0.0, 0.0, p * difference))
     return out
 
 
-def moments(logits: Tensor, coefs: Tensor, g: Tensor) -> Tensor:
+def moments(logits: Tensor, grad_coefs: Tensor, g: Tensor) -> Tensor:
     """(2, *rows): sum_k p_k g_k and sum_k p_k over a slice's classes, float64."""
-    result = torch.zeros((2, *coefs.shape[1:]), dtype=torch.float64, device=logits.device)
-    for rows, p in _probabilities(logits, coefs) if logits.numel() else ():
+    result = torch.zeros((2, *grad_coefs.shape[1:]), dtype=torch.float64, device=logits.device)
+    for rows, p in _probabilities(logits, grad_coefs) if logits.numel() else ():
         result[0, rows] = torch.where(p == 0.0, 0.0, p * _along_classes(g, p)).sum(1, dtype=torch.float64)
         result[1, rows] = p.sum(1, dtype=torch.float64)
     return result
@@ -168,29 +171,23 @@ def _along_classes(g: Tensor, p: Tensor) -> Tensor:
     return g.to(p.dtype).view(1, -1, *[1] * (p.dim() - 2))
 
 
-def _probabilities(logits: Tensor, coefs: Tensor):
+def _probabilities(logits: Tensor, grad_coefs: Tensor):
     """(rows, p (n, K_r, ...)), at most CHUNK_ELEMENTS at a time, rows a slice of the first dimension."""
     step = max(1, CHUNK_ELEMENTS // logits[:1].numel())
-    high, inv_sum = (x.unsqueeze(1).to(acc_dtype(logits.dtype)) for x in coefs[:2])
+    high, inv_sum = (x.unsqueeze(1).to(acc_dtype(logits.dtype)) for x in grad_coefs[:2])
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
-        yield (
-            rows,
-            torch.where(inv_sum[rows] == 0.0, 0.0, torch.exp(logits.detach()[rows] - high[rows]) * inv_sum[rows]),
-        )
+        p = torch.exp(logits.detach()[rows] - high[rows]) * inv_sum[rows]
+        yield rows, torch.where(inv_sum[rows] == 0.0, 0.0, p)
 
 
-def _without_target(coefs: Tensor, logits: Tensor, labels: Tensor, call) -> Tensor:
+def _without_target(grad_coefs: Tensor, logits: Tensor, labels: Tensor, call) -> Tensor:
     """Coefficients for row_grad, whose label is 0 where the target is elsewhere: there "the gradient at the target" is
     that of any class, at class 0."""
-    z = logits.detach().select(1, 0).double()
-    high, _, a, b, a_above, c, bw, cw, _, log_sum = coefs.double().unbind()
-    l = z - high - log_sum
-    above = (l > math.log(call.min_prob)).to(l.dtype)
-    value = torch.where(above > 0, a_above, a) * l.exp() + b + above * c
-    if call.needs & (FOCAL | FOCAL_ABOVE):
-        value = value + (bw + above * cw) * (-torch.expm1(l)).clamp(min=0.0) ** call.gamma
-    value = torch.where(z == -math.inf, high - high, value)  # 0, but for a row that is NaN
-    coefs = coefs.clone()
-    coefs[8] = torch.where(labels == ELSEWHERE, value.to(coefs.dtype), coefs[8])
-    return coefs
+    first = logits.detach()[:, :1].double()
+    twice = torch.cat((first, first), 1)  # as two classes of which the second is the target
+    call = call.variant(inplace=False)
+    value = reference.row_grad(call, twice, torch.ones_like(labels), grad_coefs.double(), None, None)[:, 0]
+    grad_coefs = grad_coefs.clone()
+    grad_coefs[AT_TARGET] = torch.where(labels == ELSEWHERE, value.to(grad_coefs.dtype), grad_coefs[AT_TARGET])
+    return grad_coefs
