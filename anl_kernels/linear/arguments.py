@@ -74,7 +74,7 @@ def choose(given: Given, call) -> tuple[torch.dtype, object]:
     """The dtype of the logits and the backend, of arguments that are right by themselves."""
     dtype = _dtype(given)
     _check_shapes(given)
-    few = max(2, len(given.weight))  # a process may have less of the classes
+    few = max(2, len(given.weight))  # one process may have fewer of the classes
     backend = registry.choose(_logits_shape(given.input, dtype, few), call)
     check_inputs(_logits_shape(given.input, dtype, few, given.target.numel()), given.target.reshape(-1), None, 0.0)
     return dtype, backend

@@ -53,7 +53,7 @@ class Matrices(NamedTuple):
 
 
 class WantsGrad(NamedTuple):
-    """Of which of the matrices a gradient is wanted."""
+    """The matrices whose gradients are wanted."""
 
     hidden: bool = False
     weight: bool = False
