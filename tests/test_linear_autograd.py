@@ -10,9 +10,11 @@ from test_derivatives import FUNC_ROUTES, ROUTES, grad_of
 
 import anl_kernels as ak
 from anl_kernels import linear
-from anl_kernels.linear import chunks as chunking
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph"),
+    pytest.mark.usefixtures("small_chunks"),
+]
 ROWS, CLASSES, WIDTH = 21, 11, 5
 CHUNKS = {
     "one": dict(),
@@ -33,12 +35,6 @@ LOSSES = {
     "anl_fl+rce": lambda: ak.NFL() + 2 * ak.NNFL() + 0.3 * ak.RCE(),
     "row_loss": lambda: ak.RowLoss(lambda s: (s.lse - s.target_logit).square() / s.neg_log_sum),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunking, "MIN_ROWS", 8)
-    monkeypatch.setattr(chunking, "TILE_ROWS", 16)
 
 
 def problem(seed=0):

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 import anl_kernels as ak
 from anl_kernels import layout, linear
 from anl_kernels.backends import LaunchRefused
-from anl_kernels.linear import chunks as chunking
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
 ROWS, CLASSES, WIDTH = 12, 7, 4
 NAMES = ("input", "weight", "bias", "target", "class_weight")
 ROUTES = {
@@ -23,12 +23,6 @@ ROUTES = {
     "none": dict(reduction="none"),
     "tiles": dict(max_chunk_bytes=200),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunking, "MIN_ROWS", 8)
-    monkeypatch.setattr(chunking, "TILE_ROWS", 16)
 
 
 @pytest.fixture(scope="module")
