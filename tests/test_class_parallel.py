@@ -295,11 +295,8 @@ def test_a_margin_before_the_loss_composes():
 @gloo
 def test_the_example_trains_with_two_processes():
     """Under torchrun, at a size for a test: the loss falls, and both processes print their peak."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        EXAMPLE, "--classes", "3001", "--width", "16", "--rows", "64",
-        "--steps", "12",
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, EXAMPLE, *"--classes 3001 --width 16 --rows 64 --steps 12".split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     losses = [float(word) for word in re.findall(r"step \d+: loss ([\d.e+-]+),", result.stdout)]

@@ -3,15 +3,22 @@
 A fifth text says why nothing can notice it.
 """
 
-LINEAR = "tests/test_linear.py -k 'summed or blocks or plans or hands_out or waits or autocast or gradscaler'"
+LINEAR = (
+    "tests/test_linear.py tests/test_linear_memory.py "
+    "-k 'summed or blocks or plans or hands_out or waits or autocast or gradscaler'"
+)
 IGNORED = "tests/test_linear_autograd.py -k ignored_rows"
 LINEAR_RANK = "tests/test_linear_tensors.py -k 'input_gradients or refused_to_launch'"
 SLICES = "tests/test_class_parallel.py -k 'whole_rows or rounding or merged'"
 RANKS = "tests/test_class_parallel.py -k threads"
-AUTOGRAD = "tests/test_autograd.py -k 'hands_out or split_made or be_copied or (cpu and (backward_twice or later_use))'"
+AUTOGRAD = (
+    "tests/test_autograd.py tests/test_inplace.py "
+    "-k 'hands_out or split_made or be_copied or (cpu and (backward_twice or later_use))'"
+)
 DERIVATIVES = "tests/test_derivatives.py -k 'every_keyword or order_of_the_derivative or spatial_batch'"
 TERMS = (
-    "tests/test_terms.py -k 'gammas or without_meaning or parameters_are_numbers or terms_add or fails_on_a_made_up or "
+    "tests/test_terms.py tests/test_row_loss.py tests/test_factors.py "
+    "-k 'gammas or without_meaning or parameters_are_numbers or terms_add or fails_on_a_made_up or "
     "equal_terms or identity or long_sum or another_f or confident or numbers_scale or learned_factor'"
 )
 FUNCTIONAL = (

@@ -39,7 +39,7 @@ MUTANTS = [
     (ROWS, "mask=rows.known, other=1.0).to(acc)", "mask=rows.known, other=0.0).to(acc)",
      "tests/triton_kernels/test_rows.py"),
     (ROWS, "tl.where(rows.exist & ~rows.ignored, weight, 0.0)", "tl.where(~rows.ignored, weight, 0.0)",
-     "tests/test_cases.py -k 'class_weights_of_another and triton'"),
+     "tests/test_labels.py -k 'class_weights_of_another and triton'"),
     # mathematics
     (MATH, "tl.where(gamma == 0.0, 1.0, 0.0)", "tl.where(gamma == 0.0, 0.0, 0.0)", "tests/triton_kernels/test_rows.py"),
     (MATH, "return tl.where(x > -0.5, -_expm1_near_0(x), 1.0 - e)", "return 1.0 - e",
@@ -49,7 +49,7 @@ MUTANTS = [
     (MATH, "tl.where(ignored, count * I_y, second.above_count + I_y)", "second.above_count + I_y",
      "tests/triton_kernels/test_rows.py"),
     (MATH, "return tl.log(u) + (x - (u - 1.0)) / u", "return tl.log(u)",
-     "tests/test_conformance.py -k 'certain and triton-tile'"),
+     "tests/test_special_rows.py -k 'certain and triton-tile'"),
     (MATH, "a = tl.where(F < _INF, r * (others + s.second.focal_weight * l) / F, 0.0)",
      "a = r * (others + s.second.focal_weight * l) / F",
      "tests/test_cases.py -k 'lowest and triton and float32'"),
