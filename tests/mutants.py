@@ -33,7 +33,17 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "mutants.json"
-SUPPORT = ("tiers", "backends_under_test", "helpers", "losses", "problems", "comparison", "modes", "heads", "oracle")
+SUPPORT = (
+    "tiers",
+    "backends_under_test",
+    "helpers",
+    "expressions",
+    "problems",
+    "comparison",
+    "modes",
+    "heads",
+    "oracle",
+)
 SHARED = (
     "conftest.py",
     *(f"support/{name}.py" for name in SUPPORT),

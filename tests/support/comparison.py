@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import oracle
 import torch
-from losses import EPS, expression
+from expressions import EPS, expression
 from problems import DEVICES, Alias, moved, on_cpu
 
 

@@ -3,7 +3,7 @@ oracle."""
 
 # ruff: noqa: F403
 from comparison import *
-from losses import *
+from expressions import *
 from problems import *
 
 
