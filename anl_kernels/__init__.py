@@ -6,48 +6,21 @@
 >>> loss = criterion(logits, target)
 """
 
+from . import losses as _losses
 from . import ops as _ops  # noqa: F401  defines the operators, so that a stored graph finds them
-from .functional import (
-    ael,
-    agce,
-    anl_ce,
-    anl_fl,
-    aul,
-    cross_entropy,
-    focal,
-    gce,
-    l1_penalty,
-    mae,
-    nce,
-    nfl,
-    nnce,
-    nnfl,
-    rce,
-    robust_loss,
-    sce,
-)
+from .functional import l1_penalty, robust_loss
 from .linear import linear_anl_ce, linear_anl_fl, linear_robust_loss
+from .losses import *  # noqa: F403
 from .modules import ANLCELoss, ANLFLLoss, RobustLoss
 from .registry import backends
-from .stats import Statistics
+from .statistics import Statistics
 from .suggest import Suggestion, suggest
-from .terms import AEL, AGCE, AUL, CE, FL, GCE, MAE, NCE, NFL, NNCE, NNFL, RCE, Expression, RowLoss
+from .terms import Expression, RowLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AEL",
-    "AGCE",
-    "AUL",
-    "CE",
-    "FL",
-    "GCE",
-    "MAE",
-    "NCE",
-    "NFL",
-    "NNCE",
-    "NNFL",
-    "RCE",
+    *_losses.__all__,
     "ANLCELoss",
     "ANLFLLoss",
     "Expression",
@@ -55,26 +28,11 @@ __all__ = [
     "RowLoss",
     "Statistics",
     "Suggestion",
-    "ael",
-    "agce",
-    "anl_ce",
-    "anl_fl",
-    "aul",
     "backends",
-    "cross_entropy",
-    "focal",
-    "gce",
     "l1_penalty",
     "linear_anl_ce",
     "linear_anl_fl",
     "linear_robust_loss",
-    "mae",
-    "nce",
-    "nfl",
-    "nnce",
-    "nnfl",
-    "rce",
     "robust_loss",
-    "sce",
     "suggest",
-]  # fmt: skip
+]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from . import ops
 from .backends import reference
 from .derivatives import (
     BATCHED_ONCE,
@@ -22,7 +23,6 @@ from .derivatives import (
     second_vjp,
     times,
 )
-from .entropy import batch_entropy, world_size
 from .layout import (
     acc_dtype,
     is_compiling,
@@ -34,36 +34,37 @@ from .layout import (
     refuse_leaf,
     resolved,
 )
-from .stats import VALID, TableStatistics, coefficients, mean_as_sum, reduce_rows, softmax_coefs
+from .reduction import batch_entropy, loss_of_table, mean_as_sum, world_size
+from .statistics import CoefField, coefficients, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    """The loss of a checked call with the backend module `kernels`."""
+def fused_loss(backend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """The loss of a checked call."""
     if not is_concrete(logits, target, weight):
-        return _transformed(kernels, logits, target, weight, call)
+        return _transformed(backend, logits, target, weight, call)
     if forward_ad._current_level >= 0 and by_formulas(logits):
-        return reference.robust_loss(logits, target, weight, call)
+        return reference.loss_by_formulas(logits, target, weight, call)
     differentiate = logits.requires_grad and torch.is_grad_enabled()
     if call.inplace and differentiate:
         refuse_leaf(logits)
     if not call.built_in:
-        return stats_loss(kernels, logits, target, weight, call)
+        return loss_by_statistics(backend, logits, target, weight, call)
     if call.batch_group is not None and call.reduction == "mean":
-        weight, nothing = mean_as_sum(
+        weight, nan_if_empty = mean_as_sum(
             target, weight, call, logits.shape[min(1, logits.dim() - 1)], acc_dtype(logits.dtype)
         )
-        return robust_loss(kernels, logits, target, weight, call.variant(reduction="sum")) + nothing
+        return fused_loss(backend, logits, target, weight, call.variant(reduction="sum")) + nan_if_empty
     if differentiate:
-        return _fused_loss(logits, target, weight, call, kernels)
+        return _apply_fused(logits, target, weight, call, backend)
     if call.entropy_weight:
         coefs = new_coefs(logits, target)
-        return _with_entropy(kernels, logits, target, weight, call, coefs)[0]
-    return kernels.row_loss(call, logits, target, weight, None, None)
+        return _with_entropy(backend, logits, target, weight, call, coefs)[0]
+    return backend.row_loss(call, logits, target, weight, None, None)
 
 
-def _transformed(kernels, logits, target, weight, call):
+def _transformed(backend, logits, target, weight, call):
     if call.inplace:
         raise ValueError(
             "inplace=True overwrites the memory of plain tensors in an eager call: not under torch.compile, torch.func "
@@ -73,33 +74,31 @@ def _transformed(kernels, logits, target, weight, call):
     if functorch and is_compiling():  # an operator has no rules for torch.func
         if call.backend not in ("auto", "reference"):
             raise RuntimeError(f"backend={call.backend!r} does not run torch.func transforms under torch.compile")
-        return reference.robust_loss(logits, target, weight, call)
+        return reference.loss_by_formulas(logits, target, weight, call)
     if functorch:
         if by_formulas(logits):
-            return reference.robust_loss(logits, target, weight, call)
-        return stats_loss(kernels, logits, target, weight, call)
-    from . import ops
-
-    return ops.robust_loss(kernels, logits, target, weight, call)
+            return reference.loss_by_formulas(logits, target, weight, call)
+        return loss_by_statistics(backend, logits, target, weight, call)
+    return ops.traced_loss(backend, logits, target, weight, call)
 
 
 class FusedLoss(Function):
     @staticmethod
-    def forward(ctx, logits, target, weight, call, kernels):
-        ctx.call, ctx.kernels = call, kernels
+    def forward(ctx, logits, target, weight, call, backend):
+        ctx.call, ctx.backend = call, backend
         ctx.made = not (call.deferred or (call.recompute is None and logits.dtype is torch.float16))
         if ctx.made:
             grad = overwritten(logits) if call.inplace else new_grad(logits)
-            loss = kernels.row_loss(call, logits, target, weight, grad, None)
+            loss = backend.row_loss(call, logits, target, weight, grad, None)
             if call.inplace:
                 _mark_overwritten(logits)
             ctx.save_for_backward(grad)
             return loss
         coefs = new_coefs(logits, target)
         if call.entropy_weight:
-            loss, entropy = _with_entropy(kernels, logits, target, weight, call, coefs)
+            loss, entropy = _with_entropy(backend, logits, target, weight, call, coefs)
         else:
-            loss, entropy = kernels.row_loss(call, logits, target, weight, None, coefs), ()
+            loss, entropy = backend.row_loss(call, logits, target, weight, None, coefs), ()
         ctx.save_for_backward(logits, target, weight, coefs, *entropy)
         return loss
 
@@ -111,33 +110,31 @@ class FusedLoss(Function):
                 raise RuntimeError(ONLY_ONCE)
             (grad,) = ctx.saved_tensors
             # Unless the graph is kept, autograd may take the memory as the leaf's .grad.
-            grad = ctx.kernels.scaled(grad, grad_output, _keeps_graph()) if usual else times(grad, grad_output, 1)
+            grad = ctx.backend.scaled(grad, grad_output, _keeps_graph()) if usual else times(grad, grad_output, 1)
             return grad, None, None, None, None
         logits, target, weight, coefs, *entropy = ctx.saved_tensors
         again, call = torch.is_grad_enabled(), ctx.call
         if again and call.inplace:  # the formulas will want the logits
             call = call.variant(inplace=False)
-        seed = grad_output if usual else torch.ones_like(coefs[0]) if call.reduction == "none" else coefs.new_ones(())
+        seed = grad_output if usual else coefs.new_ones(target.shape if call.reduction == "none" else ())
         entropy = (entropy[0], entropy[1] * seed.detach()) if entropy else None
-        grad = row_grad(ctx.kernels, call, logits.detach(), target, coefs, seed.detach(), entropy)
+        grad = row_grad(ctx.backend, call, logits.detach(), target, coefs, seed.detach(), entropy)
         if again:
-            formulas = lambda z: reference.robust_loss(z, target, weight, call)
+            formulas = lambda z: reference.loss_by_formulas(z, target, weight, call)
             (grad,) = differentiable([grad], formulas, [logits], [seed])
         return grad if usual else times(grad, grad_output, 1), None, None, None, None
 
 
 # Function.apply does nothing but look for functorch transforms before this; small calls notice it.
-_fused_loss = super(Function, FusedLoss).apply
+_apply_fused = super(Function, FusedLoss).apply
 
 
-def row_grad(kernels, call, logits, target, coefs, grad_output, entropy) -> Tensor:
+def row_grad(backend, call, logits, target, coefs, grad_output, entropy) -> Tensor:
     """The backend's row_grad, or its operator where compiled autograd traces a backward pass."""
     if not is_compiling():
-        return kernels.row_grad(call, logits, target, coefs, grad_output, entropy)
-    from . import ops
-
+        return backend.row_grad(call, logits, target, coefs, grad_output, entropy)
     column_grad = None if entropy is None else entropy[0] * entropy[1]
-    numbers = (call.min_prob, call.gamma or 0.0, call.needs, kernels.NAME)
+    numbers = (call.min_prob, call.gamma or 0.0, call.needs, backend.NAME)
     return ops.row_grad(logits, target, coefs, grad_output, column_grad, *numbers)
 
 
@@ -169,48 +166,34 @@ class _Overwritten(Function):
         )
 
 
-def _with_entropy(kernels, logits, target, weight, call, coefs):
+def _with_entropy(backend, logits, target, weight, call, coefs):
     """The loss with the batch entropy term, and what the term's gradient needs: (log_q, scale)."""
-    loss = kernels.row_loss(call, logits, target, weight, None, coefs)
-    rows = (coefs[1] != 0.0).sum(dtype=torch.float64)  # of an ignored row the kernels write 0 there
-    entropy, log_q, rows = batch_entropy(kernels.column_sums(logits, coefs), rows, call)
+    loss = backend.row_loss(call, logits, target, weight, None, coefs)
+    rows = (coefs[CoefField.INV_SUM] != 0.0).sum(dtype=torch.float64)  # of an ignored row the kernels write 0 there
+    entropy, log_q, rows = batch_entropy(backend.column_sums(logits, coefs), rows, call)
     loss += call.entropy_weight * entropy
     return loss, (log_q, call.entropy_weight * world_size(call.batch_group) / rows)
 
 
-def stats_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    table, sums = RowStats.apply(logits, target, call, kernels)
+def loss_by_statistics(backend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    table, sums = RowStats.apply(logits, target, call, backend)
     return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
 
 
-def loss_of_table(table, sums, target, weight, call, dtype, classes=None) -> Tensor:
-    """f of the statistics, reduced, with the entropy term; differentiable by `table` and `sums`.
-
-    classes: how many there are, where `sums` are those of a slice of them.
-    """
-    s = TableStatistics(table, call.min_prob, call.gamma, call.needs)
-    valid = table[VALID].detach() != 0.0
-    label = torch.where(valid, target.long(), 0)
-    loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
-    if call.entropy_weight:
-        loss = loss + call.entropy_weight * batch_entropy(sums, valid.sum(), call, classes)[0]
-    return loss.to(dtype)
-
-
 class RowStats(Function):
-    """(logits, target) -> the statistics' table (13, *target.shape) and, for the entropy, the column sums of p (K,)."""
+    """(logits, target) -> the statistics' table and, for the entropy, the column sums of p (K,)."""
 
     @staticmethod
-    def forward(logits, target, call, kernels):
-        table = kernels.row_stats(call, logits, target)
+    def forward(logits, target, call, backend):
+        table = backend.row_stats(call, logits, target)
         if not call.entropy_weight:
             return table, table.new_empty(0)
         coefs = torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype))
-        return table, kernels.column_sums(logits, coefs)
+        return table, backend.column_sums(logits, coefs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, ctx.call, ctx.kernels = inputs
+        logits, target, ctx.call, ctx.backend = inputs
         ctx.save_for_backward(logits, target, output[0])
 
     @staticmethod
@@ -219,23 +202,23 @@ class RowStats(Function):
         call = ctx.call.variant(inplace=False) if ctx.call.inplace and torch.is_grad_enabled() else ctx.call
         log_q = log_q if call.entropy_weight else None
         if is_compiling():
-            return RowGrad.forward(logits, target, table, partials, log_q, call, ctx.kernels), None, None, None
+            return RowGrad.forward(logits, target, table, partials, log_q, call, ctx.backend), None, None, None
         partials = resolved(partials)
         if is_batched(partials) or type(partials) is not Tensor:
             if torch.is_grad_enabled():
                 raise RuntimeError(BATCHED_ONCE)
             coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
             return reference.gradient(call, logits, target, coefs, log_q), None, None, None
-        grad = RowGrad.apply(logits, target, table.detach(), partials, log_q, call, ctx.kernels)
+        grad = RowGrad.apply(logits, target, table.detach(), partials, log_q, call, ctx.backend)
         return grad, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, call, kernels):
+    def vmap(info, in_dims, logits, target, call, backend):
         logits, target = _batch_first(info, in_dims, logits, target)
         if call.entropy_weight:  # the sums are over the rows of one element of the batch
-            parts = [RowStats.apply(*pair, call, kernels) for pair in zip(logits.unbind(), target.unbind())]
+            parts = [RowStats.apply(*pair, call, backend) for pair in zip(logits.unbind(), target.unbind())]
             return tuple(torch.stack(part) for part in zip(*parts)), (0, 0)
-        table, sums = RowStats.apply(_fold(logits, logits.dim() > 2), _fold(target, target.dim() > 1), call, kernels)
+        table, sums = RowStats.apply(_fold(logits, logits.dim() > 2), _fold(target, target.dim() > 1), call, backend)
         return (table.reshape(-1, *target.shape), sums), (1, None)
 
 
@@ -243,11 +226,11 @@ class RowGrad(Function):
     """The gradient of `RowStats` from those by its table and sums; the formulas are what autograd differentiates."""
 
     @staticmethod
-    def forward(logits, target, table, partials, log_q, call, kernels):
+    def forward(logits, target, table, partials, log_q, call, backend):
         coefs = coefficients(table, partials, call, acc_dtype(logits.dtype)).contiguous()
         # The gradient of sum_j g_j sum_i p_ij is what the kernels call the entropy's, with log_q = g.
         entropy = None if log_q is None else (log_q, log_q.new_ones(()))
-        return row_grad(kernels, call, logits.detach(), target, coefs, None, entropy)
+        return row_grad(backend, call, logits.detach(), target, coefs, None, entropy)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -257,21 +240,21 @@ class RowGrad(Function):
     @staticmethod
     def backward(ctx, grad_output):
         logits, target, partials, log_q = ctx.saved_tensors
-        formulas = lambda z: reference.row_stats(z, target, ctx.call)
+        formulas = lambda z: reference.stats_by_formulas(z, target, ctx.call)
         cotangents = [partials] if log_q is None else [partials, log_q]
         by_logits, by_partials, *by_log_q = second_vjp(formulas, [logits], cotangents, [grad_output])
         return by_logits, None, None, by_partials, *(by_log_q or [None]), None, None
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, table, partials, log_q, call, kernels):
+    def vmap(info, in_dims, logits, target, table, partials, log_q, call, backend):
         batched = _batch_first(info, in_dims, logits, target, table, partials, log_q)
         if log_q is not None:
             parts = zip(*(part.unbind() for part in batched))
-            return torch.stack([RowGrad.apply(*part, call, kernels) for part in parts]), 0
+            return torch.stack([RowGrad.apply(*part, call, backend) for part in parts]), 0
         logits, target, table, partials, _ = batched
         rows = _fold(target, target.dim() > 1)
         table, partials = (x.movedim(0, 1).reshape(x.shape[1], *rows.shape) for x in (table, partials))
-        grad = RowGrad.apply(_fold(logits, logits.dim() > 2), rows, table, partials, None, call, kernels)
+        grad = RowGrad.apply(_fold(logits, logits.dim() > 2), rows, table, partials, None, call, backend)
         return grad.reshape(logits.shape), 0
 
 

@@ -8,6 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
+from .statistics import NUM_COEFS
+
 logger = logging.getLogger("anl_kernels")
 _said = set()
 
@@ -111,7 +113,7 @@ def _check_weight(weight: Tensor, logits: Tensor, classes: int) -> None:
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {_dtype(weight)}")
     if weight.shape != (classes,):
-        raise ValueError(f"weight must hold one number a class, shape ({classes},); got {tuple(weight.shape)}")
+        raise ValueError(f"weight must hold one number per class, shape ({classes},); got {tuple(weight.shape)}")
     if weight.device != logits.device:
         raise ValueError(f"logits are on {logits.device}, but weight is on {weight.device}: move one of them")
     if weight.requires_grad:
@@ -157,8 +159,13 @@ def new_grad(logits: Tensor) -> Tensor:
 
 
 def new_coefs(logits: Tensor, target: Tensor) -> Tensor:
-    """Memory for what row_grad needs: (10, *target.shape)."""
-    return logits.new_empty((10, *target.shape), dtype=acc_dtype(logits.dtype))
+    """Memory for what row_grad needs: (NUM_COEFS, *target.shape)."""
+    return logits.new_empty((NUM_COEFS, *target.shape), dtype=acc_dtype(logits.dtype))
+
+
+def with_step(grad_output: Tensor) -> tuple[Tensor, int]:
+    """grad_output, and the elements from row to row: 0 for a number, or a number expanded to the rows."""
+    return (grad_output.contiguous(), 1) if any(grad_output.stride()) else (grad_output, 0)
 
 
 def refuse_leaf(logits: Tensor) -> None:

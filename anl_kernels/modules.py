@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .functional import _pair, checked_call, robust_loss
-from .terms import NCE, NFL, NNCE, NNFL, Algebra, Expression, Factor, coefficient
+from .call import checked_call
+from .functional import robust_loss
+from .losses import NCE, NFL, NNCE, NNFL, pair
+from .terms import Algebra, Expression, Factor, as_factor
 
 # The keywords of robust_loss that are attributes, with their defaults, in the order of checked_call.
 OPTIONS = {name: default for name, default in robust_loss.__kwdefaults__.items() if name not in ("weight", "input")}
@@ -56,7 +58,7 @@ class RobustLoss(nn.Module):
             raise TypeError(f"expression must be a loss such as 5 * NCE() + NNCE(), got {type(expression).__name__}")
         self._expression = expression = 1.0 * expression
         functions = [term.f for _, term in expression.terms if isinstance(getattr(term, "f", None), nn.Module)]
-        factors = [coef for coef, _ in expression.terms if isinstance(coef, Factor)]
+        factors = [factor for factor, _ in expression.terms if isinstance(factor, Factor)]
         learned = {id(t): t for f in factors for t in (*f.tensors, *f.divisors) if isinstance(t, nn.Parameter)}
         for name, parts in (("functions", nn.ModuleList(functions)), ("factors", nn.ParameterList(learned.values()))):
             self._modules.pop(name, None)
@@ -98,7 +100,7 @@ class _Pair(RobustLoss):
 
     def __setattr__(self, name, value):
         if name in ("alpha", "beta"):
-            checked = coefficient(name, value)
+            checked = as_factor(name, value)
             if not isinstance(value, Tensor):
                 value = checked  # a float: torch.compile makes a constant of a module's int
         elif name == "gamma":
@@ -120,7 +122,7 @@ class ANLCELoss(_Pair):
 
     @property
     def expression(self) -> Expression:
-        return _pair(self.alpha, NCE, self.beta, NNCE)
+        return pair(self.alpha, NCE, self.beta, NNCE)
 
 
 class ANLFLLoss(_Pair):
@@ -136,4 +138,4 @@ class ANLFLLoss(_Pair):
 
     @property
     def expression(self) -> Expression:
-        return _pair(self.alpha, NFL, self.beta, NNFL, self.gamma)
+        return pair(self.alpha, NFL, self.beta, NNFL, self.gamma)

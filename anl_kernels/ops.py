@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import autograd, registry
+from . import registry
+from .backends import FusedBackend
+from .call import Call, KernelTerm
 from .layout import acc_dtype, new_coefs, new_grad, resolved
-from .stats import coefficients, softmax_coefs
-
-
-class _Kernel:
-    """What the kernels need to know of a call, from an operator's numbers."""
-
-    entropy_weight = 0.0
-    inplace = False
-    program = None
-
-    def __init__(self, terms, min_prob, gamma, needs, ignore_index=-100, reduction="none", explicit=False):
-        flat = iter(terms)
-        self.terms = [(int(kind), coef, p0, p1) for kind, coef, p0, p1 in zip(flat, flat, flat, flat)]
-        self.min_prob, self.gamma, self.needs = min_prob, gamma, needs
-        self.ignore_index, self.reduction, self.explicit = ignore_index, reduction, explicit
+from .reduction import loss_of_table
+from .statistics import NUM_COEFS, NUM_STATS, coefficients, softmax_coefs
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(*numbers) -> _Kernel:
-    return _Kernel(*numbers)
+def _call(terms, min_prob, gamma, needs, ignore_index=-100, reduction="none", explicit_backend="auto") -> Call:
+    """The call that an operator's numbers stand for. explicit_backend: "auto" where the caller named none."""
+    flat = iter(terms)
+    terms = tuple(KernelTerm(int(kind), *numbers) for kind, *numbers in zip(flat, flat, flat, flat))
+    return Call(
+        terms=terms,
+        min_prob=min_prob,
+        gamma=gamma,
+        needs=needs,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=explicit_backend,
+    )
 
 
 @custom_op("anl_kernels::row_loss", mutates_args=())
@@ -50,22 +50,22 @@ def row_loss(
     backend: str,
     explicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a sum of built-in terms (kind, coef, p0, p1, ...), and what row_grad needs (10, *target.shape).
+    """The loss of a sum of built-in terms (kind, factor, p0, p1, ...), and the coefficients that row_grad takes.
 
     explicit: the caller named the backend.
     """
-    kernels = registry.fused(backend, explicit)
-    call = _kernel(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, explicit)
+    fused = registry.fused(backend, explicit)
+    call = _call(tuple(terms), min_prob, gamma, needs, ignore_index, reduction, backend if explicit else "auto")
     logits, weight = resolved(logits), resolved(weight)
     coefs = new_coefs(logits, target)
-    return kernels.row_loss(call, logits, target, weight, None, coefs), coefs
+    return fused.row_loss(call, logits, target, weight, None, coefs), coefs
 
 
 @row_loss.register_fake
 def _(logits, target, weight, terms, min_prob, gamma, needs, ignore_index, reduction, backend, explicit):
     dtype = acc_dtype(logits.dtype)
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((10, *target.shape), dtype=dtype)
+    return loss, logits.new_empty((NUM_COEFS, *target.shape), dtype=dtype)
 
 
 @custom_op("anl_kernels::row_stats", mutates_args=())
@@ -80,20 +80,20 @@ def row_stats(
     backend: str,
     explicit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The statistics' table (13, *target.shape), float64, and the column sums of p (K,), or (0,) if not wanted."""
-    kernels = registry.fused(backend, explicit)
-    call = _kernel((), min_prob, gamma, needs, ignore_index, "none", explicit)
+    """The statistics' table and the column sums of p (K,), or (0,) if not wanted."""
+    fused = registry.fused(backend, explicit)
+    call = _call((), min_prob, gamma, needs, ignore_index, "none", backend if explicit else "auto")
     logits = resolved(logits)
-    table = kernels.row_stats(call, logits, target)
+    table = fused.row_stats(call, logits, target)
     if not with_sums:
         return table, table.new_empty(0)
     coefs = torch.stack(softmax_coefs(table)).to(acc_dtype(logits.dtype))
-    return table, kernels.column_sums(logits, coefs)
+    return table, fused.column_sums(logits, coefs)
 
 
 @row_stats.register_fake
 def _(logits, target, min_prob, gamma, needs, ignore_index, with_sums, backend, explicit):
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
+    table = logits.new_empty((NUM_STATS, *target.shape), dtype=torch.float64)
     classes = logits.shape[1 if logits.dim() > 1 else 0]
     return table, table.new_empty(classes if with_sums else 0)
 
@@ -111,10 +111,10 @@ def row_grad(
     backend: str,
 ) -> Tensor:
     """The gradient by the logits, from row_loss's coefs; column_grad: the gradient by row_stats' column sums."""
-    kernels = registry.fused(backend, explicit=True)
+    fused = registry.fused(backend, explicit=True)
     entropy = None if column_grad is None else (column_grad, column_grad.new_ones(()))
-    call = _kernel((), min_prob, gamma, needs)
-    return kernels.row_grad(call, resolved(logits), target, coefs.contiguous(), resolved(grad_output), entropy)
+    call = _call((), min_prob, gamma, needs)
+    return fused.row_grad(call, resolved(logits), target, coefs.contiguous(), resolved(grad_output), entropy)
 
 
 @row_grad.register_fake
@@ -147,7 +147,8 @@ def _save_stats(ctx, inputs, output):
 
 def _grad_of_stats(ctx, partials, column_grad):
     logits, target, table = ctx.saved_tensors
-    call = _Kernel((), *ctx.numbers)
+    min_prob, gamma, needs = ctx.numbers
+    call = Call(min_prob=min_prob, gamma=gamma, needs=needs)
     coefs = coefficients(table, partials, call, acc_dtype(logits.dtype))
     column_grad = column_grad if ctx.with_sums else None
     return row_grad(logits, target, coefs, None, column_grad, *ctx.numbers, ctx.backend), *[None] * 8
@@ -158,15 +159,15 @@ row_stats.register_autograd(_grad_of_stats, setup_context=_save_stats)
 row_grad.register_autograd(_only_once)
 
 
-def robust_loss(kernels, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    """`autograd.robust_loss` through the operators."""
+def traced_loss(backend: FusedBackend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+    """`autograd.fused_loss` through the operators."""
     gamma = 0.0 if call.gamma is None else call.gamma
     shared_mean = call.batch_group is not None and call.reduction == "mean"
     if call.built_in and not call.entropy_weight and not shared_mean:
         terms = [float(number) for term in call.terms for number in term]
-        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, kernels.NAME, call.explicit)
+        numbers = (call.min_prob, gamma, call.needs, call.ignore_index, call.reduction, backend.NAME, call.explicit)
         return row_loss(logits, target, weight, terms, *numbers)[0]
     with_sums = call.entropy_weight != 0.0
-    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, kernels.NAME, call.explicit)
+    numbers = (call.min_prob, gamma, call.needs, call.ignore_index, with_sums, backend.NAME, call.explicit)
     table, sums = row_stats(logits, target, *numbers)
-    return autograd.loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
+    return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))

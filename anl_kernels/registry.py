@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autograd
-from .backends import LaunchRefused, cpu, cuda, reference, triton
-from .layout import log_once
+from .backends import NAMES, Backend, FusedBackend, LaunchRefused, check_name, reference, triton
+from .call import Call
+from .layout import is_compiling, log_once
 
-_MODULES = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}  # fastest first
+BACKENDS: dict[str, Backend] = {name: importlib.import_module(f".backends.{name}", __package__) for name in NAMES}
 # What `auto` tries, in this order, before the reference.
 FUSED_BY_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 
-class Backend(NamedTuple):
+class BackendInfo(NamedTuple):
     name: str
     available: bool
     reason: str  # why not, or what it is for
 
 
-def backends() -> list[Backend]:
+def backends() -> list[BackendInfo]:
     """What can run here: a list of (name, available, reason), fastest first."""
     found = []
-    for name, module in _MODULES.items():
-        why_not = module.unavailable()
-        found.append(Backend(name, why_not is None, why_not or module.PURPOSE))
+    for name, backend in BACKENDS.items():
+        why_not = backend.unavailable()
+        found.append(BackendInfo(name, why_not is None, why_not or backend.PURPOSE))
     return found
 
 
 def device_of(name: str) -> torch.device:
     """A device whose tensors the backend takes; of several GPUs the current one."""
-    kind = getattr(_MODULES[name], "device_type", lambda: "cpu")()
+    kind = BACKENDS[name].device_type()
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
@@ -47,75 +48,113 @@ def is_interpreted(name: str) -> bool:
 class WithFallbacks:
     """A GPU backend as `auto` takes it: what it refuses to launch, the next one runs, and in the end the reference."""
 
-    def __init__(self, name: str):
-        names = ("cuda", "triton", "reference")
-        self.NAME, self.modules = name, [_MODULES[n] for n in names[names.index(name) :]]
+    def __init__(self, *fused: FusedBackend):
+        self.NAME, self.PURPOSE, self.fused, self.all = fused[0].NAME, fused[0].PURPOSE, fused, (*fused, reference)
 
-    def __getattr__(self, operation: str):
-        if operation.startswith("_") or not hasattr(self.modules[0], operation):
-            raise AttributeError(operation)
-        return functools.partial(self._run, operation)
+    def unavailable(self) -> str | None:
+        return self.fused[0].unavailable()
 
-    def _run(self, operation: str, *arguments):
-        refused = None
-        for module in self.modules:
-            if not hasattr(module, operation) or (refused and _why_not(module, arguments)):
+    def cannot_run(self, logits: Tensor, call: Call) -> str | None:
+        return self.fused[0].cannot_run(logits, call)
+
+    def device_type(self) -> str:
+        return self.fused[0].device_type()
+
+    def row_loss(
+        self,
+        call: Call,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        grad: Tensor | None,
+        coefs: Tensor | None,
+    ) -> Tensor:
+        return _first_that_launches(
+            self.fused, lambda backend: backend.row_loss(call, logits, target, weight, grad, coefs), logits, call
+        )
+
+    def row_stats(self, call: Call, logits: Tensor, target: Tensor) -> Tensor:
+        return _first_that_launches(self.fused, lambda b: b.row_stats(call, logits, target), logits, call)
+
+    def slice_stats(self, call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+        return _first_that_launches(self.all, lambda b: b.slice_stats(call, logits, target, lse), logits, call)
+
+    def row_grad(
+        self, call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy
+    ) -> Tensor:
+        return _first_that_launches(
+            self.all, lambda b: b.row_grad(call, logits, target, coefs, grad_output, entropy), logits, call
+        )
+
+    def column_sums(self, logits: Tensor, coefs: Tensor) -> Tensor:
+        return _first_that_launches(self.all, lambda b: b.column_sums(logits, coefs), logits)
+
+    def scaled(self, grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
+        return _first_that_launches(self.all, lambda b: b.scaled(grad, factor, keep), grad)
+
+
+def _first_that_launches(
+    backends: Sequence[Backend], run: Callable[[Backend], Tensor], logits: Tensor, call: Call | None = None
+) -> Tensor:
+    refused = None
+    for backend in backends:
+        if refused:
+            if backend.unavailable() or (call and backend.cannot_run(logits, call)):
                 continue
-            if refused:
-                log_once(f"{refused}; the {module.NAME} backend runs it")
-            try:
-                return getattr(module, operation)(*arguments)
-            except LaunchRefused as error:
-                refused = error
-        raise refused
-
-    def robust_loss(self, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+            log_once(f"{refused}; the {backend.NAME} backend runs it")
         try:
-            return autograd.robust_loss(self, logits, target, weight, call)
-        except LaunchRefused as refused:
-            if reference.cannot_run(logits, call):
-                raise
-            log_once(f"{refused}; the reference backend runs it")
-            return reference.robust_loss(logits, target, weight, call)
+            return run(backend)
+        except LaunchRefused as error:
+            refused = error
+    raise refused
 
 
-def _why_not(module, arguments) -> str | None:
-    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    call = None if isinstance(arguments[0], Tensor) else arguments[0]
-    return module.unavailable() or (call and module.cannot_run(tensor, call))
+_WITH_FALLBACKS = {
+    "cuda": WithFallbacks(BACKENDS["cuda"], BACKENDS["triton"]),
+    "triton": WithFallbacks(BACKENDS["triton"]),
+}
 
 
-_WITH_FALLBACKS = {name: WithFallbacks(name) for name in ("cuda", "triton")}
+def fused(name: str, explicit: bool) -> FusedBackend:
+    """The fused backend `name`; for a call that named none, with those that may take its place."""
+    return BACKENDS[name] if explicit else _WITH_FALLBACKS.get(name, BACKENDS[name])
 
 
-def choose(logits: Tensor, call):
+_chosen: dict[tuple[str, torch.device, bool], Backend] = {}  # by earlier calls
+_MANY = 1 << 31  # logits of which a row may have more classes than a backend takes
+
+
+def choose(logits: Tensor, call: Call) -> Backend:
     """The backend that runs `call`; an explicit one that cannot raises with the reason."""
     name, asked_by = call.backend, "backend"
     if name == "auto":
         name, asked_by = os.environ.get("ANL_KERNELS_BACKEND") or "auto", "ANL_KERNELS_BACKEND"
-    key = (name, logits.device.type)
-    if key not in call.modules:
-        call.modules[key] = _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
-    return call.modules[key]
+    if is_compiling() or logits.numel() >= _MANY:  # a compiled graph would guard on what is cached
+        return _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
+    key = name, logits.device, call.inplace
+    found = _chosen.get(key)
+    if found is None:
+        found = _first_that_can(logits, call) if name == "auto" else _named(name, asked_by, logits, call)
+        _chosen[key] = found
+    return found
 
 
-def check_name(name: str, asked_by: str) -> None:
-    if name not in _MODULES:
-        known = ", ".join(map(repr, _MODULES))
-        raise ValueError(f"{asked_by}={name!r}: there is no such backend; there are {known} and 'auto'")
+def choose_anew() -> None:
+    """Forgets what earlier calls took: for tests, which change what can run."""
+    _chosen.clear()
 
 
-def _named(name: str, asked_by: str, logits: Tensor, call):
+def _named(name: str, asked_by: str, logits: Tensor, call: Call) -> Backend:
     check_name(name, asked_by)
-    reason = _cannot_run(_MODULES[name], logits, call)
+    reason = _cannot_run(BACKENDS[name], logits, call)
     if reason is not None:
         raise RuntimeError(f"{asked_by}={name!r} cannot run this call: {reason}")
-    return _MODULES[name]
+    return BACKENDS[name]
 
 
-def _first_that_can(logits: Tensor, call):
+def _first_that_can(logits: Tensor, call: Call) -> Backend:
     for name in FUSED_BY_DEVICE.get(logits.device.type, ()):
-        reason = _cannot_run(_MODULES[name], logits, call)
+        reason = _cannot_run(BACKENDS[name], logits, call)
         if reason is None:
             return fused(name, explicit=False)
         log_once(f"anl_kernels: the {name} backend is passed over: {reason}")
@@ -125,10 +164,5 @@ def _first_that_can(logits: Tensor, call):
     return reference
 
 
-def _cannot_run(module, logits: Tensor, call) -> str | None:
-    return module.unavailable() or module.cannot_run(logits, call)
-
-
-def fused(name: str, explicit: bool):
-    """The fused backend `name`; for a call that named none, with those that may take its place."""
-    return _MODULES[name] if explicit else _WITH_FALLBACKS.get(name, _MODULES[name])
+def _cannot_run(backend: Backend, logits: Tensor, call: Call) -> str | None:
+    return backend.unavailable() or backend.cannot_run(logits, call)

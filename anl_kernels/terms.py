@@ -1,7 +1,7 @@
-"""The losses as values: frozen terms that add and scale. Each formula is written once, in `value`.
+"""Terms that add and scale: the algebra of losses, and `RowLoss`, any function of a row's statistics.
 
-`value(s)` is f(statistics), one number a row, differentiable PyTorch. `kind` and `parameters` are what the compiled
-modules know the term by; they hold the same formula and its partial derivatives in `csrc/row_math.h`.
+The built-in terms are in losses.py. Each is a frozen value: `value(s)` is f(statistics), one number per row, in
+differentiable PyTorch; `kind` and `parameters` are what the kernels know the term by.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .stats import DERIVED, FOCAL_STATISTICS, PRIMARY, Statistics, needs_of, one_minus_exp
+from .statistics import STATISTICS, Statistics, needs_of
 
 MAX_TERMS = 16  # of a sum that the compiled modules know; a longer one is computed as any loss is
 
@@ -27,7 +27,7 @@ def number(name: str, value, what: str = "a number") -> float:
     return float(value)
 
 
-def coefficient(name: str, value) -> float | Factor:
+def as_factor(name: str, value) -> float | Factor:
     """What a loss is multiplied by: a number, or a tensor with one element, through which gradients flow."""
     what = "a number or a tensor with one element"
     if isinstance(value, Tensor):
@@ -133,16 +133,16 @@ class Algebra:
     def __mul__(self, factor):
         if isinstance(factor, Algebra):
             raise TypeError("losses add and scale; the product of two losses is written as a RowLoss")
-        return self._scaled(coefficient("the factor of a loss", factor))
+        return self._scaled(as_factor("the factor of a loss", factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor):
-        divisor = coefficient("the divisor of a loss", divisor)
+        divisor = as_factor("the divisor of a loss", divisor)
         return self._scaled(divisor.inverse() if isinstance(divisor, Factor) else 1.0 / divisor)
 
-    def _scaled(self, factor: float | Factor) -> Expression:
-        return Expression(tuple((_product(factor, coef), term) for coef, term in self.terms_of()))
+    def _scaled(self, by: float | Factor) -> Expression:
+        return Expression(tuple((_product(by, factor), term) for factor, term in self.terms_of()))
 
     def __neg__(self):
         return self * -1.0
@@ -154,7 +154,7 @@ def _is_zero(value) -> bool:
 
 @dataclass(frozen=True)
 class Expression(Algebra):
-    """A weighted sum of terms, ((coef, term), ...). Equal terms are one, with the sum of their numbers."""
+    """A weighted sum of terms, ((factor, term), ...). Equal terms are one, with the sum of their numbers."""
 
     terms: tuple[tuple[float | Factor, Term], ...] = ()  # torch 2.10 hashes what it has yet to fill
 
@@ -165,7 +165,7 @@ class Expression(Algebra):
         gammas = sorted({term.gamma for _, term in terms if term.gamma is not None})
         if len(gammas) > 1:
             raise ValueError(f"one call has one focal exponent, but the terms of {self!r} ask for gamma = {gammas}")
-        known = all(term.kind is not None and not isinstance(coef, Factor) for coef, term in terms)
+        known = all(term.kind is not None and not isinstance(factor, Factor) for factor, term in terms)
         set_once = object.__setattr__
         set_once(self, "terms", terms)
         set_once(self, "gamma", gammas[0] if gammas else None)
@@ -184,15 +184,15 @@ class Expression(Algebra):
 
     def value(self, s: Statistics) -> Tensor:
         total = None
-        for coef, term in self.terms:
+        for factor, term in self.terms:
             rows = term.value(s)
-            part = coef.times(rows) if isinstance(coef, Factor) else coef * rows
+            part = factor.times(rows) if isinstance(factor, Factor) else factor * rows
             total = part if total is None else total + part
         return total
 
     def __repr__(self):
-        shown = [(repr(coef) if isinstance(coef, Factor) else f"{coef:g}", term) for coef, term in self.terms]
-        return " + ".join(f"{coef} * {term!r}" for coef, term in shown)
+        shown = [(repr(factor) if isinstance(factor, Factor) else f"{factor:g}", term) for factor, term in self.terms]
+        return " + ".join(f"{factor} * {term!r}" for factor, term in shown)
 
     def __getstate__(self):
         return self.terms
@@ -203,15 +203,15 @@ class Expression(Algebra):
 
 
 def _merged(terms):
-    """`terms` with equal ones added, where their coefficients are numbers."""
+    """`terms` with equal ones added, where their factors are numbers."""
     found = []
-    for coef, term in terms:
-        for place, (other_coef, other) in enumerate(found):
-            if not (isinstance(coef, Factor) or isinstance(other_coef, Factor)) and term.is_as(other):
-                found[place] = (other_coef + coef, other)
+    for factor, term in terms:
+        for place, (other_factor, other) in enumerate(found):
+            if not (isinstance(factor, Factor) or isinstance(other_factor, Factor)) and term.is_as(other):
+                found[place] = (other_factor + factor, other)
                 break
         else:
-            found.append((coef, term))
+            found.append((factor, term))
     return tuple(found)
 
 
@@ -247,192 +247,6 @@ class Term(Algebra):
         object.__setattr__(self, name, value)
 
 
-@dataclass(frozen=True)
-class CE(Term):
-    """Cross entropy: -log p_y."""
-
-    kind = 0
-
-    def value(self, s):
-        return -s.target_log_prob
-
-
-@dataclass(frozen=True)
-class NCE(Term):
-    """Normalized cross entropy: log p_y / sum_j log p_j. Ma et al., ICML 2020."""
-
-    kind = 1
-    reads = ("target_log_prob", "neg_log_sum")
-
-    def value(self, s):
-        return -s.target_log_prob / s.neg_log_sum
-
-
-@dataclass(frozen=True)
-class NNCE(Term):
-    """Normalized negative cross entropy: 1 - I_y (T + log p_y) / sum_j I_j (T + log p_j). Ye et al., NeurIPS 2023."""
-
-    kind = 2
-    reads = ("target_log_prob", "above_sum")
-
-    def value(self, s):
-        return 1.0 - s.target_above * (s.target_log_prob - s.log_floor) / s.above_sum
-
-
-@dataclass(frozen=True)
-class _Focal(Term):
-    gamma: float = 0.5
-
-    def __post_init__(self):
-        self._check("gamma", 0.0, include=True)
-
-
-@dataclass(frozen=True)
-class FL(_Focal):
-    """Focal loss: -(1 - p_y)^gamma log p_y, the weight detached. Lin et al., 2017."""
-
-    kind = 3
-    reads = ("target_log_prob", "target_focal_weight")
-
-    def value(self, s):
-        return -s.target_focal_weight * s.target_log_prob
-
-
-@dataclass(frozen=True)
-class NFL(_Focal):
-    """Normalized focal loss: w_y log p_y / sum_j w_j log p_j, w = (1 - p)^gamma detached. Ma et al., ICML 2020."""
-
-    kind = 4
-    reads = ("target_log_prob", "target_focal_weight", "focal_sum")
-
-    def value(self, s):
-        return -s.target_focal_weight * s.target_log_prob / s.focal_sum
-
-
-@dataclass(frozen=True)
-class NNFL(_Focal):
-    """Normalized negative focal loss: 1 - I_y (A + w_y log p_y) / sum_j I_j (A + w_j log p_j). Ye et al., 2023."""
-
-    kind = 5
-    reads = ("target_log_prob", "target_focal_weight", "focal_above_sum")
-
-    def value(self, s):
-        return 1.0 - s.target_above * (s.focal_floor + s.target_focal_weight * s.target_log_prob) / s.focal_above_sum
-
-
-@dataclass(frozen=True)
-class MAE(Term):
-    """Mean absolute error, to its usual scale: 1 - p_y."""
-
-    kind = 6
-
-    def value(self, s):
-        return one_minus_exp(s.target_log_prob)
-
-
-@dataclass(frozen=True)
-class RCE(Term):
-    """Reverse cross entropy: -log(floor) sum_{k != y} max(p_k, min_prob). Wang et al., ICCV 2019."""
-
-    floor: float = 1e-4
-    kind = 7
-    reads = ("other_above_mass", "above_count", "target_above", "num_classes")
-
-    def __post_init__(self):
-        self._check("floor", 0.0)
-        if self.floor >= 1.0:
-            raise ValueError(f"RCE's floor must be below 1, got {self.floor:g}")
-
-    @property
-    def parameters(self):
-        return (-math.log(self.floor), 0.0)
-
-    def value(self, s):
-        others_below = s.num_classes - s.above_count - (1.0 - s.target_above)
-        return -math.log(self.floor) * (s.other_above_mass + others_below * s.min_prob)
-
-
-@dataclass(frozen=True)
-class GCE(Term):
-    """Generalized cross entropy: (1 - p_y^q) / q. Zhang & Sabuncu, NeurIPS 2018."""
-
-    q: float = 0.7
-    kind = 8
-
-    def __post_init__(self):
-        self._check("q", 0.0)
-
-    @property
-    def parameters(self):
-        return (self.q, 0.0)
-
-    def value(self, s):
-        return one_minus_exp(self.q * s.target_log_prob) / self.q
-
-
-@dataclass(frozen=True)
-class AGCE(Term):
-    """Asymmetric generalized cross entropy: ((a + 1)^q - (a + p_y)^q) / q. Zhou et al., ICML 2021.
-
-    The defaults are the paper's for CIFAR-10, as AUL's and AEL's are.
-    """
-
-    a: float = 0.6
-    q: float = 0.6
-    kind = 9
-
-    def __post_init__(self):
-        self._check("a", 0.0)
-        self._check("q", 0.0)
-
-    @property
-    def parameters(self):
-        return (self.a, self.q)
-
-    def value(self, s):  # a + p = (a + 1) (1 - (1 - p) / (a + 1)): no difference of near equals as p -> 1
-        missing = one_minus_exp(s.target_log_prob) / (self.a + 1.0)
-        return one_minus_exp(self.q * torch.log1p(-missing)) * ((self.a + 1.0) ** self.q / self.q)
-
-
-@dataclass(frozen=True)
-class AUL(Term):
-    """Asymmetric unhinged loss: ((a - p_y)^q - (a - 1)^q) / q. Zhou et al., ICML 2021."""
-
-    a: float = 5.5
-    q: float = 3.0
-    kind = 10
-
-    def __post_init__(self):
-        self._check("a", 1.0)
-        self._check("q", 0.0)
-
-    @property
-    def parameters(self):
-        return (self.a, self.q)
-
-    def value(self, s):  # a - p = (a - 1) (1 + (1 - p) / (a - 1))
-        missing = one_minus_exp(s.target_log_prob) / (self.a - 1.0)
-        return torch.expm1(self.q * torch.log1p(missing)) * ((self.a - 1.0) ** self.q / self.q)
-
-
-@dataclass(frozen=True)
-class AEL(Term):
-    """Asymmetric exponential loss: exp(-p_y / a). Zhou et al., ICML 2021."""
-
-    a: float = 2.5
-    kind = 11
-
-    def __post_init__(self):
-        self._check("a", 0.0)
-
-    @property
-    def parameters(self):
-        return (self.a, 0.0)
-
-    def value(self, s):
-        return torch.exp(s.target_prob / -self.a)
-
-
 class _Probe(Statistics):
     """Statistics of a made-up row that remember what was read of them."""
 
@@ -440,17 +254,17 @@ class _Probe(Statistics):
         super().__init__(1e-7, gamma)
         self.seen = set()
 
-    def _make(self, name):
-        self.seen.add(name)
-        made_up = {"lse": 2.0, "target_logit": 1.0, "target_log_prob": -1.0}
-        return torch.full((1,), made_up.get(name, 4.0), dtype=torch.float64)  # (1,) goes with tensors of any length
+    def _make(self, statistic):
+        self.seen.add(statistic.name)
+        value = {"lse": 2.0, "target_log_prob": -1.0}.get(statistic.name, 4.0)
+        return torch.full((1,), value, dtype=torch.float64)  # (1,) goes with tensors of any length
 
 
 class RowLoss(Term):
     """Any loss f(statistics): RowLoss(lambda s: -s.target_log_prob / s.neg_log_sum) is NCE.
 
     Args:
-        f: takes a `Statistics` (see `help(anl_kernels.Statistics)`) and returns one number a row, in PyTorch. Its
+        f: takes a `Statistics` (see `help(anl_kernels.Statistics)`) and returns one number per row, in PyTorch. Its
             derivatives are taken by autograd, also those by tensors that f holds (learned parameters). The statistics
             are float64 on the fused backends.
         gamma: the exponent of the focal weights, if f reads one of the focal statistics.
@@ -470,7 +284,7 @@ class RowLoss(Term):
         self.reads = _probe(f, self.gamma) if needs is None else tuple(needs)
         needs_of(self.reads)  # names that do not exist are an error here
 
-    def kept(self) -> Expression:
+    def cached(self) -> Expression:
         """This loss as a sum that keeps its calls: of a twin, since a circle through this one only gc could free."""
         own = self.__dict__.get("_own")
         if own is None or own.terms[0][1].f is not self.f:
@@ -484,7 +298,7 @@ class RowLoss(Term):
         shape = s.target_log_prob.shape
         if not isinstance(rows, Tensor) or rows.shape != shape:
             got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"RowLoss: f must return one number a row, a tensor of shape {tuple(shape)}; got {got}")
+            raise ValueError(f"RowLoss: f must return one number per row, a tensor of shape {tuple(shape)}; got {got}")
         return rows
 
     def __repr__(self):
@@ -499,12 +313,14 @@ def _probe(f, gamma) -> tuple[str, ...]:
         with torch.no_grad():
             f(probe)  # where torch.compile fails here: say what f reads, RowLoss(f, needs=[...])
     except Exception:
-        focal = () if gamma is None else ("focal_sum", "focal_above_sum")
-        return (*(name for name in PRIMARY if name not in FOCAL_STATISTICS), *focal)
-    return tuple(name for name in (*PRIMARY, *DERIVED) if name in probe.seen)
+        return tuple(s.name for s in STATISTICS.values() if s.derive is None and not (s.focal and gamma is None))
+    return tuple(name for name in STATISTICS if name in probe.seen)
 
 
-# What torch.load(weights_only=True) may make: terms hold numbers, and a RowLoss a function that has to be allowed too.
-torch.serialization.add_safe_globals(
-    [CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, RowLoss, Expression, Factor]
-)
+def __getattr__(name: str):
+    """The losses, which older pickles look for here."""
+    from . import losses
+
+    if name in losses.__all__:
+        return getattr(losses, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

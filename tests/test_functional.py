@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from helpers import THERE, single
 
 import anl_kernels as ak
-from anl_kernels import functional
-from anl_kernels.functional import checked_call
+from anl_kernels import functional, losses
+from anl_kernels.call import checked_call
 
 # function -> (its own parameters, the oracle's terms for them)
 FUNCTIONS = {
@@ -290,13 +290,13 @@ def test_a_term_and_its_function_have_the_same_defaults(name):
 
 def test_what_is_kept_is_bounded():
     expression = 2 * ak.NCE() + ak.MAE()
-    known = [inspect.getclosurevars(f).nonlocals["known"] for f in (functional._one, functional._pair)]
-    for k in range(2 * functional.MAX_KEPT + 7):
+    known = [inspect.getclosurevars(f).nonlocals["known"] for f in (losses._one, losses.pair)]
+    for k in range(2 * functional.CACHE_SIZE + 7):
         expression(LOGITS, TARGET, ignore_index=-1 - k)
         ak.gce(LOGITS, TARGET, q=1 + k / 1024)
         ak.anl_ce(LOGITS, TARGET, beta=1 + k / 1024)
     for kept in (expression.calls, *known):
-        assert 0 < len(kept) <= functional.MAX_KEPT
+        assert 0 < len(kept) <= functional.CACHE_SIZE
 
 
 def test_ignore_index_is_any_integer():
@@ -334,7 +334,7 @@ def test_many_classes_without_a_clamp():
 
 def test_nothing_of_the_caller_s_is_kept():
     """A loss is kept by its numbers; one with a function or a tensor is not kept at all."""
-    kept = inspect.getclosurevars(functional._pair).nonlocals["known"]
+    kept = inspect.getclosurevars(losses.pair).nonlocals["known"]
     before = len(kept)
     ak.anl_ce(LOGITS, TARGET, alpha=torch.tensor(2.5))
     assert len(kept) == before

@@ -99,7 +99,7 @@ def used(call):
         "            seen.append(module.NAME)\n"
         "            return old(*a, **k)\n"
         "        setattr(module, name, new)\n"
-        "spy(cpu, 'row_loss'); spy(reference, 'robust_loss')\n"
+        "spy(cpu, 'row_loss'); spy(reference, 'loss_by_formulas')\n"
         f"{call}\n"
         "print(','.join(dict.fromkeys(seen)))\n"
     )
@@ -133,7 +133,7 @@ def test_what_is_chosen_is_chosen_anew_where_something_changed(cpu, monkeypatch)
     """Another device, another ANL_KERNELS_BACKEND: what an earlier call of the same loss took does not count."""
     loss = ak.NCE() + 3 * ak.MAE()
     call = loss(LOGITS, TARGET)
-    taken = lambda: ak.registry.choose(LOGITS, ak.functional._known_call(loss, OPTIONS)).NAME
+    taken = lambda: ak.registry.choose(LOGITS, ak.functional._cached_call(loss, OPTIONS)).NAME
     assert taken() == "cpu"
     on_meta = loss(LOGITS.to("meta"), TARGET.to("meta"))
     assert on_meta.device.type == "meta" and on_meta.shape == call.shape
@@ -151,7 +151,7 @@ def test_a_backend_is_named_by_the_caller_or_the_environment(monkeypatch, backen
     monkeypatch.delenv("ANL_KERNELS_BACKEND", raising=False)
     if value is not None:
         monkeypatch.setenv("ANL_KERNELS_BACKEND", value)
-    assert ak.functional.checked_call(ak.NCE(), *OPTIONS[:-1], backend).explicit == named
+    assert ak.call.checked_call(ak.NCE(), *OPTIONS[:-1], backend).explicit == named
 
 
 @pytest.mark.thorough

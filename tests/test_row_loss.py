@@ -198,5 +198,5 @@ def test_unknown_statistics_are_named():
     ids=["sum", "number", "none", "shape"],
 )
 def test_a_row_loss_gives_one_number_a_row(one_backend, f):
-    with pytest.raises(ValueError, match="one number a row"):
+    with pytest.raises(ValueError, match="one number per row"):
         ak.RowLoss(f)(torch.randn(2, 3), torch.tensor([0, 1]), backend=one_backend.name)

@@ -212,3 +212,10 @@ def test_a_saved_loss_is_loaded_by_default(term, factor):
     loaded = torch.load(file)["loss"]
     logits, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     assert repr(loaded) == repr(loss) and torch.equal(loaded(logits, target), loss(logits, target))
+
+
+def test_a_loss_saved_where_the_losses_once_were_is_loaded():
+    text = pickle.dumps(ak.RCE(0.01), protocol=0)
+    assert pickle.loads(text.replace(b"anl_kernels.losses", b"anl_kernels.terms")) == ak.RCE(0.01)
+    with pytest.raises(AttributeError, match="nothing"):
+        ak.terms.nothing  # noqa: B018

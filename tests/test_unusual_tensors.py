@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import anl_kernels as ak
-from anl_kernels.stats import mean_as_sum
+from anl_kernels.reduction import mean_as_sum
 
 CLASSES = 200  # 156 is -100 in 8 bits
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")

@@ -7,7 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..layout import acc_dtype, as_rows, new_grad, overwritten, shape_and_strides
+from ..call import Call
+from ..layout import acc_dtype, as_rows, new_grad, overwritten, shape_and_strides, with_step
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TARGETS = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
@@ -41,32 +42,40 @@ def _no_memory(tensor: Tensor, name: str) -> int:
     )
 
 
-def cannot_run(logits: Tensor, call, device_type: str) -> str | None:
-    if logits.device.type != device_type:
-        return f"the logits are on {logits.device}"
-    return None
+def of_logits(rows: Tensor, shape, strides) -> tuple:
+    """A kernel's arguments for logits that `as_rows` has seen; the caller keeps the tensor alive."""
+    return DTYPES[rows.dtype], shape, address(rows, "logits"), strides
 
 
-def row_grad(kernel, call, logits, target, coefs, grad_output, entropy, last) -> Tensor:
-    """reference.row_grad by a module's `kernel`, whose last argument is `last`."""
+def of_target(target: Tensor) -> tuple[int, int]:
+    return address(target, "target"), TARGETS[target.dtype]
+
+
+def row_grad(
+    kernel, call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy, last
+) -> Tensor:
+    """`Backend.row_grad` by a module's `kernel`, whose last argument is `last`."""
     acc = acc_dtype(logits.dtype)
     rows, shape, strides = as_rows(logits)
     grad = overwritten(logits) if call.inplace else new_grad(logits)
     target = target.contiguous()
-    if grad_output is None:
-        grad_output = logits.new_ones((), dtype=acc)
-    step = 1
-    if not any(grad_output.stride()):  # a number, or a number expanded to the rows
-        step = 0
-    elif not grad_output.is_contiguous():
-        grad_output = grad_output.contiguous()
+    grad_output, step = with_step(logits.new_ones((), dtype=acc) if grad_output is None else grad_output)
     log_q, scale = (None, None) if entropy is None else (part.to(acc).contiguous() for part in entropy)
     kernel(
-        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(grad, "the gradient"),
-        shape_and_strides(grad)[1], address(target, "target"), TARGETS[target.dtype], call.min_prob, call.gamma or 0.0,
-        call.needs, address(coefs, "coefs"), address(grad_output, "grad_output"), step, address(log_q, "log_q"),
-        address(scale, "the entropy's scale"), last,
-    )  # fmt: skip
+        *of_logits(rows, shape, strides),
+        address(grad, "the gradient"),
+        shape_and_strides(grad)[1],
+        *of_target(target),
+        call.min_prob,
+        call.gamma or 0.0,
+        call.needs,
+        address(coefs, "coefs"),
+        address(grad_output, "grad_output"),
+        step,
+        address(log_q, "log_q"),
+        address(scale, "the entropy's scale"),
+        last,
+    )
     if call.inplace:
         torch.autograd.graph.increment_version(logits)
     return grad

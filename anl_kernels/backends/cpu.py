@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .. import autograd
+from ..call import Call, KernelTerm
 from ..layout import as_rows, bad_label, shape_and_strides
-from ..stats import IGNORED
-from . import compiled
-from .compiled import DTYPES, REDUCTIONS, TARGETS, address
+from ..statistics import IGNORED, NUM_FIRST_SUMS, NUM_SECOND_SUMS, NUM_STATS
+from . import check_device, compiled
+from .compiled import DTYPES, REDUCTIONS, TARGETS, address, of_logits, of_target
 
 NAME = "cpu"
 PURPOSE = "fused C++ kernels on PyTorch's threads"
@@ -23,8 +23,12 @@ def unavailable() -> str | None:
     return _why_not
 
 
-def cannot_run(logits: Tensor, call) -> str | None:
-    return compiled.cannot_run(logits, call, "cpu")
+def cannot_run(logits: Tensor, call: Call) -> str | None:
+    return check_device(logits, device_type())
+
+
+def device_type() -> str:
+    return "cpu"
 
 
 def info() -> dict:
@@ -32,13 +36,14 @@ def info() -> dict:
     return _cpu.info()
 
 
-def _program(call):
-    call.program = _cpu.Program(call.terms, call.min_prob, call.gamma or 0.0)
-    return call.program
+@lru_cache(maxsize=256)
+def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float | None, needs: int):
+    return _cpu.Program(terms, min_prob, gamma or 0.0)
 
 
-def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+def row_loss(
+    call: Call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None
+) -> Tensor:
     dtype = logits.dtype
     acc = torch.float64 if dtype is torch.float64 else torch.float32
     rows, shape, strides = as_rows(logits)
@@ -49,7 +54,8 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
         weight = weight.to(acc).contiguous()
     loss = logits.new_empty(target.shape if call.reduction == "none" else (), dtype=acc)
     bad = _cpu.row_loss(
-        call.program or _program(call), DTYPES[dtype], shape, address(rows, "logits"), strides,
+        _terms_program(call.terms, call.min_prob, call.gamma, call.needs), DTYPES[dtype], shape,
+        address(rows, "logits"), strides,
         address(grad, "the gradient"), grad_strides, address(target, "target"), TARGETS[target.dtype],
         call.ignore_index, address(weight, "weight"), REDUCTIONS[call.reduction], loss.data_ptr(),
         address(coefs, "coefs"), fresh,
@@ -59,61 +65,41 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     return loss
 
 
-def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
-    """The statistics' table (13, *target.shape), float64."""
+def row_stats(call: Call, logits: Tensor, target: Tensor) -> Tensor:
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
-    bad = _cpu.row_stats(
-        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"),
-        TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
-    )  # fmt: skip
+    table = logits.new_empty((NUM_STATS, *target.shape), dtype=torch.float64)
+    asked = call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs
+    bad = _cpu.row_stats(*of_logits(rows, shape, strides), *of_target(target), *asked, table.data_ptr())
     if bad >= 0:
         raise bad_label(int(target.view(-1)[bad]))
     return table
 
 
-def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
-    """Sums over a slice's classes: see reference.slice_stats."""
+def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
     lse = None if lse is None else lse.contiguous()
-    table = logits.new_empty((4 if lse is None else 7, *target.shape), dtype=torch.float64)
-    _cpu.slice_stats(
-        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"), IGNORED,
-        call.min_prob, call.gamma or 0.0, call.needs, address(lse, "lse"), table.data_ptr(),
-    )  # fmt: skip
+    table = logits.new_empty((NUM_FIRST_SUMS if lse is None else NUM_SECOND_SUMS, *target.shape), dtype=torch.float64)
+    asked = IGNORED, call.min_prob, call.gamma or 0.0, call.needs
+    label = address(target, "target")
+    _cpu.slice_stats(*of_logits(rows, shape, strides), label, *asked, address(lse, "lse"), table.data_ptr())
     return table
 
 
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
-    """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
     rows, shape, strides = as_rows(logits)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
-    _cpu.column_sums(
-        DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(coefs, "coefs"), sums.data_ptr(),
-    )  # fmt: skip
+    _cpu.column_sums(*of_logits(rows, shape, strides), address(coefs, "coefs"), sums.data_ptr())
     return sums
 
 
-def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
-    """grad_output (a number, or one a row; None: 1) times the gradient of `coefs`.
-
-    entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
-    """
+def row_grad(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
     return compiled.row_grad(_cpu.row_grad, call, logits, target, coefs, grad_output, entropy, not call.inplace)
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """grad * factor; in place unless `keep`, and without touching it if factor is 1."""
     factor = factor.item()
     if keep:
         return grad * factor
     return grad if factor == 1.0 else grad.mul_(factor)
-
-
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    return autograd.robust_loss(_this, logits, target, weight, call)
-
-
-_this = sys.modules[__name__]

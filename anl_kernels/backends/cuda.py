@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 
 import torch
 from torch import Tensor
 
-from .. import autograd, trust
+from .. import trust
+from ..call import Call, KernelTerm
 from ..layout import acc_dtype, as_rows, log_once, shape_and_strides
-from . import LaunchRefused, compiled
-from .compiled import DTYPES, REDUCTIONS, TARGETS, address
+from ..statistics import NUM_STATS
+from . import LaunchRefused, check_device, compiled, reference
+from .compiled import DTYPES, REDUCTIONS, TARGETS, address, of_logits, of_target
 
 NAME = "cuda"
 PURPOSE = "fused CUDA kernels for NVIDIA GPUs"
@@ -38,8 +39,8 @@ def _refusal(device: int) -> str | None:
 _refusal._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
 
 
-def cannot_run(logits: Tensor, call) -> str | None:
-    return compiled.cannot_run(logits, call, _DEVICE) or _refusal(_index(logits.device))
+def cannot_run(logits: Tensor, call: Call) -> str | None:
+    return check_device(logits, _DEVICE) or _refusal(_index(logits.device))
 
 
 def device_type() -> str:
@@ -89,12 +90,13 @@ def _launch(kernel, *arguments) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(terms: tuple, min_prob: float, gamma: float):
-    return _cuda.Program(terms, min_prob, gamma)
+def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float | None, needs: int):
+    return _cuda.Program(terms, min_prob, gamma or 0.0)
 
 
-def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+def row_loss(
+    call: Call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None
+) -> Tensor:
     dtype = logits.dtype
     acc = acc_dtype(dtype)
     rows, shape, strides = as_rows(logits)
@@ -106,7 +108,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     if weight is not None:
         weight = weight.to(acc).contiguous()
     _launch(
-        _cuda.row_loss, _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape,
+        _cuda.row_loss, _terms_program(call.terms, call.min_prob, call.gamma, call.needs), DTYPES[dtype], shape,
         address(rows, "logits"), strides, address(grad, "the gradient"), grad_strides,
         address(target, "target"), TARGETS[target.dtype], call.ignore_index, address(weight, "weight"),
         REDUCTIONS[call.reduction], loss.data_ptr(), address(coefs, "coefs"), _where(logits, _protocols(call, logits)),
@@ -114,56 +116,40 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     return loss
 
 
-def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
-    """The statistics' table (13, *target.shape), float64."""
+def row_stats(call: Call, logits: Tensor, target: Tensor) -> Tensor:
     rows, shape, strides = as_rows(logits)
     target = target.contiguous()
-    table = logits.new_empty((13, *target.shape), dtype=torch.float64)
-    _launch(
-        _cuda.row_stats, DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(target, "target"),
-        TARGETS[target.dtype], call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs, table.data_ptr(),
-        _where(logits, _protocols(call, logits)),
-    )  # fmt: skip
+    table = logits.new_empty((NUM_STATS, *target.shape), dtype=torch.float64)
+    asked = call.ignore_index, call.min_prob, call.gamma or 0.0, call.needs
+    where = _where(logits, _protocols(call, logits))
+    _launch(_cuda.row_stats, *of_logits(rows, shape, strides), *of_target(target), *asked, table.data_ptr(), where)
     return table
 
 
+def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    return reference.slice_stats_for(NAME, call, logits, target, lse)
+
+
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
-    """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
     rows, shape, strides = as_rows(logits)
     if shape[0] * shape[2] == 0:
         return logits.new_zeros(shape[1], dtype=torch.float64)
     sums = logits.new_empty(shape[1], dtype=torch.float64)
-    _launch(
-        _cuda.column_sums, DTYPES[logits.dtype], shape, address(rows, "logits"), strides, address(coefs, "coefs"),
-        sums.data_ptr(), _where(logits),
-    )  # fmt: skip
+    arguments = *of_logits(rows, shape, strides), address(coefs, "coefs"), sums.data_ptr()
+    _launch(_cuda.column_sums, *arguments, _where(logits))
     return sums
 
 
-def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
-    """grad_output (a number, or one a row; None: 1) times the gradient of `coefs`.
-
-    entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
-    """
+def row_grad(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
     kernel = functools.partial(_launch, _cuda.row_grad)
     return compiled.row_grad(kernel, call, logits, target, coefs, grad_output, entropy, _where(logits))
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """grad * factor; in place unless `keep`, where the kernel returns at once if factor is 1."""
     if keep:
         return grad * factor
     shape, strides = shape_and_strides(grad)
     factor = factor.to(acc_dtype(grad.dtype))
-    _launch(
-        _cuda.scale, DTYPES[grad.dtype], shape, address(grad, "the gradient"), strides,
-        address(factor, "grad_output"), _where(grad),
-    )  # fmt: skip
+    arguments = DTYPES[grad.dtype], shape, address(grad, "the gradient"), strides, address(factor, "grad_output")
+    _launch(_cuda.scale, *arguments, _where(grad))
     return grad
-
-
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    return autograd.robust_loss(_this, logits, target, weight, call)
-
-
-_this = sys.modules[__name__]

@@ -6,22 +6,31 @@ It keeps tens of bytes a logit. What the other backends are compared with, and w
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..entropy import batch_entropy
-from ..layout import acc_dtype, bad_label, is_concrete, new_grad
-from ..stats import (
-    DIFFERENTIABLE,
-    FOCAL,
-    FOCAL_ABOVE,
+from ..call import Call
+from ..layout import acc_dtype, bad_label, is_concrete, log_once, new_grad
+from ..reduction import batch_entropy, reduce_rows
+from ..statistics import (
+    ANY_FOCAL,
+    ANY_NEEDS,
     IGNORED,
-    LOG_SUM,
-    PRIMARY,
+    NUM_FIRST_SUMS,
+    NUM_SECOND_SUMS,
+    NUM_STATS,
+    OWNED,
+    STATISTICS,
+    TARGET_LOGIT,
+    CoefField,
+    Needs,
+    SliceField,
+    SliceSecond,
+    StatField,
     Statistics,
-    focal_floor,
-    reduce_rows,
+    focal_clamp_height,
 )
 
 NAME = "reference"
@@ -32,10 +41,14 @@ def unavailable() -> str | None:
     return None
 
 
-def cannot_run(logits: Tensor, call) -> str | None:
+def cannot_run(logits: Tensor, call: Call) -> str | None:
     if call.inplace:
         return "it keeps the logits: inplace=True is for the fused backends"
     return None
+
+
+def device_type() -> str:
+    return "cpu"
 
 
 class LogitStatistics(Statistics):
@@ -66,8 +79,8 @@ class LogitStatistics(Statistics):
             target_is_top, -torch.log1p(rest / target_exp), target_below_top - self._log_sum
         )
 
-    def _make(self, name):
-        return getattr(self, "_make_" + name)()
+    def _make(self, statistic):
+        return _FORMULAS[statistic.name](self)
 
     @property
     def log_prob(self) -> Tensor:
@@ -85,54 +98,39 @@ class LogitStatistics(Statistics):
 
     @property
     def _above(self) -> Tensor:
-        return (self._exists & (self.log_prob.detach() > self.log_floor)).to(self.log_prob.dtype)
+        return (self._exists & (self.log_prob.detach() > self.log_min_prob)).to(self.log_prob.dtype)
 
     @property
     def _focal_weight(self) -> Tensor:
         return (-torch.expm1(self.log_prob.detach())) ** self.gamma
 
-    def _make_lse(self):
-        return self._top.squeeze(-1) + self._log_sum
-
-    def _make_target_logit(self):
-        return self.target_log_prob + self.lse
-
-    def _make_num_classes(self):
-        return self._exists.sum(-1).to(self.target_log_prob.dtype)
-
-    def _make_neg_log_sum(self):
-        return -self.log_prob.sum(-1)
-
-    def _make_above_count(self):
-        return self._above.sum(-1)
-
-    def _make_above_sum(self):
-        return (self._above * (self.log_prob - self.log_floor)).sum(-1)
-
-    def _make_above_mass(self):
-        return (self._above * self.prob).sum(-1)
-
     @property
     def other_above_mass(self) -> Tensor:  # a sum without the target, rather than the sum less the target
         return (self._above * self.prob).scatter(-1, self._label, 0.0).sum(-1)
 
-    def _make_focal_sum(self):
-        return (self._focal_weight * -self.log_prob).sum(-1)
-
-    def _make_focal_above_sum(self):
-        return (self._above * (self.focal_floor + self._focal_weight * self.log_prob)).sum(-1)
-
     def table(self, needs: int) -> Tensor:
-        """The kernels' table (13, ...), float64, of the statistics that can be differentiated; the others are 0."""
-        rows = [torch.zeros_like(self._log_sum)] * 13
-        rows[LOG_SUM] = self._log_sum
-        for name, row in DIFFERENTIABLE.items():
-            if not PRIMARY[name] & ~needs:
-                rows[row] = getattr(self, name)
+        """The kernels' table, float64, of the statistics that can be differentiated; the others are 0."""
+        rows = [torch.zeros_like(self._log_sum)] * NUM_STATS
+        for statistic in STATISTICS.values():
+            if statistic.field is not None and not (statistic.constant or statistic.needs & ~needs):
+                rows[statistic.field] = getattr(self, statistic.name)
         return torch.stack(rows).double()
 
 
-def _statistics(logits: Tensor, target: Tensor, call):
+# The statistics that have a field in the table; the others are derived from them.
+_FORMULAS = {
+    "lse": lambda s: s._top.squeeze(-1) + s._log_sum,
+    "num_classes": lambda s: s._exists.sum(-1).to(s.target_log_prob.dtype),
+    "neg_log_sum": lambda s: -s.log_prob.sum(-1),
+    "above_count": lambda s: s._above.sum(-1),
+    "above_sum": lambda s: (s._above * (s.log_prob - s.log_min_prob)).sum(-1),
+    "above_mass": lambda s: (s._above * s.prob).sum(-1),
+    "focal_sum": lambda s: (s._focal_weight * -s.log_prob).sum(-1),
+    "focal_above_sum": lambda s: (s._above * (s.focal_clamp_height + s._focal_weight * s.log_prob)).sum(-1),
+}
+
+
+def _statistics(logits: Tensor, target: Tensor, call: Call):
     """The rows' statistics, their labels in [0, K), and which rows count."""
     rows = logits.movedim(1, -1) if logits.dim() > 1 else logits
     rows = rows.to(acc_dtype(logits.dtype))
@@ -149,7 +147,7 @@ def _column_sums(s: LogitStatistics, valid: Tensor) -> Tensor:
     return (s.prob * valid.unsqueeze(-1)).flatten(0, -2).sum(0) if valid.dim() else s.prob * valid
 
 
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+def loss_by_formulas(logits: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
     """The loss of a validated call, class dimension and keywords as in `functional.robust_loss`."""
     s, label, valid = _statistics(logits, target, call)
     loss = reduce_rows(call.expression.value(s), label, valid, weight, call)
@@ -158,7 +156,7 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> 
     return loss
 
 
-def row_stats(logits: Tensor, target: Tensor, call):
+def stats_by_formulas(logits: Tensor, target: Tensor, call: Call):
     """What `autograd.RowStats` returns, differentiable: the table, and the column sums if the call has the entropy."""
     s, _, valid = _statistics(logits, target, call)
     table = s.table(call.needs)
@@ -176,22 +174,9 @@ def _raise_for_labels(target: Tensor, out_of_range: Tensor) -> None:
 SLICE_ELEMENTS = 1 << 22  # of logits at a time
 
 
-def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
-    """Sums over a slice's classes, each row's target left out, float64.
-
-    Args:
-        logits: (N, K_r, ...), K_r >= 1.
-        target: (N, ...), int64: a class of the slice, -1 where the row's target is elsewhere, -2 where the row is
-            ignored: its logits are not read and its sums are not specified.
-        lse: None, or (2, N, ...) float64: the max and log sum exp(z - max) of the whole row.
-
-    Returns:
-        Without lse (4, N, ...): max over all classes of the slice (-inf if none exists), and over j != y the sums of
-        exp(z_j - max), max - z_j and 1, of classes that exist; max - z_j sums to NaN where a logit is NaN or +inf.
-        With it (7, N, ...), sums over j != y of I_j (T + l_j), I_j, (1 - I_j) p_j, -w_j l_j, w_j, I_j (A + w_j l_j) and
-        I_j w_j; those that call.needs does not ask for are not specified.
-    """
-    result = torch.empty((4 if lse is None else 7, *target.shape), dtype=torch.float64, device=logits.device)
+def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    num_sums = NUM_FIRST_SUMS if lse is None else NUM_SECOND_SUMS
+    result = torch.empty((num_sums, *target.shape), dtype=torch.float64, device=logits.device)
     step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
@@ -204,30 +189,122 @@ def slice_stats(call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Ten
     return result
 
 
-def _first_sums(z, other):
+def slice_stats_for(name: str, call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    """`slice_stats` for a backend that has no kernel for it."""
+    log_once(f"anl_kernels: the {name} backend has no kernel for slices of the classes: PyTorch's operators")
+    return slice_stats(call, logits, target, lse)
+
+
+def _first_sums(z: Tensor, other: Tensor) -> list[Tensor]:
     high = z.amax(1, keepdim=True)
-    x = torch.where(other, z - high, 0.0)
-    total = lambda terms: torch.where(other, terms, 0.0).sum(1, dtype=torch.float64)
+    terms = first_terms(torch.where(other, z - high, 0.0))
+    sums = [high.squeeze(1), *(torch.where(other, x, 0.0).sum(1, dtype=torch.float64) for x in terms)]
     # Where the largest is NaN or +inf, a class at -inf would hide it from the sums.
-    poison = torch.where(high.squeeze(1) < math.inf, 0.0, math.nan)
-    return high.squeeze(1), total(x.exp()), total(-x) + poison, total(torch.ones_like(x))
+    sums[SliceField.GAP] += torch.where(sums[SliceField.MAX] < math.inf, 0.0, math.nan)
+    return sums
 
 
-def _second_sums(call, z, other, lse):
+def _second_sums(call: Call, z: Tensor, other: Tensor, lse: Tensor) -> list[Tensor]:
     l = (z.double() - lse[0] - lse[1]).to(z.dtype)
-    T = -math.log(call.min_prob)
-    total = lambda mask, terms: torch.where(mask, terms, 0.0).sum(1, dtype=torch.float64)
-    above = other & (l > -T)
-    sums = [total(above, l + T), total(above, torch.ones_like(l)), total(other & ~above, l.exp())]
-    if call.gamma is None:
-        return sums
-    w = (-torch.expm1(l)).clamp(min=0.0) ** call.gamma
-    floor = focal_floor(call.min_prob, call.gamma)
-    return [*sums, total(other, -w * l), total(other, w), total(above, floor + w * l), total(above, w)]
+    return [torch.where(other, terms, 0.0).sum(1, dtype=torch.float64) for terms in second_terms(l, call)]
 
 
-def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
-    """The gradient of `coefs` (10, *target.shape); in the logits' memory if call.inplace."""
+def target_of(first: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum exp(z - max) and l_y of whole rows, from their merged first sums; NaN for a row that must be."""
+    x_y = first[TARGET_LOGIT] - first[SliceField.MAX]
+    # NaN and +inf leave a NaN gap. A target that no slice has, or two, or at -inf: NaN by definition.
+    bad = first[SliceField.GAP].isnan() | (first[OWNED] != 1.0) | ~(first[TARGET_LOGIT] > -math.inf)
+    x_y, tail = torch.where(bad, math.nan, x_y), first[SliceField.TAIL]
+    # The largest logit's exp is 1: log1p of the others' keeps the digits that log(sum) would drop.
+    log_sum = torch.log1p(torch.where(x_y == 0.0, tail, (tail - 1.0) + x_y.exp()))
+    return log_sum, x_y - log_sum
+
+
+def merged(parts: Tensor) -> Tensor:
+    """First sums of slices (S, NUM_MERGED, *rows) as those of all their classes, added in the slices' order."""
+    largest, count = parts[:, SliceField.MAX], parts[:, SliceField.COUNT]
+    high = largest.amax(0)
+    below = torch.where(largest == -math.inf, 0.0, high - largest)
+    sums = list(parts.unbind(1))
+    sums[SliceField.TAIL] = sums[SliceField.TAIL] * torch.exp(-below)
+    sums[SliceField.GAP] = sums[SliceField.GAP] + count * below
+    sums = [added(x) for x in sums]
+    sums[SliceField.MAX] = high
+    return torch.stack(sums)
+
+
+def added(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, in its order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def first_terms(x: Tensor) -> list[Tensor]:
+    """What a class adds to each of the first sums, in SliceField's order after the max; x = z_j - max."""
+    return [x.exp(), -x, torch.ones_like(x)]
+
+
+def second_terms(l: Tensor, call: Call) -> list[Tensor]:
+    """What a class with this log p adds to each of the second sums; without the focal ones where none is needed."""
+    above = l > math.log(call.min_prob)
+    held = above.to(l.dtype)
+    terms = [torch.where(above, l - math.log(call.min_prob), 0.0), held, torch.where(above, 0.0, l.exp())]
+    if not call.needs & ANY_FOCAL:
+        return terms
+    gamma = call.gamma or 0.0
+    w = (-torch.expm1(l)).clamp(min=0.0) ** gamma
+    height = torch.where(above, focal_clamp_height(call.min_prob, gamma) + w * l, 0.0)
+    return [*terms, -w * l, w, height, held * w]
+
+
+def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
+    """The statistics' table of whole rows, from their first sums (NUM_MERGED, *rows) and second ones."""
+    log_sum, l = target_of(first)
+    poison = log_sum - log_sum
+    rows = torch.full((NUM_STATS, *l.shape), math.nan, dtype=l.dtype, device=l.device)
+    rows[StatField.MAX] = first[SliceField.MAX] + poison
+    rows[StatField.LOG_SUM] = log_sum
+    rows[StatField.TARGET_LOG_PROB] = l
+    rows[StatField.NUM_CLASSES] = first[SliceField.COUNT] + 1.0 + poison
+    rows[StatField.NEG_LOG_SUM] = first[SliceField.COUNT] * log_sum + first[SliceField.GAP] - l
+    rows[StatField.VALID] = 1.0
+    if not call.needs:
+        return rows
+    with_target = [x + of_y + poison for x, of_y in zip(second, second_terms(l, call))]
+    if call.needs & Needs.ABOVE:
+        rows[StatField.ABOVE_SUM] = with_target[SliceSecond.ABOVE_SUM]
+        rows[StatField.ABOVE_COUNT] = with_target[SliceSecond.ABOVE_COUNT]
+    if call.needs & Needs.ABOVE_MASS:
+        rows[StatField.ABOVE_MASS] = 1.0 - with_target[SliceSecond.BELOW_MASS]
+    if call.needs & Needs.FOCAL:
+        rows[StatField.FOCAL_SUM] = with_target[SliceSecond.FOCAL_SUM]
+        rows[StatField.FOCAL_WEIGHT] = with_target[SliceSecond.FOCAL_WEIGHT]
+    if call.needs & Needs.FOCAL_ABOVE:
+        rows[StatField.FOCAL_ABOVE_SUM] = with_target[SliceSecond.FOCAL_ABOVE_SUM]
+        rows[StatField.FOCAL_ABOVE_WEIGHT] = with_target[SliceSecond.FOCAL_ABOVE_WEIGHT]
+    return rows
+
+
+@lru_cache(maxsize=64)
+def uniform_row(classes: int, min_prob: float, gamma: float) -> tuple[float, ...]:
+    """An ignored row's part of the table. A uniform row's: any f is finite there, and its result is dropped."""
+    call = Call(needs=ANY_NEEDS, min_prob=min_prob, gamma=gamma)
+    zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    others = classes - 1.0
+    first = torch.stack((zero, *(others * term for term in first_terms(zero)), zero, one))
+    second = others * torch.stack(second_terms(-math.log(classes) * one, call))
+    table = table_of_sums(first, second, call)
+    table[StatField.VALID] = 0.0
+    return tuple(table.tolist())
+
+
+# ---- the gradient
+
+
+def row_grad(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
+    """`Backend.row_grad`, with neither grad_output nor entropy."""
     grad = logits.detach() if call.inplace else new_grad(logits)
     step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
     for begin in range(0, len(logits), step):
@@ -236,42 +313,59 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
     return grad
 
 
-def _gradient(call, z, target, coefs):
-    high, inv_sum, a, b, a_above, c, bw, cw, at_target, log_sum = coefs
-    x = z.to(coefs.dtype) - high
+def class_gradient(call: Call, z: Tensor, coefs: Tensor) -> Tensor:
+    """The gradient by logits z of classes other than the target, from coefficients (NUM_COEFS, ...) that broadcast."""
+    log_sum = coefs[CoefField.LOG_SUM]
+    x = z.to(coefs.dtype) - coefs[CoefField.MAX]
     above = x > log_sum + math.log(call.min_prob)
-    grad = torch.where(above, a_above, a) * (x.exp() * inv_sum) + torch.where(above, b + c, b)
-    if call.needs & (FOCAL | FOCAL_ABOVE):
-        w = (-torch.expm1(x - log_sum)).clamp(min=0.0) ** call.gamma
-        grad = grad + torch.where(above, bw + cw, bw) * w
-    grad = grad.masked_fill(z == -math.inf, 0.0).scatter(1, target.long().unsqueeze(1), at_target)
+    b, bw = coefs[CoefField.B], coefs[CoefField.BW]
+    grad = torch.where(above, coefs[CoefField.A_ABOVE], coefs[CoefField.A]) * (x.exp() * coefs[CoefField.INV_SUM])
+    grad = grad + torch.where(above, b + coefs[CoefField.C], b)
+    if call.needs & ANY_FOCAL:
+        w = (-torch.expm1(x - log_sum)).clamp(min=0.0) ** (call.gamma or 0.0)
+        grad = grad + torch.where(above, bw + coefs[CoefField.CW], bw) * w
+    return _for_rows_that_count(grad.masked_fill(z == -math.inf, 0.0), coefs)
+
+
+def _for_rows_that_count(grad: Tensor, coefs: Tensor) -> Tensor:
+    """0 for an ignored row, NaN for a row that must be."""
+    inv_sum = coefs[CoefField.INV_SUM]
     return torch.where(inv_sum == 0.0, 0.0, torch.where(inv_sum.isnan(), math.nan, grad))
 
 
-def gradient(call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:
+def _gradient(call: Call, z: Tensor, target: Tensor, coefs: Tensor) -> Tensor:
+    at_target = _for_rows_that_count(coefs[CoefField.TARGET], coefs)
+    return class_gradient(call, z, coefs).scatter(1, target.long().unsqueeze(1), at_target)
+
+
+def probabilities(z: Tensor, coefs: Tensor) -> Tensor:
+    """p of logits z from coefficients that broadcast; 0 in an ignored row."""
+    high, inv_sum = coefs[CoefField.MAX], coefs[CoefField.INV_SUM]
+    return torch.where(inv_sum == 0.0, 0.0, torch.exp(z - high) * inv_sum)
+
+
+def gradient(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:
     """`row_grad` by operators that take any tensors, batched ones too. log_q adds p_j (log_q_j - sum_k p_k log_q_k)."""
     if logits.dim() == 1:
         return gradient(call, logits.unsqueeze(0), target.unsqueeze(0), coefs.unsqueeze(1), log_q).squeeze(0)
     z, coefs = logits.detach(), coefs.unsqueeze(2)
     grad = _gradient(call, z, target.long().clamp(0, z.shape[1] - 1), coefs)
     if log_q is not None:
-        p = torch.where(coefs[1] == 0.0, 0.0, torch.exp(z - coefs[0]) * coefs[1])
+        p = probabilities(z, coefs)
         log_q = log_q.to(p.dtype).view(1, -1, *[1] * (z.dim() - 2))
         grad = grad + p * (log_q - (p * log_q).sum(1, keepdim=True))
     return grad.to(logits.dtype)
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """grad * factor."""
     return grad * factor
 
 
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
-    """Sum over the rows of p, (K_r,), float64."""
     sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
     step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
     for begin in range(0, len(logits), step):
-        high, inv_sum = coefs[:2, begin : begin + step].unsqueeze(2)
-        p = torch.exp(logits.detach()[begin : begin + step] - high) * inv_sum
-        sums += torch.where(inv_sum == 0.0, 0.0, p).movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float64)
+        rows = slice(begin, begin + step)
+        p = probabilities(logits.detach()[rows], coefs[:, rows].unsqueeze(2))
+        sums += p.movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float64)
     return sums

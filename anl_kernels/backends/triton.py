@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .. import autograd
-from ..layout import as_rows, new_grad, overwritten, shape_and_strides
+from ..call import Call
+from ..layout import as_rows, new_grad, overwritten, shape_and_strides, with_step
+from . import reference
 
 NAME = "triton"
 PURPOSE = "fused Triton kernels, for any GPU that Triton knows"
@@ -40,7 +40,7 @@ def _device_type() -> str:
     return driver.active.get_active_torch_device().type
 
 
-def cannot_run(logits: Tensor, call) -> str | None:
+def cannot_run(logits: Tensor, call: Call) -> str | None:
     if logits.device.type != _device_type():
         return f"the logits are on {logits.device}, and Triton's device here is {_device_type()}"
     if logits.dim() and logits.shape[min(logits.dim() - 1, 1)] > _MAX_CLASSES:
@@ -65,21 +65,19 @@ def _kernels():
     return passes, launch, gradient, columns, reduce
 
 
-def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
-    """The loss; `grad` (logits' shape) or `coefs` (10, N) are filled if given."""
+def row_loss(
+    call: Call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None
+) -> Tensor:
     passes, launch, *_ = _kernels()
     rows, shape, strides = as_rows(logits)
     grad_strides = strides if grad is None else shape_and_strides(grad)[1]
     view = launch.view_of(shape, logits.element_size(), strides, grad_strides)
-    program = passes.program(
-        tuple(call.terms), call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64
-    )
+    program = passes.program(call.terms, call.min_prob, call.gamma or 0.0, call.needs, logits.dtype is torch.float64)
     weight = None if weight is None else weight.contiguous()
     return passes.row_loss(program, call, rows, view, target.contiguous(), weight, grad, coefs)
 
 
-def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
-    """The statistics' table (13, *target.shape), float64."""
+def row_stats(call: Call, logits: Tensor, target: Tensor) -> Tensor:
     passes, launch, *_ = _kernels()
     rows, shape, strides = as_rows(logits)
     view = launch.view_of(shape, logits.element_size(), strides, strides)
@@ -87,26 +85,21 @@ def row_stats(call, logits: Tensor, target: Tensor) -> Tensor:
     return passes.row_stats(program, call, rows, view, target.contiguous())
 
 
+def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
+    return reference.slice_stats_for(NAME, call, logits, target, lse)
+
+
 def column_sums(logits: Tensor, coefs: Tensor) -> Tensor:
-    """Sum over the rows of p, (K,), float64, in an order that depends on the shape alone."""
     columns = _kernels()[3]
     rows, shape, strides = as_rows(logits)
     return columns.column_sums(rows, shape, strides, coefs)
 
 
-def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
-    """grad_output (a number, or one a row; None: 1) times the gradient of `coefs`.
-
-    entropy: None, or (log_q (K,), s ()) whose s p_j (log_q_j - sum_k p_k log_q_k) is added.
-    """
+def row_grad(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: Tensor | None, entropy) -> Tensor:
     gradient = _kernels()[2]
     rows, shape, strides = as_rows(logits)
     grad = overwritten(logits) if call.inplace else new_grad(logits)
-    step = 1
-    if grad_output is None or not any(grad_output.stride()):  # a number, or a number expanded to the rows
-        step = 0
-    else:
-        grad_output = grad_output.contiguous()
+    grad_output, step = (None, 0) if grad_output is None else with_step(grad_output)
     log_q, scale = (None, None) if entropy is None else (part.to(coefs.dtype).contiguous() for part in entropy)
     gradient.row_grad(
         grad, rows, shape, strides, shape_and_strides(grad)[1], target.contiguous(), coefs, grad_output, step, log_q,
@@ -118,7 +111,6 @@ def row_grad(call, logits: Tensor, target: Tensor, coefs: Tensor, grad_output: T
 
 
 def scaled(grad: Tensor, factor: Tensor, keep: bool) -> Tensor:
-    """grad * factor; in place unless `keep`, and without touching it if factor is 1."""
     reduce = _kernels()[4]
     return reduce.scale(grad, factor) if keep else reduce.scale_(grad, factor)
 
@@ -139,10 +131,3 @@ def plan_for(rows: int, classes: int, dtype: torch.dtype, device: torch.device, 
     view = launch.view_of((rows, classes, 1), dtype.itemsize, strides, strides)
     p = passes.plan(view, dtype.itemsize, launch.target_of(device), may_wait)
     return p.kernel.fn.__name__, p.split is not None and p.split.one_launch
-
-
-def robust_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    return autograd.robust_loss(_this, logits, target, weight, call)
-
-
-_this = sys.modules[__name__]

@@ -16,9 +16,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import functional
 from ..backends import LaunchRefused, reference
+from ..call import Call, checked_call
 from ..layout import log_once
+from ..losses import NCE, NFL, NNCE, NNFL
 from ..sharding.class_group import ClassShard, agree, check_eager, header
-from ..terms import NCE, NFL, NNCE, NNFL, Algebra
+from ..terms import Algebra
 from .arguments import Given, checked_labels, choose, in_memory, is_transformed, kept_rows
 from .autograd import head
 from .chunks import Job, Matrices, plan
@@ -69,7 +71,7 @@ def linear_robust_loss(
     Raises: as robust_loss.
     """
     options = (ignore_index, reduction, entropy_weight, min_prob, False, recompute, backend)
-    call = functional.checked_call(loss, *options, class_group, batch_group)
+    call = checked_call(loss, *options, class_group, batch_group)
     given = Given(input, weight, target, bias, class_weight)
     if has_torch_function(given):
         values = (bias, class_weight, *options[:4], recompute, backend, class_group, batch_group, max_chunk_bytes)
@@ -81,7 +83,7 @@ def linear_robust_loss(
     return _loss(given, loss, call, max_chunk_bytes)
 
 
-def _loss(given: Given, loss: Algebra, call, max_chunk_bytes: int | None) -> Tensor:
+def _loss(given: Given, loss: Algebra, call: Call, max_chunk_bytes: int | None) -> Tensor:
     given = in_memory(given, max_chunk_bytes)
     if is_transformed(given):
         return _unfused(given, loss, call)
@@ -99,7 +101,7 @@ def _loss(given: Given, loss: Algebra, call, max_chunk_bytes: int | None) -> Ten
         return _unfused(given, loss, call)
 
 
-def _loss_of_shard(given: Given, call, max_chunk_bytes: int | None) -> Tensor:
+def _loss_of_shard(given: Given, call: Call, max_chunk_bytes: int | None) -> Tensor:
     """The same where the ranks of class_group share the classes: never by other means than theirs."""
     dtype = backend = None
     try:
@@ -127,7 +129,7 @@ def _fused(given: Given, labels: Tensor, job: Job, max_chunk_bytes: int | None) 
     return result.view(given.target.shape)
 
 
-def _unfused(given: Given, loss: Algebra, call) -> Tensor:
+def _unfused(given: Given, loss: Algebra, call: Call) -> Tensor:
     logits = F.linear(given.input, given.weight, given.bias)
     result = functional.robust_loss(
         logits.reshape(-1, logits.shape[-1]),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from ..backends import Backend
+from ..call import Call
 from ..derivatives import by_formulas
 from ..layout import WITH_MEMORY, bad_label, check_inputs, is_concrete, log_once, resolved
 from ..sharding.dtensor import replicated
@@ -70,7 +72,7 @@ def is_transformed(given: Given) -> bool:
     return True
 
 
-def choose(given: Given, call) -> tuple[torch.dtype, object]:
+def choose(given: Given, call: Call) -> tuple[torch.dtype, Backend]:
     """The dtype of the logits and the backend, of arguments that are right by themselves."""
     dtype = _dtype(given)
     _check_shapes(given)
@@ -127,7 +129,7 @@ def checked_labels(given: Given, job: Job) -> Tensor:
     return labels
 
 
-def kept_rows(hidden: Tensor, labels: Tensor, call):
+def kept_rows(hidden: Tensor, labels: Tensor, call: Call):
     """Rows and labels without the ignored ones, and where they were (None: all are there)."""
     valid = labels != call.ignore_index
     if hidden.device.type != "cpu":

@@ -20,9 +20,10 @@ from ..autograd import _keeps_graph, loss_of_table
 from ..backends import reference
 from ..derivatives import BATCHED_ONCE, differentiable, is_usual, times
 from ..layout import acc_dtype, resolved
+from ..reduction import mean_as_sum
 from ..sharding import slices
 from ..sharding.class_group import check_once, mean_over_classes, row_table
-from ..stats import coefficients, mean_as_sum, softmax_coefs
+from ..statistics import NUM_STATS, coefficients, softmax_coefs
 from .chunks import Job, Matrices, Products, WantsGrad
 
 
@@ -108,7 +109,7 @@ class InForward(Function):
             keep = again or _keeps_graph()
             grads = [job.backend.scaled(grad, grad_output.detach(), keep) for grad in grads]
         if again:
-            of_logits = lambda logits: reference.robust_loss(logits, labels, class_weight, job.call)
+            of_logits = lambda logits: reference.loss_by_formulas(logits, labels, class_weight, job.call)
             formulas, inputs = _of_matrices(job, Matrices(hidden, weight, bias), wants_grad, of_logits)
             seed = grad_output if usual else torch.ones((), dtype=acc_dtype(job.dtype), device=labels.device)
             grads = differentiable([grad.detach() for grad in grads], formulas, inputs, [seed])
@@ -132,12 +133,12 @@ def _losses(products: Products, labels: Tensor, class_weight: Tensor | None) -> 
 
 
 class RowTable(Function):
-    """The rows' table (13, N) and, for the entropy, the column sums of p over this process's classes."""
+    """The rows' table (NUM_STATS, N) and, for the entropy, the column sums of p over this process's classes."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, job):
         call, ctx.job, acc = job.call, job, acc_dtype(job.dtype)
-        table = torch.empty((slices.TABLE_ROWS, len(labels)), dtype=torch.float64, device=hidden.device)
+        table = torch.empty((NUM_STATS, len(labels)), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(weight) if call.entropy_weight else 0, dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             products = Products(Matrices(hidden, weight, bias), job)
@@ -168,7 +169,7 @@ class RowTable(Function):
         make = _gradients if usual else _batched_gradients
         grads = make(job, matrices, labels, table, *cotangents, wants_grad=wants_grad)
         if again:
-            of_logits = lambda logits: reference.row_stats(logits, labels, job.call)
+            of_logits = lambda logits: reference.stats_by_formulas(logits, labels, job.call)
             formulas, inputs = _of_matrices(job, matrices, wants_grad, of_logits)
             made = [grad for grad in grads if grad is not None]
             grads = _spread(differentiable(made, formulas, inputs, cotangents), wants_grad)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import Backend, reference
+from ..call import Call
 from ..layout import acc_dtype
 from ..sharding.class_group import ClassShard
 
@@ -66,8 +68,8 @@ NO_GRAD = WantsGrad()
 class Job(NamedTuple):
     """What all chunks of a call have in common."""
 
-    call: object
-    backend: object
+    call: Call
+    backend: Backend
     shard: ClassShard
     dtype: torch.dtype  # of the logits
     plan: Plan | None = None  # when it is known how many rows count
@@ -80,7 +82,7 @@ class Job(NamedTuple):
     @property
     def has_whole_rows(self) -> bool:
         """Whether a chunk holds whole rows, so that the kernels for these serve."""
-        return self.shard.group is None and not self.in_tiles and hasattr(self.backend, "row_stats")
+        return self.shard.group is None and not self.in_tiles and self.backend is not reference
 
 
 class Products:

@@ -20,9 +20,11 @@ from torch.autograd import Function
 
 from .. import registry
 from ..autograd import loss_of_table
+from ..backends import Backend
+from ..call import Call
 from ..derivatives import is_dual, is_usual
 from ..layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
-from ..stats import coefficients, softmax_coefs
+from ..statistics import coefficients, softmax_coefs
 from . import slices
 
 ONLY_ONCE = (
@@ -76,7 +78,7 @@ def checksum(value) -> int:
     return zlib.crc32(repr(value).encode())
 
 
-def header(size: int, dtype: torch.dtype, target: Tensor, weight: Tensor | None, call, *settings) -> Header:
+def header(size: int, dtype: torch.dtype, target: Tensor, weight: Tensor | None, call: Call, *settings) -> Header:
     """What a rank says whose arguments are right by themselves."""
     keywords = (call.reduction, call.ignore_index, call.entropy_weight, call.min_prob, call.batch_group is None)
     low = high = total = 0
@@ -149,8 +151,8 @@ def gathered(part: Tensor, group) -> Tensor:
     return every
 
 
-def row_table(backend, call, shard: ClassShard, target: Tensor, tiles) -> Tensor:
-    """The statistics' table (13, *target.shape) of whole rows.
+def row_table(backend: Backend, call: Call, shard: ClassShard, target: Tensor, tiles) -> Tensor:
+    """The statistics' table (NUM_STATS, *target.shape) of whole rows.
 
     tiles: called for each sweep; yields this rank's logits (N, K_t, ...) and where in its slice they start.
     """
@@ -180,7 +182,7 @@ def row_table(backend, call, shard: ClassShard, target: Tensor, tiles) -> Tensor
 # ---- logits
 
 
-def sharded_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+def sharded_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
     """`functional.robust_loss` of this rank's slice of the logits, (N, K_r, ...) or (K_r,)."""
     backend = None
     try:
@@ -202,7 +204,7 @@ def sharded_loss(logits: Tensor, target: Tensor, weight: Tensor | None, call) ->
     return loss.squeeze(0) if single and call.reduction == "none" else loss
 
 
-def _check_alone(logits: Tensor, target: Tensor, weight: Tensor | None, call) -> None:
+def _check_alone(logits: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> None:
     """What a rank can know of its arguments by itself."""
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         check_inputs(logits, target, None, call.clamp)
@@ -234,7 +236,7 @@ def _of_all_classes(logits: Tensor, classes: int) -> Tensor:
 
 
 class SliceStats(Function):
-    """(logits, target) of a slice -> the whole rows' table (13, ...) and the column sums of p over the slice (K_r,)."""
+    """(logits, target) of a slice -> the table (NUM_STATS, ...) of whole rows; the slice's column sums of p (K_r,)."""
 
     @staticmethod
     def forward(ctx, logits, target, call, backend, shard):

@@ -11,29 +11,25 @@ import math
 import torch
 from torch import Tensor
 
-from .. import stats
-from ..backends import reference
-from ..layout import acc_dtype, log_once
-from ..stats import ABOVE, ABOVE_MASS, ELSEWHERE, FOCAL, FOCAL_ABOVE, IGNORED
+from ..backends import Backend, reference
+from ..backends.reference import added, merged, table_of_sums, target_of
+from ..call import Call
+from ..statistics import (
+    ELSEWHERE,
+    IGNORED,
+    NUM_FIRST_SUMS,
+    NUM_MERGED,
+    NUM_SECOND_SUMS,
+    OWNED,
+    TARGET_LOGIT,
+    CoefField,
+    SliceField,
+    second_fields,
+)
 
-# First sums (6, ...): those of the kernels, of exp(z_j - max), max - z_j and 1; the target's logit; 1 where it is here.
-MAX, TAIL, GAP, COUNT, TARGET, OWNED = range(6)
-NUM_FIRST = 6
-# Second sums (7, ...), with the lse of the whole row.
-ABOVE_SUM, ABOVE_COUNT, BELOW_MASS, FOCAL_SUM, FOCAL_WEIGHT, FOCAL_ABOVE_SUM, FOCAL_ABOVE_WEIGHT = range(7)
-NUM_SECOND = 7
-TABLE_ROWS = 13  # of the statistics' table
-AT_TARGET = 8  # among the gradient's coefficients: the gradient at the target
+__all__ = ["added", "first_sums", "grad", "local_labels", "merged", "moments", "second_fields", "second_sums", "table"]
 
 CHUNK_ELEMENTS = 1 << 22  # of logits at a time, where PyTorch's own operators make temporaries of them
-
-
-def second_fields(needs: int) -> list[int]:
-    """The second sums that statistics of `needs` are made of."""
-    fields = [ABOVE_SUM, ABOVE_COUNT] if needs & ABOVE else []
-    fields += [BELOW_MASS] if needs & ABOVE_MASS else []
-    fields += [FOCAL_SUM, FOCAL_WEIGHT] if needs & FOCAL else []
-    return fields + ([FOCAL_ABOVE_SUM, FOCAL_ABOVE_WEIGHT] if needs & FOCAL_ABOVE else [])
 
 
 def local_labels(target: Tensor, valid: Tensor, start: int, size: int) -> Tensor:
@@ -43,111 +39,48 @@ def local_labels(target: Tensor, valid: Tensor, start: int, size: int) -> Tensor
     return torch.where(valid, local, IGNORED)
 
 
-def _kernel(backend):
-    """`slice_stats` of the backend, or PyTorch's operators in its place."""
-    if not hasattr(backend, "slice_stats"):
-        log_once(
-            f"anl_kernels: the {backend.NAME} backend has no kernel for slices of the classes: PyTorch's operators"
-        )
-        return reference.slice_stats
-    return backend.slice_stats
+def first_sums(backend: Backend, call: Call, logits: Tensor, labels: Tensor) -> Tensor:
+    """(NUM_MERGED, *labels.shape), float64: the kernel's sums, the target's logit, and 1 where it is here.
 
-
-def first_sums(backend, call, logits: Tensor, labels: Tensor) -> Tensor:
-    """(6, *labels.shape), float64; max is -inf where the slice has no class."""
-    sums = torch.zeros((NUM_FIRST, *labels.shape), dtype=torch.float64, device=logits.device)
+    The max is -inf where the slice has no class.
+    """
+    sums = torch.zeros((NUM_MERGED, *labels.shape), dtype=torch.float64, device=logits.device)
     if logits.shape[1] == 0:
-        sums[MAX] = -math.inf
+        sums[SliceField.MAX] = -math.inf
         return sums
-    sums[:TARGET] = _kernel(backend)(call, logits, labels, None)
+    sums[:NUM_FIRST_SUMS] = backend.slice_stats(call, logits, labels, None)
     here = labels >= 0
     target = logits.detach().gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1).double()
-    sums[TARGET] = torch.where(here, target, 0.0)
+    sums[TARGET_LOGIT] = torch.where(here, target, 0.0)
     sums[OWNED] = here
     return sums
 
 
-def second_sums(backend, call, logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
-    """(7, *labels.shape), float64, from the first sums of the whole rows. Those not needed are not specified."""
+def second_sums(backend: Backend, call: Call, logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+    """(NUM_SECOND_SUMS, *labels.shape), float64, from the first sums of the whole rows. Those not needed are not
+    specified."""
     if logits.shape[1] == 0:
-        return torch.zeros((NUM_SECOND, *labels.shape), dtype=torch.float64, device=logits.device)
-    max_and_log_sum = torch.stack((first[MAX], _target(first)[0]))
-    return _kernel(backend)(call, logits, labels, max_and_log_sum)
+        return torch.zeros((NUM_SECOND_SUMS, *labels.shape), dtype=torch.float64, device=logits.device)
+    max_and_log_sum = torch.stack((first[SliceField.MAX], target_of(first)[0]))
+    return backend.slice_stats(call, logits, labels, max_and_log_sum)
 
 
-def merged(parts: Tensor) -> Tensor:
-    """First sums of slices (S, 6, ...) as those of all their classes (6, ...), added in the slices' order."""
-    high = parts[:, MAX].amax(0)
-    below = torch.where(parts[:, MAX] == -math.inf, 0.0, high - parts[:, MAX])
-    gap = parts[:, GAP] + parts[:, COUNT] * below
-    tail = parts[:, TAIL] * torch.exp(-below)
-    return torch.stack((high, *(added(x) for x in (tail, gap, *parts[:, COUNT:].unbind(1)))))
+def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, call: Call) -> Tensor:
+    """The statistics' table of whole rows, as `row_stats` makes it."""
+    rows = table_of_sums(first, second, call)
+    uniform = reference.uniform_row(classes, call.min_prob, call.gamma or 0.0)
+    uniform = torch.tensor(uniform, dtype=rows.dtype, device=rows.device)
+    return torch.where(valid, rows, uniform.view(-1, *[1] * valid.dim()))
 
 
-def added(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _target(first: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp(z - max) and l_y of whole rows; NaN for a row that must be."""
-    x_y = first[TARGET] - first[MAX]
-    # NaN and +inf leave a NaN gap. A target that no slice has, or two, or at -inf: NaN by definition.
-    bad = first[GAP].isnan() | (first[OWNED] != 1.0) | ~(first[TARGET] > -math.inf)
-    x_y, tail = torch.where(bad, math.nan, x_y), first[TAIL]
-    # The largest logit's exp is 1: log1p of the others' keeps the digits that log(sum) would drop.
-    log_sum = torch.log1p(torch.where(x_y == 0.0, tail, (tail - 1.0) + x_y.exp()))
-    return log_sum, x_y - log_sum
-
-
-def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, call) -> Tensor:
-    """The statistics' table (13, ...) of whole rows, as `row_stats` makes it."""
-    log_sum, l = _target(first)
-    log_min_prob = math.log(call.min_prob)
-    above = (l > log_min_prob).to(l.dtype)
-    poison = log_sum - log_sum
-    rows = torch.full((TABLE_ROWS, *l.shape), math.nan, dtype=l.dtype, device=l.device)
-    rows[stats.MAX], rows[stats.LOG_SUM], rows[stats.TARGET_LOG_PROB] = first[MAX] + poison, log_sum, l
-    rows[stats.NUM_CLASSES] = first[COUNT] + 1.0 + poison
-    rows[stats.NEG_LOG_SUM] = first[COUNT] * log_sum + first[GAP] - l
-    if call.needs & ABOVE:
-        rows[stats.ABOVE_SUM] = second[ABOVE_SUM] + above * (l - log_min_prob)
-        rows[stats.ABOVE_COUNT] = second[ABOVE_COUNT] + above + poison
-    if call.needs & ABOVE_MASS:
-        rows[stats.ABOVE_MASS_SUM] = 1.0 - (second[BELOW_MASS] + (1.0 - above) * l.exp())
-    if call.needs & (FOCAL | FOCAL_ABOVE):
-        w = (-torch.expm1(l)) ** call.gamma
-    if call.needs & FOCAL:
-        rows[stats.FOCAL_SUM] = second[FOCAL_SUM] - w * l
-        rows[stats.FOCAL_WEIGHT] = second[FOCAL_WEIGHT] + w
-    if call.needs & FOCAL_ABOVE:
-        height = stats.focal_floor(call.min_prob, call.gamma)
-        rows[stats.FOCAL_ABOVE_SUM] = second[FOCAL_ABOVE_SUM] + above * (height + w * l)
-        rows[stats.FOCAL_ABOVE_WEIGHT] = second[FOCAL_ABOVE_WEIGHT] + above * w
-    rows[stats.VALID] = 1.0
-    uniform = torch.tensor(_uniform_row(classes, call), dtype=l.dtype, device=l.device)
-    return torch.where(valid, rows, uniform.view(TABLE_ROWS, *[1] * l.dim()))
-
-
-def _uniform_row(classes: int, call) -> list[float]:
-    """An ignored row's statistics, those of a uniform one: any f is finite there, and its result is dropped."""
-    K, log_k, T, gamma = float(classes), math.log(classes), -math.log(call.min_prob), call.gamma or 0.0
-    w = (1.0 - 1.0 / K) ** gamma
-    heights = stats.focal_floor(call.min_prob, gamma) - w * log_k
-    return [0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k, K * w, K * heights, K * w, 0.0]
-
-
-def grad(backend, call, logits: Tensor, labels: Tensor, grad_coefs: Tensor, entropy=None) -> Tensor:
-    """The gradient by a slice, from the coefficients (10, *labels.shape) of whole rows.
+def grad(backend: Backend, call: Call, logits: Tensor, labels: Tensor, grad_coefs: Tensor, entropy=None) -> Tensor:
+    """The gradient by a slice, from the coefficients (NUM_COEFS, *labels.shape) of whole rows.
 
     entropy: None, or (g (K_r,), mean (*labels.shape)): p_j (g_j - mean) is added. Not where call.inplace.
     """
     if logits.numel() == 0:
         return torch.zeros_like(logits)
-    grad_coefs = _without_target(grad_coefs, logits, labels, call)
+    grad_coefs = _without_target(call, logits, labels, grad_coefs)
     out = backend.row_grad(call, logits.detach(), labels.clamp(min=0), grad_coefs, None, None)
     if entropy is not None:
         g, mean = entropy
@@ -174,20 +107,16 @@ def _along_classes(g: Tensor, p: Tensor) -> Tensor:
 def _probabilities(logits: Tensor, grad_coefs: Tensor):
     """(rows, p (n, K_r, ...)), at most CHUNK_ELEMENTS at a time, rows a slice of the first dimension."""
     step = max(1, CHUNK_ELEMENTS // logits[:1].numel())
-    high, inv_sum = (x.unsqueeze(1).to(acc_dtype(logits.dtype)) for x in grad_coefs[:2])
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
-        p = torch.exp(logits.detach()[rows] - high[rows]) * inv_sum[rows]
-        yield rows, torch.where(inv_sum[rows] == 0.0, 0.0, p)
+        yield rows, reference.probabilities(logits.detach()[rows], grad_coefs[:, rows].unsqueeze(2))
 
 
-def _without_target(grad_coefs: Tensor, logits: Tensor, labels: Tensor, call) -> Tensor:
+def _without_target(call: Call, logits: Tensor, labels: Tensor, grad_coefs: Tensor) -> Tensor:
     """Coefficients for row_grad, whose label is 0 where the target is elsewhere: there "the gradient at the target" is
     that of any class, at class 0."""
-    first = logits.detach()[:, :1].double()
-    twice = torch.cat((first, first), 1)  # as two classes of which the second is the target
-    call = call.variant(inplace=False)
-    value = reference.row_grad(call, twice, torch.ones_like(labels), grad_coefs.double(), None, None)[:, 0]
+    first_class = reference.class_gradient(call, logits.detach().select(1, 0).double(), grad_coefs.double())
     grad_coefs = grad_coefs.clone()
-    grad_coefs[AT_TARGET] = torch.where(labels == ELSEWHERE, value.to(grad_coefs.dtype), grad_coefs[AT_TARGET])
+    at_target = grad_coefs[CoefField.TARGET]
+    grad_coefs[CoefField.TARGET] = torch.where(labels == ELSEWHERE, first_class.to(grad_coefs.dtype), at_target)
     return grad_coefs

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..stats import focal_floor
+from ..statistics import focal_clamp_height
 
 # Terms, by the numbers that terms.py gives them.
 CE, NCE, NNCE, FL, NFL, NNFL = (tl.constexpr(i) for i in range(6))
@@ -36,7 +36,7 @@ def runtime_numbers(terms, min_prob: float, gamma: float, exact: bool) -> tuple[
 
     Triton takes a Python float as float32; exact: each number is three of them, which sum to it.
     """
-    numbers = [min_prob, gamma, -math.log(min_prob), focal_floor(min_prob, gamma)]
+    numbers = [min_prob, gamma, -math.log(min_prob), focal_clamp_height(min_prob, gamma)]
     for _, coef, p0, p1 in terms:
         numbers += (coef, p0, p1)
     if not exact:

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import backends_under_test
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anl_kernels as ak
 from anl_kernels.backends import cpu as backend
+from anl_kernels.call import Call
 
 ISAS = [b.isa for b in backends_under_test.BACKENDS if b.name == "cpu"]
 ANL_CE = ((1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0))
@@ -36,7 +36,7 @@ def kernels(request, cpu):
 def call(**changes):
     """What the backend's functions read of a checked call."""
     values = dict(terms=ANL_CE, min_prob=1e-7, gamma=None, needs=15, ignore_index=-100, reduction="none", inplace=False)
-    return types.SimpleNamespace(program=None, **{**values, **changes})
+    return Call(**{**values, **changes})
 
 
 def logits_of(layout, dtype=torch.float32):

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import cuda_on_host.build
@@ -22,6 +21,7 @@ from tiers import mainly, thorough
 
 import anl_kernels as ak
 from anl_kernels.backends import cuda
+from anl_kernels.call import Call
 
 pytestmark = pytest.mark.skipif(not cuda_on_host.build.compiler(), reason="needs g++ on Linux and the source tree")
 
@@ -189,7 +189,7 @@ def test_the_edges_of_a_gradient_from_coefficients(device, start):
 def checked_call(**changes):
     """What the backend's functions read of a checked call."""
     values = dict(terms=((0, 1.0, 0.0, 0.0),), min_prob=1e-7, gamma=None, needs=0, ignore_index=-100, reduction="none")
-    return types.SimpleNamespace(**{"inplace": False, "explicit": True, **values, **changes})
+    return Call(**{"backend": "cuda", **values, **changes})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

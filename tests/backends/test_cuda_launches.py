@@ -163,6 +163,7 @@ def test_a_triton_kernel_that_does_not_fit(monkeypatch, caplog, keywords):
 
     monkeypatch.setattr(layout, "_said", set())
     monkeypatch.setitem(registry.FUSED_BY_DEVICE, "cpu", ("triton",))
+    monkeypatch.setattr(registry, "_chosen", {})
     logits, target = problem(rows=5, classes=40)
     triton._kernels()  # all are imported before, so that none keeps what takes the launch's place here
     monkeypatch.setattr(launch, "launch", refuse)

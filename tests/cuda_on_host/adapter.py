@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import cuda_on_host.build as build
 
+from anl_kernels import registry
 from anl_kernels.backends import cuda
 
 # Devices of host_devices.cpp. The first three are small: a few hundred classes are long rows there.
@@ -23,17 +24,23 @@ def loaded():
     return build.load(path), ctypes.CDLL(str(path))
 
 
+def _forget():
+    """Programs belong to the module that made them, and what was chosen to what could run."""
+    cuda._terms_program.cache_clear()
+    registry.choose_anew()
+
+
 @contextmanager
 def on_host(device="host"):
     """Within it backend="cuda" takes CPU tensors, and thinks it runs on that device."""
     module, library = loaded()
     before = cuda._cuda, cuda._why_not, cuda._DEVICE
     cuda._cuda, cuda._why_not, cuda._DEVICE = module, None, "cpu"
-    cuda._program.cache_clear()
+    _forget()
     library.anl_host_reset()
     assert library.anl_host_use_device(DEVICES[device]) == 0
     try:
         yield module
     finally:
         cuda._cuda, cuda._why_not, cuda._DEVICE = before
-        cuda._program.cache_clear()
+        _forget()

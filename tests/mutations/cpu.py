@@ -159,8 +159,8 @@ MUTANTS = [
     ),
     (
         "anl_kernels/backends/cpu.py",
-        "    target = target.contiguous()\n    table = logits.new_empty((13,",
-        "    table = logits.new_empty((13,",
+        "    target = target.contiguous()\n    table = logits.new_empty((NUM_STATS,",
+        "    table = logits.new_empty((NUM_STATS,",
         f"{FAULTS} -k with_gaps",
     ),
     (
@@ -176,9 +176,9 @@ MUTANTS = [
         AUTOGRAD,
     ),
     (
-        "anl_kernels/backends/compiled.py",
-        "    elif not grad_output.is_contiguous():\n        grad_output = grad_output.contiguous()\n",
-        "",
+        "anl_kernels/layout.py",
+        "(grad_output.contiguous(), 1) if",
+        "(grad_output, 1) if",
         f"{FAULTS} -k with_gaps",
     ),
     (
