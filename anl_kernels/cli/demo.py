@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
 
 class Curve(NamedTuple):
-    train: list[float]  # accuracy in % on the (partly wrong) training labels, one number per epoch
+    train: list[float]  # accuracy in % on the (partly wrong) training labels, an epoch each
     test: list[float]  # on the right labels of the test images
 
 
@@ -193,11 +193,11 @@ def plot(found: dict[Job, Curve], losses: list[str], path: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__.split("\n", 2)[2]
-    parser.add_argument("--seeds", type=int, default=3, help="runs per loss and noise (3)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a loss and noise (3)")
     parser.add_argument("--epochs", type=int, default=200, help="(200)")
     parser.add_argument("--losses", metavar="LIST", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one a core)")
     parser.add_argument(
         "--output", default="anl_kernels_demo.png", metavar="FILE", type=output_file, help="the plot, a PNG"
     )
