@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import ops
-from .backends import reference
+from .backends import Backend, FusedBackend, reference
+from .call import Call
 from .derivatives import (
     BATCHED_ONCE,
     ONLY_ONCE,
@@ -40,8 +41,8 @@ from .statistics import CoefField, coefficients, softmax_coefs
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def fused_loss(backend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
-    """The loss of a checked call."""
+def fused_loss(backend: FusedBackend, logits: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
+    """The loss of a checked call, by kernels wherever they can."""
     if not is_concrete(logits, target, weight):
         return _transformed(backend, logits, target, weight, call)
     if forward_ad._current_level >= 0 and by_formulas(logits):
@@ -64,7 +65,7 @@ def fused_loss(backend, logits: Tensor, target: Tensor, weight: Tensor | None, c
     return backend.row_loss(call, logits, target, weight, None, None)
 
 
-def _transformed(backend, logits, target, weight, call):
+def _transformed(backend: FusedBackend, logits, target, weight, call: Call) -> Tensor:
     if call.inplace:
         raise ValueError(
             "inplace=True overwrites the memory of plain tensors in an eager call: not under torch.compile, torch.func "
@@ -129,7 +130,7 @@ class FusedLoss(Function):
 _apply_fused = super(Function, FusedLoss).apply
 
 
-def row_grad(backend, call, logits, target, coefs, grad_output, entropy) -> Tensor:
+def row_grad(backend: Backend, call: Call, logits, target, coefs, grad_output, entropy) -> Tensor:
     """The backend's row_grad, or its operator where compiled autograd traces a backward pass."""
     if not is_compiling():
         return backend.row_grad(call, logits, target, coefs, grad_output, entropy)
@@ -166,16 +167,18 @@ class _Overwritten(Function):
         )
 
 
-def _with_entropy(backend, logits, target, weight, call, coefs):
+def _with_entropy(backend: FusedBackend, logits, target, weight, call: Call, coefs):
     """The loss with the batch entropy term, and what the term's gradient needs: (log_q, scale)."""
     loss = backend.row_loss(call, logits, target, weight, None, coefs)
-    rows = (coefs[CoefField.INV_SUM] != 0.0).sum(dtype=torch.float64)  # of an ignored row the kernels write 0 there
+    rows = (coefs[CoefField.INV_SUM] != 0.0).sum(dtype=torch.float64)  # 0 for an ignored row
     entropy, log_q, rows = batch_entropy(backend.column_sums(logits, coefs), rows, call)
     loss += call.entropy_weight * entropy
     return loss, (log_q, call.entropy_weight * world_size(call.batch_group) / rows)
 
 
-def loss_by_statistics(backend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+def loss_by_statistics(
+    backend: FusedBackend, logits: Tensor, target: Tensor, weight: Tensor | None, call: Call
+) -> Tensor:
     table, sums = RowStats.apply(logits, target, call, backend)
     return loss_of_table(table, sums, target, weight, call, acc_dtype(logits.dtype))
 

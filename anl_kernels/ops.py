@@ -159,7 +159,7 @@ row_stats.register_autograd(_grad_of_stats, setup_context=_save_stats)
 row_grad.register_autograd(_only_once)
 
 
-def traced_loss(backend: FusedBackend, logits: Tensor, target: Tensor, weight: Tensor | None, call) -> Tensor:
+def traced_loss(backend: FusedBackend, logits: Tensor, target: Tensor, weight: Tensor | None, call: Call) -> Tensor:
     """`autograd.fused_loss` through the operators."""
     gamma = 0.0 if call.gamma is None else call.gamma
     shared_mean = call.batch_group is not None and call.reduction == "mean"

@@ -10,6 +10,7 @@ import torch
 from helpers import EXPRESSIONS, dtype_id
 
 import anl_kernels as ak
+from anl_kernels.statistics import STATISTICS, derived_statistic
 
 TERMS = [
     ak.CE(),
@@ -196,6 +197,29 @@ def test_a_long_sum_runs_fused(one_fused):
     terms = tuple((1.0, "gce", {"q": 0.1 * k}) for k in range(1, 18))
     result = helpers.calculate(values, labels, criterion, backend=one_fused.name)
     helpers.assert_as_accurate(*result, labels, helpers.truth(values, labels, terms))
+
+
+# ---- statistics of one's own
+
+
+def test_a_statistic_is_declared_beside_the_loss_that_reads_it(one_backend):
+    """What it reads says what the kernels must sum up; it is documented with the others."""
+
+    @derived_statistic("above_sum", "above_count", doc="U / n, held constant", constant=True)
+    def mean_height(s):
+        return (s.above_sum / s.above_count).detach()
+
+    try:
+        loss, same = (
+            ak.RowLoss(lambda s: s.lse * s.mean_height),
+            ak.RowLoss(lambda s: s.lse * (s.above_sum / s.above_count).detach()),
+        )
+        assert "above_sum" in loss.reads and "mean_height" in ak.Statistics.__doc__
+        values, labels = helpers.batch(19, torch.float32)
+        for got, want in zip(*(helpers.calculate(values, labels, x, backend=one_backend.name) for x in (loss, same))):
+            torch.testing.assert_close(got, want)
+    finally:
+        del STATISTICS["mean_height"]
 
 
 # ---- files

@@ -1,6 +1,6 @@
 """The losses in plain PyTorch: every device, every transform, double backward and forward mode.
 
-It keeps tens of bytes a logit. What the other backends are compared with, and what they leave to it.
+It keeps tens of bytes per logit. The other backends are compared with it, and leave to it what they cannot do.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _raise_for_labels(target: Tensor, out_of_range: Tensor) -> None:
         raise bad_label(int(target[out_of_range].flatten()[0]))
 
 
-# ---- what fused backends have as kernels, for slices of the classes (slices.py) in PyTorch's own operators
+# ---- what fused backends have as kernels: sums over slices of the classes, and the table made of them
 
 SLICE_ELEMENTS = 1 << 22  # of logits at a time
 

@@ -236,7 +236,7 @@ def _of_all_classes(logits: Tensor, classes: int) -> Tensor:
 
 
 class SliceStats(Function):
-    """(logits, target) of a slice -> the table (NUM_STATS, ...) of whole rows; the slice's column sums of p (K_r,)."""
+    """(logits, target) of a slice -> the whole rows' table and the column sums of p over the slice (K_r,)."""
 
     @staticmethod
     def forward(ctx, logits, target, call, backend, shard):
