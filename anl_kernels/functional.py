@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import autograd, class_parallel, registry
+from . import autograd, registry
 from .backends import LaunchRefused, reference
 from .call import Call, checked_call
 from .layout import WITH_MEMORY, acc_dtype, check_inputs, is_compiling, log_once, resolved
+from .sharding.class_group import sharded_loss
+from .sharding.dtensor import of_dtensors
 from .terms import Algebra, Expression, RowLoss
 
 CACHE_SIZE = 256  # expressions by their parameters; calls by their keywords
@@ -99,13 +101,13 @@ def robust_loss(
                 keywords = dict(zip(robust_loss.__kwdefaults__, (weight, *options, class_group, batch_group)))
                 return handle_torch_function(robust_loss, given, logits, target, expression, **keywords)
             logits, target, weight = map(resolved, given)
-        logits, target, weight, class_group = class_parallel.of_dtensors(logits, target, weight, class_group, inplace)
+        logits, target, weight, class_group = of_dtensors(logits, target, weight, class_group, inplace)
     if compiling or batch_group is not None or class_group is not None:
         call = checked_call(expression, *options, class_group, batch_group)
     else:
         call = _cached_call(expression, options)
     if class_group is not None:
-        return class_parallel.robust_loss(logits, target, weight, call)
+        return sharded_loss(logits, target, weight, call)
     check_inputs(logits, target, weight, call.clamp)
     backend = registry.choose(logits, call)
     if backend is reference:

@@ -97,50 +97,27 @@ def speed_up_interpreter():
     InterpretedFunction.__call__ = call
 
 
-def handed_out(request):
-    if request.param is None:  # skipped
-        return
-    with request.param.in_use():
-        yield request.param
+def backend_fixture(name, what):
+    """A fixture that hands out the backends of tiers.FIXTURES[name], one after the other, each while it is in use."""
+
+    def fixture(request):
+        if request.param is None:  # skipped
+            return
+        with request.param.in_use():
+            yield request.param
+
+    fixture.__doc__ = what
+    return pytest.fixture(fixture, name=name)
 
 
-# What each hands out is in tiers.FIXTURES.
-
-
-@pytest.fixture
-def backend(request):
-    """Every backend that runs here, every instruction set of the CPU's, and every path of Triton's."""
-    yield from handed_out(request)
-
-
-@pytest.fixture
-def fused(request):
-    """Every backend but the reference."""
-    yield from handed_out(request)
-
-
-@pytest.fixture
-def one_backend(request):
-    """Every backend once, with its best variant: for what does not depend on it."""
-    yield from handed_out(request)
-
-
-@pytest.fixture
-def one_fused(request):
-    """Every fused backend once, with its best variant."""
-    yield from handed_out(request)
-
-
-@pytest.fixture
-def gpu_backend(request):
-    """The backends that run on this machine's GPU, or the emulated one."""
-    yield from handed_out(request)
-
-
-@pytest.fixture
-def other(request):
-    """Every variant that is not the best, and every slow backend."""
-    yield from handed_out(request)
+backend = backend_fixture("backend", "Every backend that runs here, every variant of the CPU's and of Triton's.")
+fused = backend_fixture("fused", "Every backend but the reference.")
+one_backend = backend_fixture(
+    "one_backend", "Every backend once, with its best variant: for what does not depend on it."
+)
+one_fused = backend_fixture("one_fused", "Every fused backend once, with its best variant.")
+gpu_backend = backend_fixture("gpu_backend", "The backends that run on this machine's GPU, or the emulated one.")
+other = backend_fixture("other", "Every variant that is not the best, and every slow backend.")
 
 
 @pytest.fixture
@@ -167,6 +144,15 @@ def cpu():
     if module is None:
         pytest.skip("anl_kernels._cpu is not built (ANL_KERNELS_NO_EXT, or no compiler)")
     return module
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """As few rows per chunk of a linear head as asked for, before a chunk becomes some classes of more rows."""
+    from anl_kernels.linear import chunks
+
+    monkeypatch.setattr(chunks, "MIN_ROWS", 8)
+    monkeypatch.setattr(chunks, "TILE_ROWS", 16)
 
 
 @pytest.fixture(autouse=True)

@@ -33,9 +33,20 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "mutants.json"
+SUPPORT = (
+    "tiers",
+    "backends_under_test",
+    "helpers",
+    "expressions",
+    "problems",
+    "comparison",
+    "modes",
+    "heads",
+    "oracle",
+)
 SHARED = (
     "conftest.py",
-    *(f"support/{name}.py" for name in ("tiers", "backends_under_test", "helpers", "oracle")),
+    *(f"support/{name}.py" for name in SUPPORT),
 )  # what all tests are made of
 PYTEST = ("--thorough", "-x", "-q", "-n", "0", "-p", "no:cacheprovider")
 SECONDS = 600  # a mutant whose tests take longer hangs

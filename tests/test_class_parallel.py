@@ -16,15 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import EXPRESSIONS, dtype_id, expression
+from ranks import Ranks
 
-from anl_kernels import class_parallel, functional, registry, slices
+from anl_kernels import functional, registry
 from anl_kernels import statistics as stats
 from anl_kernels.backends import reference
+from anl_kernels.sharding import class_group, slices
 from anl_kernels.statistics import StatField
 
 HERE = pathlib.Path(__file__).parent
 gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo")
-CHECKS = [name.removeprefix("check_") for name in dir(class_parallel_checks) if name.startswith("check_")]
+CHECKS = sorted(class_parallel_checks.CHECKS)
 
 
 @pytest.mark.thorough
@@ -32,7 +34,7 @@ CHECKS = [name.removeprefix("check_") for name in dir(class_parallel_checks) if 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("part", [0, 1])
 def test_four_processes(tmp_path, part):
-    """Groups of two, three and four of them; half of the checks a test, for they take a while to start."""
+    """Groups of two, three and four of them; half of the checks per test, for they take a while to start."""
     arguments = (4, tmp_path / "rendezvous", CHECKS[part::2])
     mp.start_processes(class_parallel_checks.worker, args=arguments, nprocs=4, start_method="spawn")
 
@@ -54,9 +56,9 @@ def ranks_in_threads(monkeypatch):
     def rank(number, names):
         try:
             dist.init_process_group("threaded", rank=number, world_size=4, store=store)
-            ranks = class_parallel_checks.Ranks()
+            ranks = Ranks()
             for name in names:
-                getattr(class_parallel_checks, "check_" + name)(ranks)
+                class_parallel_checks.CHECKS[name](ranks)
         except BaseException as error:  # the others then end with SystemExit
             failed.append(error)
             threaded.ProcessLocalGroup.exception_handle(error)
@@ -112,23 +114,24 @@ def slice_of_rows(classes, dtype):
 
 
 @pytest.fixture
-def kernels(fused):
-    module = registry.fused(fused.name, explicit=True)
+def slicing(fused):
+    """A backend that has kernels for slices."""
+    backend = registry.fused(fused.name, explicit=True)
     if fused.name != "cpu":
         pytest.skip(f"{fused.name} leaves slices to PyTorch's operators")
-    return module
+    return backend
 
 
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("classes", [1, 2, 5, 31, 33, 100, 2049, 5000])
-def test_slice_stats(kernels, dtype, classes):
+def test_slice_stats(slicing, dtype, classes):
     """The first sums, and the second with the lse of rows that have more classes elsewhere."""
     values, labels = slice_of_rows(classes, dtype)
-    device = helpers.DEVICES.get(kernels.NAME, "cpu")
+    device = helpers.DEVICES.get(slicing.NAME, "cpu")
     z, y = values.to(device), labels.to(device)
     for name in helpers.REPRESENTATIVE:
         call = checked(name)
-        first = kernels.slice_stats(call, z, y, None).cpu()
+        first = slicing.slice_stats(call, z, y, None).cpu()
         exact = reference.slice_stats(call, values.double(), labels, None)
         counted = labels != -2
         bad = exact[2].isnan()
@@ -137,7 +140,7 @@ def test_slice_stats(kernels, dtype, classes):
         digits = dict(rtol=3e-6, atol=1e-6) if dtype != torch.float64 else dict(rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(first[:, good], exact[:, good], **digits)
         lse = torch.stack((exact[0] + 0.5, torch.log1p(exact[1]) + 0.25))
-        second = kernels.slice_stats(call, z, y, lse.to(device)).cpu()
+        second = slicing.slice_stats(call, z, y, lse.to(device)).cpu()
         exact_second = reference.slice_stats(call, values.double(), labels, lse)
         good &= exact[0] > -math.inf
         for field in slices.second_fields(call.needs):
@@ -145,16 +148,16 @@ def test_slice_stats(kernels, dtype, classes):
 
 
 @pytest.mark.parametrize("layout", helpers.LAYOUTS)
-def test_slice_stats_of_every_layout(kernels, layout):
+def test_slice_stats_of_every_layout(slicing, layout):
     values, labels = helpers.batch(33, torch.float32)
     logits, target = helpers.lay_out(layout, values, torch.where(labels < 0, -2, labels))
-    device = helpers.DEVICES.get(kernels.NAME, "cpu")
+    device = helpers.DEVICES.get(slicing.NAME, "cpu")
     call = checked("anl_fl")
     valid = (target != -2).reshape(-1)
     first = reference.slice_stats(call, logits.double(), target, None)
     for lse in (None, torch.stack((first[0] + 0.5, torch.log1p(first[1]) + 0.25))):
         moved = None if lse is None else lse.to(device)
-        got = kernels.slice_stats(call, helpers.moved(logits, device), target.to(device), moved).cpu()
+        got = slicing.slice_stats(call, helpers.moved(logits, device), target.to(device), moved).cpu()
         exact = reference.slice_stats(call, logits.double(), target, lse)
         fields = range(4) if lse is None else slices.second_fields(call.needs)
         for field in fields:
@@ -203,14 +206,14 @@ def rows_and_labels():
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 def test_the_table_of_slices_is_that_of_whole_rows(cpu, sizes):
     """Every statistic, and which of them are NaN; an ignored row's are finite, whatever its logits."""
-    kernels = registry.fused("cpu", explicit=True)
+    backend = registry.fused("cpu", explicit=True)
     values, labels = rows_and_labels()
     for name in ("everything", "nce+rce", "nnce"):
         call, valid = checked(name), labels != -100
         parts = parts_of(values, labels, valid, sizes)
-        first = slices.merged(torch.stack([slices.first_sums(kernels, call, *part) for part in parts]))
-        second = slices.added(torch.stack([slices.second_sums(kernels, call, *part, first) for part in parts]))
-        table, whole = slices.table(first, second, valid, 33, call), kernels.row_stats(call, values, labels)
+        first = slices.merged(torch.stack([slices.first_sums(backend, call, *part) for part in parts]))
+        second = slices.added(torch.stack([slices.second_sums(backend, call, *part, first) for part in parts]))
+        table, whole = slices.table(first, second, valid, 33, call), backend.row_stats(call, values, labels)
         assert table[:, ~valid].isfinite().all()
         assert torch.equal(table[StatField.VALID], whole[StatField.VALID])
         weights = (StatField.FOCAL_WEIGHT, StatField.FOCAL_ABOVE_WEIGHT)  # of rows that are NaN nobody reads these
@@ -221,8 +224,8 @@ def test_the_table_of_slices_is_that_of_whole_rows(cpu, sizes):
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 5, 1000])
-@pytest.mark.parametrize("kernels", [registry.BACKENDS["cpu"], reference], ids=["cpu", "reference"])
-def test_the_gradient_of_slices_is_that_of_whole_rows(cpu, kernels, rows_at_a_time, monkeypatch):
+@pytest.mark.parametrize("backend", [registry.BACKENDS["cpu"], reference], ids=["cpu", "reference"])
+def test_the_gradient_of_slices_is_that_of_whole_rows(cpu, backend, rows_at_a_time, monkeypatch):
     """With and without the column sums' part; PyTorch's operators take a few rows at a time."""
     for module, limit in ((slices, "CHUNK_ELEMENTS"), (reference, "SLICE_ELEMENTS")):
         monkeypatch.setattr(module, limit, 11 * rows_at_a_time)
@@ -231,23 +234,23 @@ def test_the_gradient_of_slices_is_that_of_whole_rows(cpu, kernels, rows_at_a_ti
     table = registry.fused("cpu", explicit=True).row_stats(call, values, labels)
     partials = torch.randn(table.shape, generator=helpers.generator(0)).double()
     partials[:, ~valid] = 0.0
-    coefs = stats.coefficients(table, partials, call, torch.float64)
+    grad_coefs = stats.coefficients(table, partials, call, torch.float64)
     g = torch.randn(33, generator=helpers.generator(1)).double()
     for by_sums in (None, g):
-        exact = reference.gradient(call, values, labels.clamp(min=0), coefs, by_sums)
+        exact = reference.gradient(call, values, labels.clamp(min=0), grad_coefs, by_sums)
         exact[~valid] = 0.0
         for sizes in SPLITS[1:]:
             starts = [sum(sizes[:i]) for i in range(len(sizes))]
             parts, gs = parts_of(values, labels, valid, sizes), g.split(sizes)
-            moments = slices.added(torch.stack([slices.moments(z, coefs, x) for (z, _), x in zip(parts, gs)]))
-            mean = class_parallel.mean_over_classes(moments, None)
+            moments = slices.added(torch.stack([slices.moments(z, grad_coefs, x) for (z, _), x in zip(parts, gs)]))
+            mean = class_group.mean_over_classes(moments, None)
             for (z, local), x, start in zip(parts, gs, starts):
                 entropy = None if by_sums is None else (x, mean)
-                grad = slices.grad(kernels, call, z, local, coefs, entropy)
+                grad = slices.grad(backend, call, z, local, grad_coefs, entropy)
                 torch.testing.assert_close(
                     grad, exact[:, start : start + z.shape[1]], rtol=1e-10, atol=1e-12, equal_nan=True
                 )
-                sums = kernels.column_sums(z[:24], coefs[:, :24].contiguous()) if z.numel() else z.new_zeros(0)
+                sums = backend.column_sums(z[:24], grad_coefs[:, :24].contiguous()) if z.numel() else z.new_zeros(0)
                 p = torch.where(valid[:24, None], values[:24].nan_to_num().softmax(1), 0.0).sum(0)
                 torch.testing.assert_close(sums, p[start : start + z.shape[1]])
 
@@ -255,10 +258,10 @@ def test_the_gradient_of_slices_is_that_of_whole_rows(cpu, kernels, rows_at_a_ti
 def test_a_log_sum_that_rounding_made_negative_poisons_nothing():
     """Where one class is certain, sums of a slice may round to a lse below its logit: (1 - p)^gamma of a p above 1."""
     call, z = checked("anl_fl"), torch.tensor([[0.0, -40.0, -41.0]])
-    coefs = torch.ones(stats.NUM_COEFS, 1)
-    coefs[stats.CoefField.MAX], coefs[stats.CoefField.LOG_SUM] = 0.0, -1e-7
-    for kernels in (registry.BACKENDS["cpu"], reference):
-        assert slices.grad(kernels, call, z, torch.tensor([stats.ELSEWHERE]), coefs).isfinite().all()
+    grad_coefs = torch.ones(stats.NUM_COEFS, 1)
+    grad_coefs[stats.CoefField.MAX], grad_coefs[stats.CoefField.LOG_SUM] = 0.0, -1e-7
+    for backend in (registry.BACKENDS["cpu"], reference):
+        assert slices.grad(backend, call, z, torch.tensor([stats.ELSEWHERE]), grad_coefs).isfinite().all()
 
 
 EXAMPLE = HERE.parent / "examples" / "million_classes.py"
@@ -295,11 +298,8 @@ def test_a_margin_before_the_loss_composes():
 @gloo
 def test_the_example_trains_with_two_processes():
     """Under torchrun, at a size for a test: the loss falls, and both processes print their peak."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        EXAMPLE, "--classes", "3001", "--width", "16", "--rows", "64",
-        "--steps", "12",
-    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, EXAMPLE, *"--classes 3001 --width 16 --rows 64 --steps 12".split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     losses = [float(word) for word in re.findall(r"step \d+: loss ([\d.e+-]+),", result.stdout)]

@@ -1,135 +1,33 @@
-"""The fused linear head: against the oracle in float64, in chunks and tiles of every size; memory; how it is called."""
+"""The fused linear head: against the oracle in float64, in chunks and tiles of every size; how it is called."""
 
-import json
 import math
-import pathlib
-import subprocess
-import sys
 
 import helpers
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, EPS, EXPRESSIONS, dtype_id, expression, row_loss_expression
-from torch.autograd import profiler
+from heads import (
+    BYTES,
+    CHUNKS,
+    CLASSES,
+    KINDS,
+    ROWS,
+    WIDTH,
+    assert_as_accurate,
+    clean,
+    compare,
+    fused,
+    gradients,
+    problem,
+    truth,
+    unfused,
+)
+from helpers import DTYPES, EXPRESSIONS, dtype_id, expression, row_loss_expression
 
 import anl_kernels as ak
-from anl_kernels import linear
-from anl_kernels.cli import timing
-from anl_kernels.cli.timing import Run, profile
+from anl_kernels.linear import chunks as chunking
 
-ROWS, CLASSES, WIDTH = 43, 37, 16
-WEIGHTS = torch.linspace(0.1, 2, CLASSES)
-BYTES = 8 * CLASSES  # of a row of float64 logits
-
-# How chunks are made: whole rows at once, a few, one at a time; tiles of classes; the logits made again in backward.
-CHUNKS = {
-    "one": dict(),
-    "some": dict(max_chunk_bytes=10 * BYTES),
-    "recompute": dict(recompute=True),
-    "recompute_some": dict(recompute=True, max_chunk_bytes=10 * BYTES),
-    "tiles": dict(max_chunk_bytes=576),
-}
-KINDS = {
-    "mean": dict(),
-    "sum": dict(reduction="sum"),
-    "none": dict(reduction="none"),
-    "entropy": dict(entropy_weight=0.7),
-    "weight": dict(class_weight=WEIGHTS),
-}
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """As few rows a chunk as asked for, before a chunk becomes some classes of more rows."""
-    monkeypatch.setattr(linear, "MIN_ROWS", 8)
-    monkeypatch.setattr(linear, "TILE_ROWS", 16)
-
-
-def problem(dtype, rows=ROWS, classes=CLASSES, width=WIDTH, seed=0, ignored=True):
-    """(input, weight, bias, target): logits of standard deviation 4, some rows confident, some ignored and NaN."""
-    g = helpers.generator(seed)
-    weight = torch.randn(classes, width, generator=g, dtype=torch.float64) * 4 / math.sqrt(width)
-    hidden = torch.randn(rows, width, generator=g, dtype=torch.float64)
-    target = torch.randint(classes, (rows,), generator=g)
-    hidden[::4] = weight[target[::4]] * 0.8
-    bias = torch.randn(classes, generator=g, dtype=torch.float64)
-    if ignored:
-        target[2::7] = -100
-    hidden, weight, bias = (x.to(dtype) for x in (hidden, weight, bias))
-    hidden[target == -100] = math.nan
-    return hidden, weight, bias, target
-
-
-def clean(hidden, target):
-    return torch.where((target == -100).unsqueeze(-1), torch.zeros((), dtype=hidden.dtype), hidden)
-
-
-def seeds(loss, target):
-    return torch.rand(loss.shape, generator=helpers.generator(9)).to(loss.dtype) - 0.5 if loss.dim() else None
-
-
-def gradients(function, *tensors):
-    """(loss, the gradients by the tensors); None in tensors stays None."""
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
-    loss = function(*leaves)
-    loss.backward(seeds(loss, None))
-    return [loss.detach(), *(None if x is None else x.grad for x in leaves)]
-
-
-def truth(hidden, weight, bias, target, terms, class_weight=None, **keywords):
-    given = (clean(hidden, target).double(), weight.double(), None if bias is None else bias.double())
-
-    def value(x, w, b):
-        if class_weight is not None:
-            keywords["weight"] = class_weight.double()
-        return oracle.loss(F.linear(x, w, b), target, terms, **keywords)
-
-    return gradients(value, *given)
-
-
-def unfused(hidden, weight, bias, target, criterion, class_weight=None, **keywords):
-    def value(x, w, b):
-        return ak.robust_loss(F.linear(x, w, b), target, criterion, weight=class_weight, **keywords)
-
-    return gradients(value, clean(hidden, target), weight, bias)
-
-
-def fused(hidden, weight, bias, target, criterion, **keywords):
-    def value(x, w, b):
-        return ak.linear_robust_loss(x, w, target, criterion, bias=b, **keywords)
-
-    return gradients(value, hidden, weight, bias)
-
-
-def assert_as_accurate(got, plain, exact, dtype):
-    """No further from float64 than the loss of the full logits, and a few roundings of the largest element."""
-    for name, ours, theirs, true in zip(("loss", "input", "weight", "bias"), got, plain, exact):
-        if true is None:
-            assert ours is None
-            continue
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
-        error, other = ((x.double() - true).abs().max().item() for x in (ours, theirs))
-        rounding = EPS[torch.float32 if name == "loss" and dtype != torch.float64 else dtype]
-        few = 8 if dtype != torch.float64 else 40  # float64 itself is not exact
-        allowed = 2 * other + few * rounding * true.abs().max().item()
-        assert error <= allowed, f"{name}: error {error:.3g}, of the full logits {other:.3g}, allowed {allowed:.3g}"
-
-
-def compare(dtype, name, kind, chunks, backend="auto", build=expression, bias=True, device="cpu"):
-    hidden, weight, b, target = problem(dtype)
-    b = b if bias else None
-    keywords = dict(KINDS[kind])
-    exact = truth(hidden, weight, b, target, EXPRESSIONS[name], **keywords)
-    criterion = build(EXPRESSIONS[name])
-    plain = unfused(hidden, weight, b, target, criterion, **keywords)
-    keywords = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in keywords.items()}
-    given = [None if x is None else x.to(device) for x in (hidden, weight, b, target)]
-    got = fused(*given, criterion, backend=backend, **keywords, **CHUNKS[chunks])
-    got = [None if x is None else x.cpu() for x in got]
-    assert_as_accurate(got, plain, exact, dtype)
-    assert (got[1][target == -100] == 0).all()
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -256,7 +154,7 @@ def test_each_gradient_only_if_needed():
 
 def test_products_are_made_only_for_gradients_that_are_needed(monkeypatch):
     made = []
-    monkeypatch.setattr(linear, "_add_product", lambda out, *rest: made.append(out.shape) or out.zero_())
+    monkeypatch.setattr(chunking, "add_product", lambda out, *rest: made.append(out.shape) or out.zero_())
     hidden, weight, _, target = problem(torch.float32)
     for leaf in (hidden, weight):
         made.clear()
@@ -377,7 +275,7 @@ def test_products_in_blocks(monkeypatch, rows, classes, block, chunks):
     """Of half precision, whose operands are made float32 a block at a time."""
     hidden, weight, bias, target = problem(torch.bfloat16, rows, classes, 5)
     expected = fused(hidden, weight, bias, target, ak.NCE(), **chunks)
-    monkeypatch.setattr(linear, "BLOCK_BYTES", block)
+    monkeypatch.setattr(chunking, "BLOCK_BYTES", block)
     for ours, true in zip(fused(hidden, weight, bias, target, ak.NCE(), **chunks), expected):
         torch.testing.assert_close(ours, true, rtol=2**-7, atol=1e-9)
 
@@ -399,136 +297,6 @@ def test_autocast_computes_as_linear(chunks):
     with torch.autocast("cpu", dtype=torch.bfloat16):  # float64 stays, as in F.linear
         assert torch.equal(fused(*doubles, target, ak.NCE())[2], fused(*doubles, target, ak.NCE())[2])
         assert fused(*doubles, target, ak.NCE())[0].dtype == torch.float64
-
-
-# ---- chunks and memory
-
-
-def count_rows(monkeypatch, name):
-    kernels = ak.registry.choose(
-        torch.empty(0, 2), ak.functional.checked_call(ak.NCE(), -100, "mean", 0.0, 1e-7, False, None, "auto")
-    )
-    seen, original = [], getattr(kernels, name)
-    monkeypatch.setattr(
-        kernels, name, lambda call, logits, *rest: seen.append(logits.shape) or original(call, logits, *rest)
-    )
-    return seen
-
-
-def test_ignored_rows_cost_nothing(monkeypatch):
-    hidden, weight, _, target = problem(torch.float32)
-    rows = int((target != -100).sum())
-    for name, keywords in (("row_loss", dict()), ("row_stats", dict(recompute=True))):
-        seen = count_rows(monkeypatch, name)
-        fused(hidden, weight, None, target, ak.NCE(), **keywords)
-        assert seen == [(rows, CLASSES)]
-
-
-def test_chunks_keep_to_the_memory_asked_for(monkeypatch):
-    hidden, weight, _, target = problem(torch.float32, ignored=False)
-    for limit in (4 * CLASSES * ROWS, 4 * CLASSES * 20, 4 * CLASSES * 4, 4 * CLASSES, 64):
-        shapes = []
-        for name in ("row_loss", "slice_stats"):
-            shapes.append(count_rows(monkeypatch, name))
-        fused(hidden, weight, None, target, ak.NCE(), max_chunk_bytes=limit)
-        found = shapes[0] + shapes[1]
-        assert max(math.prod(shape) for shape in found) * 4 <= limit
-        assert 2 * max(math.prod(shape) for shape in found) * 4 >= min(limit, 4 * CLASSES * ROWS)
-        monkeypatch.undo()
-
-
-def test_plans(monkeypatch):
-    """As many equal chunks as the memory asks for; a million classes still give products of 32 rows and more."""
-    monkeypatch.undo()
-    gib = 1 << 30
-    assert linear._plan(4096, 1000, torch.float32, "cpu", None) == (4096, 1000)
-    assert linear._plan(4096, 50_000, torch.float32, "cpu", None) == (1024, 50_000)
-    assert linear._plan(4096, 1_000_000, torch.bfloat16, "cuda", None) == (512, 1_000_000)
-    rows, classes = linear._plan(256, 1_000_000, torch.float32, "cpu", None)
-    assert classes == 1_000_000 and 32 <= rows <= 67
-    rows, classes = linear._plan(256, 100_000_000, torch.float32, "cpu", gib)
-    assert gib / 2 <= rows * classes * 4 <= gib and rows == 256
-    assert linear._plan(256, 1000, torch.float32, "cpu", 32 * 4000) == (32, 1000)
-    assert linear._plan(10, 1000, torch.float32, "cpu", 4 * 4000)[0] == 10
-    assert linear._spans(10, linear._even(10, 4)) == [(0, 4), (4, 8), (8, 10)]
-
-
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_memory_is_a_chunk_and_the_gradients(recompute, reduction):
-    rows, classes, width, limit = 2000, 5000, 32, 1 << 20
-    hidden, weight, bias, target = problem(torch.float32, rows, classes, width, ignored=False)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    keywords = dict(recompute=recompute, reduction=reduction, max_chunk_bytes=limit)
-
-    def step():
-        loss = ak.linear_robust_loss(*leaves[:2], target, 5 * ak.NCE() + ak.NNCE(), bias=leaves[2], **keywords)
-        loss.backward(torch.ones_like(loss))
-        for leaf in leaves:
-            leaf.grad = None
-
-    step()
-    grads = 4 * (hidden.numel() + weight.numel() + bias.numel())
-    peak = profile(Run(step)).peak_bytes
-    assert 0.9 * (grads + limit / 2) <= peak <= grads + limit + 100 * 8 * (rows + classes) // (1 if recompute else 4)
-    assert peak < 4 * rows * classes / 4  # a quarter of the logits
-
-
-@pytest.mark.unpoisoned
-def test_backward_hands_out_the_memory_of_the_gradients():
-    """What forward made is scaled where it lies, unless the graph is kept."""
-    hidden, weight, bias, target = problem(torch.float32, 200, 500, 64, ignored=False)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    loss = lambda: ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), bias=leaves[2]) * 2
-    loss().backward()
-    for leaf in leaves:
-        leaf.grad = None
-    made = loss()
-    assert profile(Run(made.backward)).peak_bytes < 4 * hidden.numel() / 2
-
-
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_what_waits_for_backward(dtype):
-    """The gradients, in the dtypes that they will have; with recompute 13 numbers a row. No chunk is kept."""
-    rows, classes, width = 400, 300, 64
-    hidden, weight, bias, target = problem(dtype, rows, classes, width, ignored=False)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    for recompute in (False, True):
-        keywords = dict(bias=leaves[2], recompute=recompute)
-        ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
-        with timing.quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as seen:
-            loss = ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
-        held = sum(event.nbytes() for event in seen.kineto_results.events() if event.name() == "[memory]")
-        del loss
-        expected = 13 * 8 * rows if recompute else sum(x.nbytes for x in leaves)
-        assert expected <= held <= expected + 16 * rows + 8 * classes, recompute
-
-
-def test_frozen_weight_needs_no_gradient_memory():
-    rows, classes, width = 64, 20_000, 64
-    hidden, weight, _, target = problem(torch.float32, rows, classes, width, ignored=False)
-    hidden.requires_grad_()
-    keywords = dict(max_chunk_bytes=1 << 18)
-    step = lambda: ak.linear_anl_ce(hidden, weight, target, **keywords).backward()
-    step()
-    assert profile(Run(step)).peak_bytes < 4 * weight.numel() / 4
-
-
-@pytest.mark.thorough
-def test_the_benchmark(tmp_path):
-    """Its table of a small case: gradients compared, times and peaks of every contender; the full logits need most."""
-    pytest.importorskip("tabulate")
-    file = tmp_path / "linear.json"
-    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "linear.py"
-    sizes = "--device cpu --classes 500 --width 8 --logits 100000 --chunk-mib 0 --rounds 1".split()
-    subprocess.run([sys.executable, script, *sizes, "--json", file], check=True, capture_output=True)
-    results = {result["contender"]: result for result in json.loads(file.read_text())["results"]}
-    assert results["ours"]["error"] < 1e-5 and all(result["median_s"] > 0 for result in results.values())
-    full = results.pop("F.linear + ours")["peak_bytes"]
-    assert full >= 4 * 100_000 > 1.5 * max(result["peak_bytes"] for result in results.values())
-    assert "| 500 |" in file.with_suffix(".md").read_text().replace("  ", "")
 
 
 # ---- transforms

@@ -11,7 +11,10 @@ from test_derivatives import FUNC_ROUTES, ROUTES, grad_of
 import anl_kernels as ak
 from anl_kernels import linear
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph"),
+    pytest.mark.usefixtures("small_chunks"),
+]
 ROWS, CLASSES, WIDTH = 21, 11, 5
 CHUNKS = {
     "one": dict(),
@@ -32,12 +35,6 @@ LOSSES = {
     "anl_fl+rce": lambda: ak.NFL() + 2 * ak.NNFL() + 0.3 * ak.RCE(),
     "row_loss": lambda: ak.RowLoss(lambda s: (s.lse - s.target_logit).square() / s.neg_log_sum),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(linear, "MIN_ROWS", 8)
-    monkeypatch.setattr(linear, "TILE_ROWS", 16)
 
 
 def problem(seed=0):
@@ -92,13 +89,13 @@ class OnAGPU(torch.Tensor):
 @pytest.fixture
 def ignored_rows_stay(monkeypatch):
     """As on a GPU, where they stay in the products as zeros."""
-    original = linear._kept_rows
+    original = linear.kept_rows
 
     def kept(hidden, labels, call):
         hidden, rows, labels = original(hidden.as_subclass(OnAGPU), labels, call)
         return hidden.as_subclass(torch.Tensor), rows, labels
 
-    monkeypatch.setattr(linear, "_kept_rows", kept)
+    monkeypatch.setattr(linear, "kept_rows", kept)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)

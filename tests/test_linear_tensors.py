@@ -14,6 +14,7 @@ import anl_kernels as ak
 from anl_kernels import layout, linear
 from anl_kernels.backends import LaunchRefused
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
 ROWS, CLASSES, WIDTH = 12, 7, 4
 NAMES = ("input", "weight", "bias", "target", "class_weight")
 ROUTES = {
@@ -22,12 +23,6 @@ ROUTES = {
     "none": dict(reduction="none"),
     "tiles": dict(max_chunk_bytes=200),
 }
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(linear, "MIN_ROWS", 8)
-    monkeypatch.setattr(linear, "TILE_ROWS", 16)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +117,7 @@ def test_what_is_refused_to_launch_is_made_of_logits_but_not_by_one_rank_alone(m
         raise LaunchRefused("too much shared memory")
 
     expected = call(problem(), backend="reference")
-    monkeypatch.setattr(linear, "_head", refuse)
+    monkeypatch.setattr(linear, "head", refuse)
     torch.testing.assert_close(call(problem()), expected)
     for keywords in (dict(backend="cpu"), dict(class_group=mesh.get_group())):
         with pytest.raises(LaunchRefused, match="shared memory"):

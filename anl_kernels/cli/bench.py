@@ -84,7 +84,7 @@ class Bench(NamedTuple):
     phases: tuple[str, ...]
 
     def measure(self, workload: Workload, entrants: list[Contender]) -> dict[str, list[dict]]:
-        """By phase, one dict a contender: checked against float64 first, then timed in turns, then its memory."""
+        """By phase, one dict per contender: checked against float64 first, then timed in turns, then its memory."""
         logits, target = workload.tensors(device=self.device)
         checked, truths = [], {}
         for contender in entrants:
@@ -140,9 +140,11 @@ def problems_of(result: dict) -> list[str]:
     if result["peak_bytes"] > promised:
         found.append(f"{where}: holds {result['peak_bytes']} bytes above its inputs, promised {promised}")
     if result["allocations"] > result["promised_allocations"]:
-        found.append(f"{where}: {result['allocations']} allocations a call, promised {result['promised_allocations']}")
+        found.append(
+            f"{where}: {result['allocations']} allocations per call, promised {result['promised_allocations']}"
+        )
     if (result["launches"] or 0) > LAUNCHES:
-        found.append(f"{where}: {result['launches']} launches a call, promised {LAUNCHES}")
+        found.append(f"{where}: {result['launches']} launches per call, promised {LAUNCHES}")
     return found
 
 
@@ -162,10 +164,8 @@ def report(workload: Workload, phase: str, measured: list[dict]) -> str:
         state = m["state"] if m["state"] == "ok" else m["state"].upper()
         rows.append([m["contender"], show_time(m["median_s"]), spread, ratio, share, memory, counts, errors, state])
     counted = "allocations" if not any(m.get("launches") is not None for m in measured) else "allocations / launches"
-    headers = [
-        "", "median", "10 % .. 90 %", "times ours", "of copy bandwidth", "peak memory / logits", counted,
-        "error loss / grad", "",
-    ]  # fmt: skip
+    times = ["median", "10 % .. 90 %", "times ours", "of copy bandwidth"]
+    headers = ["", *times, "peak memory / logits", counted, "error loss / grad", ""]
     what = "forward + backward" if phase == "both" else phase
     return f"\n{workload}, {what}\n" + table(rows, headers, colalign=("left", *["right"] * 7, "left"))
 

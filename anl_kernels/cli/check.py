@@ -16,13 +16,12 @@ from torch import Tensor
 
 import anl_kernels as ak
 
-from .. import registry, trust
-from . import formulas, workloads
+from .. import formulas, registry, trust
+from . import workloads
 from .common import progress, table
 
-T = formulas.T
 DTYPES = workloads.DTYPES
-# Of the value and of the gradient (see `relative`, `gradient_error`), the latter rounded to the logits' dtype.
+# (of the value, of the gradient rounded to the logits' dtype): see `relative` and `gradient_error`
 TOLERANCE = {"fp64": (1e-11, 1e-11), "fp32": (4e-6, 5e-5), "bf16": (4e-6, 4.1e-3), "fp16": (4e-6, 5.1e-4)}
 ENTROPY = 0.7
 SHOWN_FAILURES = 20
@@ -32,7 +31,7 @@ SECONDS = 900  # of a GPU backend's process; Triton compiles hundreds of kernels
 class Loss(NamedTuple):
     name: str
     ours: Callable  # (logits, target, **keywords)
-    formula: Callable  # (logits, target) -> a number a row
+    formula: Callable  # (logits, target) -> one number per row
     entropy_weight: float = 0.0
 
 
@@ -40,21 +39,26 @@ def user_written(s: ak.Statistics) -> Tensor:
     return -s.target_log_prob / s.neg_log_sum + torch.exp(s.target_log_prob * 0.5)
 
 
+def same_as_user_written(z: Tensor, y: Tensor) -> Tensor:
+    return formulas.nce(z, y) + torch.exp(-0.5 * formulas.cross_entropy(z, y))
+
+
+def sum_of_three(z: Tensor, y: Tensor) -> Tensor:
+    return 2 * formulas.nce(z, y) + 3 * formulas.rce(z, y) + formulas.agce(z, y)
+
+
+def named(function: str) -> Loss:
+    name = {"cross_entropy": "CE", "focal": "FL"}.get(function, function.upper().replace("_", "-"))
+    return Loss(name, getattr(ak, function), getattr(formulas, function))
+
+
+FUNCTIONS = "cross_entropy nce nnce focal nfl nnfl mae rce sce gce agce aul ael anl_ce anl_fl".split()
 LOSSES = [
-    *(
-        Loss(name, getattr(ak, function), getattr(formulas, function))
-        for name, function in {
-            "CE": "cross_entropy", "NCE": "nce", "NNCE": "nnce", "FL": "focal", "NFL": "nfl", "NNFL": "nnfl",
-            "MAE": "mae", "RCE": "rce", "SCE": "sce", "GCE": "gce", "AGCE": "agce", "AUL": "aul", "AEL": "ael",
-            "ANL-CE": "anl_ce", "ANL-FL": "anl_fl",
-        }.items()
-    ),
-    Loss("2 NCE + 3 RCE + AGCE", 2 * ak.NCE() + 3 * ak.RCE() + ak.AGCE(),
-         lambda z, y: 2 * formulas.nce(z, y) + 3 * formulas.rce(z, y) + formulas.agce(z, y)),
+    *map(named, FUNCTIONS),
+    Loss("2 NCE + 3 RCE + AGCE", 2 * ak.NCE() + 3 * ak.RCE() + ak.AGCE(), sum_of_three),
     Loss("ANL-CE, entropy", ak.anl_ce, formulas.anl_ce, ENTROPY),
-    Loss("RowLoss", 1.0 * ak.RowLoss(user_written),
-         lambda z, y: formulas.nce(z, y) + torch.exp(-0.5 * formulas.cross_entropy(z, y))),
-]  # fmt: skip
+    Loss("RowLoss", 1.0 * ak.RowLoss(user_written), same_as_user_written),
+]
 
 
 def rows(dtype: torch.dtype, classes: int = 1001, count: int = 24) -> tuple[Tensor, Tensor]:
@@ -87,7 +91,7 @@ LAYOUTS: dict[str, Callable] = {
     "channels last": lambda d: (images(d)[0].contiguous(memory_format=torch.channels_last), images(d)[1]),
 }
 
-# How a call may make its gradient: in forward, over the logits, in backward, a row at a time.
+# How a call may make its gradient: in forward, over the logits, in backward, without reduction.
 WAYS = {
     "mean": {},
     "inplace": {"inplace": True},
@@ -109,7 +113,7 @@ class Errors(NamedTuple):
 
 
 class Truth(NamedTuple):
-    rows: Tensor  # the loss a row
+    rows: Tensor  # the loss per row
     grad: Tensor  # of their sum
     entropy: Tensor
     entropy_grad: Tensor
@@ -126,7 +130,7 @@ def truth(loss: Loss, logits: Tensor, target: Tensor) -> Truth:
 
 def near_the_clamp(logits: Tensor) -> Tensor:
     """Rows with a class so near to min_prob that rounding decides on which side it is: the gradient jumps there."""
-    distance = (logits.detach().double().log_softmax(1) + T).abs()
+    distance = (logits.detach().double().log_softmax(1) + formulas.CLAMP_HEIGHT).abs()
     return (distance < 1e-4).any(1, keepdim=True)
 
 
@@ -166,8 +170,8 @@ class Source(torch.autograd.Function):
 
 def relative(got: Tensor, want: Tensor) -> float:
     """The largest relative error; a loss near 0 is measured against a tenth of the largest."""
-    floor = 0.1 * want.abs().max().item() + 1e-30
-    return ((got.double() - want).abs() / want.abs().clamp(min=floor)).max().item()
+    least = 0.1 * want.abs().max().item() + 1e-30
+    return ((got.double() - want).abs() / want.abs().clamp(min=least)).max().item()
 
 
 def gradient_error(got: Tensor, want: Tensor, skip: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 import anl_kernels
 
-from . import formulas
+from .. import formulas
 from .workloads import Workload
 
 LOSSES = ("anl_ce", "anl_fl")

@@ -22,7 +22,7 @@ SMALL_SAMPLE = 2e-3  # seconds: short calls are repeated until a sample takes th
 
 
 class Times(NamedTuple):
-    """Seconds a call."""
+    """Seconds per call."""
 
     median: float
     low: float  # the 10 % quantile
@@ -89,7 +89,7 @@ def one_sample(run: Run, calls: int, cache: Cache | None, clock: Clock) -> float
 def interleaved(
     runs: Sequence[Run], size: int, seconds: float, device: str = "cpu", rounds: tuple[int, int] = (5, 60)
 ) -> list[Times]:
-    """Times of `runs`, one sample of each a round, for about `seconds`. size: bytes of the logits (COLD_FROM)."""
+    """Times of `runs`, one sample of each per round, for about `seconds`. size: bytes of the logits (COLD_FROM)."""
     cache, clock = Cache(device) if size >= COLD_FROM else None, Clock(device)
     first = [min(one_sample(run, 1, None, clock) for _ in range(2)) for run in runs]
     calls = [1 if cache else max(1, round(SMALL_SAMPLE / max(t, 1e-7))) for t in first]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import anl_kernels as ak
 
-from .. import trust
+from .. import formulas, trust
 from ..backends import cuda, triton
 from . import check, workloads
 
@@ -38,7 +38,7 @@ WAYS = ("mean", "inplace", "none")
 
 
 class Outcome(NamedTuple):
-    """Of a process: its exit code, or None if it was stopped; what it printed; in a word, why it failed."""
+    """How a process ended: its exit code, None if it was stopped; what it printed; in a word, why it failed."""
 
     code: int | None
     output: str
@@ -112,7 +112,7 @@ def case(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> t
     logits, target = workloads.Workload((rows, classes), "fp32").tensors(rows + classes, str(device))
     for _ in range(8):
         logits = logits.to(dtype).float()
-        near = (logits.double().log_softmax(1) + check.T).abs() < 1e-3
+        near = (logits.double().log_softmax(1) + formulas.CLAMP_HEIGHT).abs() < 1e-3
         logits = torch.where(near, logits - 0.5 - 0.02 * logits.abs(), logits)
     return logits.to(dtype), target
 

@@ -4,19 +4,19 @@ ROWS, SWEEPS, SPATIAL = "csrc/cpu/rows.cpp", "csrc/cpu/row_sweeps.h", "csrc/cpu/
 ROW_GRADIENT, SIMD, STORAGE = "csrc/cpu/row_gradient.h", "csrc/cpu/simd.h", "csrc/cpu/storage.h"
 MODULE, MATH, TERMS = "csrc/cpu/module.cpp", "csrc/row_math.h", "csrc/terms.h"
 STRETCHES = 'tests/test_conformance.py -k "stretches and 2311 and float32 and cpu"'
-BELOW = 'tests/test_conformance.py -k "just_below and cpu"'
+BELOW = 'tests/test_special_rows.py -k "just_below and cpu"'
 LAYOUT = 'tests/test_conformance.py -k "every_layout and float32 and cpu"'
 CLAMP = 'tests/test_conformance.py -k "around_the_clamp and float32 and cpu"'
 NUMBERS = 'tests/test_conformance.py -k "every_number_of_classes and float32 and cpu"'
-MASKED_NAN = 'tests/test_conformance.py -k "masked_too and cpu"'
+MASKED_NAN = 'tests/test_special_rows.py -k "masked_too and cpu"'
 SAME_BITS = 'tests/backends/test_cpu.py -k "float64_sums"'
-CERTAIN = 'tests/test_conformance.py -k "no_cancellation and float32 and cpu"'
+CERTAIN = 'tests/test_special_rows.py -k "no_cancellation and float32 and cpu"'
 LOWEST = 'tests/test_cases.py -k "lowest_number_in and cpu"'
 WEIGHTS = 'tests/test_conformance.py -k "weights_of_many and cpu"'
 SLICES = 'tests/test_class_parallel.py -k "slice_stats and float32 and cpu"'
 ENTROPY = 'tests/backends/test_gradient_pass.py -k "nearly_alike and cpu"'
 HALVES = 'tests/backends/test_cpu.py -k "half_precision and (float16 or bfloat16)"'
-AUTOGRAD = "tests/test_autograd.py -k avx512"
+AUTOGRAD = "tests/test_autograd.py tests/test_inplace.py tests/test_training_loops.py -k avx512"
 FAULTS = "tests/backends/test_cpu_faults.py"
 
 MUTANTS = [
@@ -106,13 +106,13 @@ MUTANTS = [
         MODULE,
         "active_table = runnable_tables().front();",
         "active_table = runnable_tables().back();",
-        "tests/backends/test_cpu.py -k 'best_instruction_set and not avx2'",
+        "tests/backends/test_cpu_module.py -k 'best_instruction_set and not avx2'",
     ),
     (
         MODULE,
         "bad += counts && (y < 0 || y >= K);",
         "bad += counts && y >= K;",
-        'tests/test_cases.py -k "out_of_bounds and cpu"',
+        'tests/test_labels.py -k "out_of_bounds and cpu"',
     ),
     (
         MODULE,
@@ -137,7 +137,7 @@ MUTANTS = [
         "csrc/call.h",
         "static_cast<const ANL_READ_ONCE uint8_t*>",
         "static_cast<const ANL_READ_ONCE int8_t*>",
-        'tests/test_cases.py -k "(last_label or label_dtypes) and cpu"',
+        'tests/test_labels.py -k "(last_label or label_dtypes) and cpu"',
     ),
     (
         "csrc/call.h",

@@ -10,8 +10,8 @@ NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 an
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
-BELOW = f'tests/test_conformance.py -k "just_below and nfl and {HOST}"'
-MASKED_NAN = f'tests/test_conformance.py -k "masked_too and {HOST}"'
+BELOW = f'tests/test_special_rows.py -k "just_below and nfl and {HOST}"'
+MASKED_NAN = f'tests/test_special_rows.py -k "masked_too and {HOST}"'
 ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
 COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
 MANY_GROUPS = 'tests/test_conformance.py -k "thousands and float32 and rows and cuda-host-sm80"'
@@ -141,7 +141,7 @@ MUTANTS = [
         SPATIAL,
         "if (pixel.groups == 1 ? second : __syncthreads_or(second)) {",
         "if (second) {",
-        f'tests/test_conformance.py -k "a_row_of_nan and anl_ce and transposed and {HOST}"',
+        f'tests/test_special_rows.py -k "a_row_of_nan and anl_ce and transposed and {HOST}"',
     ),
     (
         SPATIAL,

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from unittest import mock
 
+import comparison
 import cuda_on_host.build
-import helpers
 from devices import GPU
 
 CPU_ISAS = ("avx512", "avx2", "baseline")
@@ -117,7 +117,7 @@ class Backend:
             with adapter.on_host(device), mock.patch.dict(os.environ, trust):
                 yield
         elif self.name == "reference":
-            with mock.patch.object(helpers, "CANCELLED", helpers.CANCELLED_MORE):
+            with mock.patch.object(comparison, "CANCELLED", comparison.CANCELLED_MORE):
                 yield
         else:
             yield

@@ -1,42 +1,24 @@
 """What four gloo processes check of class_group, each against one process with all classes: see test_class_parallel.
 
-Every check is called on all ranks; `Ranks` has the groups of two, three and four of them.
+Every check is called on all ranks; `Ranks` has the groups of two, three and four of them. What is refused is checked in
+class_parallel_refusals.
 """
 
 # ruff: noqa: B023  a lambda here is called before the loop goes on
 import math
 import os
 
+import class_parallel_refusals
 import helpers
 import oracle
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import EXPRESSIONS, expression, row_loss_expression
+from ranks import CLASSES, KINDS, SIZES, Ranks, assert_close, compare, raises, with_gradient
 
 import anl_kernels as ak
-from anl_kernels import class_parallel
-
-CLASSES = 37
-SIZES = {2: ((19, 18), (36, 1)), 3: ((13, 13, 11), (20, 0, 17)), 4: ((10, 9, 9, 9), (1, 0, 30, 6))}
-KINDS = {
-    "mean": dict(),
-    "sum": dict(reduction="sum"),
-    "none": dict(reduction="none"),
-    "entropy": dict(entropy_weight=0.7),
-    "weight": dict(weight=torch.linspace(0.1, 2, CLASSES)),
-}
-
-
-class Ranks:
-    def __init__(self):
-        self.rank = dist.get_rank()
-        self.groups = {size: dist.new_group(range(size)) for size in (2, 3, 4)}
-        self.pairs = [dist.new_group(pair) for pair in ((0, 1), (2, 3), (0, 2), (1, 3))]
-
-    def members(self):
-        """(size, group) of those that this rank belongs to."""
-        return [(size, group) for size, group in self.groups.items() if self.rank < size]
+from anl_kernels.sharding.class_group import gathered
 
 
 def worker(rank, world, path, names):
@@ -46,45 +28,9 @@ def worker(rank, world, path, names):
     try:
         ranks = Ranks()
         for name in names:
-            globals()["check_" + name](ranks)
+            CHECKS[name](ranks)
     finally:
         dist.destroy_process_group()
-
-
-def with_gradient(function, *leaves):
-    """(loss, the gradients by the leaves), with a seed of its own for every row of a loss without reduction."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    loss = function(*leaves)
-    seed = torch.linspace(-1, 1, max(loss.numel(), 1), dtype=loss.dtype)[: loss.numel()].view(loss.shape)
-    grads = torch.autograd.grad(loss, leaves, seed if loss.dim() else None)
-    return [loss.detach(), *grads]
-
-
-def assert_close(got, expected, dtype, scale=None):
-    """Within a few roundings of the largest element."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype
-    assert torch.equal(got.isnan(), expected.isnan())
-    if got.numel():
-        scale = expected if scale is None else scale
-        allowed = 64 * helpers.EPS[dtype] * scale.abs().nan_to_num(0.0).max().item()
-        error = (got - expected).abs().nan_to_num(0.0).max().item()
-        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-
-
-def compare(group, rank, sizes, values, target, criterion, backend="auto", **keywords):
-    dim = min(1, values.dim() - 1)
-    expected = with_gradient(lambda z: ak.robust_loss(z, target, criterion, **keywords), values)
-    mine = values.split(sizes, dim)[rank]
-    if not mine.numel():  # a leaf without elements has a gradient too
-        mine = mine.clone()
-    got = with_gradient(
-        lambda z: ak.robust_loss(z, target, criterion, class_group=group, backend=backend, **keywords), mine
-    )
-    loss_dtype = helpers.acc(values.dtype)
-    assert_close(got[0], expected[0], loss_dtype)
-    assert_close(got[1], expected[1].split(sizes, dim)[rank], values.dtype, expected[1])
-    every = class_parallel.gathered(got[0].double(), group)
-    assert all(torch.equal(x.nan_to_num(7.0), every[0].nan_to_num(7.0)) for x in every), "one loss on all ranks"
 
 
 def check_every_loss(ranks):
@@ -205,7 +151,7 @@ class Traffic:
 
 
 def check_traffic(ranks):
-    """A fixed header, one all-gather of 48 bytes a row, one more for what needs the second sweep; whatever K is."""
+    """A fixed header, one all-gather of 48 bytes per row, one more for what needs the second sweep; whatever K is."""
     group, rows = ranks.groups[4], 11
     target = torch.arange(rows)
     for classes in (48, 4800):
@@ -233,18 +179,9 @@ def check_data_parallel_too(ranks):
                 criterion = build(EXPRESSIONS[name])
                 expected = with_gradient(lambda z: ak.robust_loss(z, target, criterion, **keywords), values)
                 mine = values.split(row_sizes)[part].split(sizes, 1)[slice_]
-                loss, grad = with_gradient(
-                    lambda z: ak.robust_loss(
-                        z,
-                        target.split(row_sizes)[part],
-                        criterion,
-                        class_group=classes,
-                        batch_group=batch,
-                        **keywords,
-                    ),
-                    mine,
-                )
-                total = class_parallel.gathered(loss, batch).mean()
+                labels, groups = target.split(row_sizes)[part], dict(class_group=classes, batch_group=batch)
+                loss, grad = with_gradient(lambda z: ak.robust_loss(z, labels, criterion, **groups, **keywords), mine)
+                total = gathered(loss, batch).mean()
                 torch.testing.assert_close(total, expected[0], rtol=1e-12, atol=0)
                 # DDP averages over the two ranks.
                 exact = expected[1].split(row_sizes)[part].split(sizes, 1)[slice_]
@@ -268,17 +205,12 @@ def check_linear(ranks):
                 options = {"class_weight" if key == "weight" else key: value for key, value in keywords.items()}
                 for name in ("anl_ce", "nfl+rce"):
                     criterion = expression(EXPRESSIONS[name])
-                    expected = with_gradient(
-                        lambda x, w, b: ak.robust_loss(F.linear(x, w, b), target, criterion, **keywords),
-                        hidden, weight, bias,
-                    )  # fmt: skip
+                    full = lambda x, w, b: ak.robust_loss(F.linear(x, w, b), target, criterion, **keywords)
+                    expected = with_gradient(full, hidden, weight, bias)
                     for limit in (None, 40 * CLASSES * 8, 16 * 8 * 5):
-                        got = with_gradient(
-                            lambda x, w, b: ak.linear_robust_loss(
-                                x, w, target, criterion, bias=b, class_group=group, max_chunk_bytes=limit, **options
-                            ),
-                            hidden, w, b,
-                        )  # fmt: skip
+                        given = dict(class_group=group, max_chunk_bytes=limit, **options)
+                        head = lambda x, w, b: ak.linear_robust_loss(x, w, target, criterion, bias=b, **given)
+                        got = with_gradient(head, hidden, w, b)
                         assert_close(got[0], expected[0], torch.float64)
                         assert_close(got[1], expected[1], torch.float64, 4 * expected[1])
                         assert_close(got[2], expected[2].split(sizes)[ranks.rank], torch.float64, 4 * expected[2])
@@ -351,39 +283,7 @@ def check_dtensor_arguments(ranks):
     assert_close(leaf.grad.full_tensor(), expected[1], torch.float64, 4 * expected[1])
 
 
-# ---- one derivative, and on every rank the same one
-
-
-def check_one_derivative(ranks):
-    """Second derivatives, forward mode and batched gradients: an error on every rank before any of them talks."""
-    group, sizes = ranks.groups[4], SIZES[4][1]
-    values, target = helpers.batch(CLASSES, torch.float64)
-    mine = values.split(sizes, 1)[ranks.rank].clone().requires_grad_()
-    g = helpers.generator(1)
-    hidden = torch.randn(24, 8, generator=g).double().requires_grad_()
-    weight = torch.randn(CLASSES, 8, generator=g).double().split(sizes)[ranks.rank].clone().requires_grad_()
-    losses = (expression(EXPRESSIONS["anl_fl"]), row_loss_expression(EXPRESSIONS["anl_fl"]))
-    for keywords in (dict(), dict(reduction="none"), dict(entropy_weight=0.4), dict(backend="reference")):
-        calls = [(lambda z: ak.robust_loss(z, target, losses[0], class_group=group, **keywords), mine)]
-        for limit in (None, 640):
-            for loss in losses:
-                options = dict(class_group=group, max_chunk_bytes=limit, **keywords)
-                calls.append((lambda w: ak.linear_robust_loss(hidden, w, target, loss, **options), weight))
-        for f, leaf in calls:
-            total = lambda z: f(z).sum()
-            raises(RuntimeError, "once", lambda: torch.autograd.grad(total(leaf), leaf, create_graph=True))
-            raises(RuntimeError, "once", lambda: torch.autograd.functional.hvp(total, leaf, torch.ones_like(leaf)))
-            seeds = torch.ones(2).double()
-            raises(RuntimeError, "once", lambda: torch.autograd.grad(total(leaf), leaf, seeds, is_grads_batched=True))
-            with torch.autograd.forward_ad.dual_level():
-                dual = torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))
-                raises(RuntimeError, "once", lambda: f(dual))
-            raises(RuntimeError, "eager", lambda: torch.func.grad(total)(leaf.detach()))
-    assert call_works(group)
-
-
-def call_works(group):
-    return ak.nce(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), class_group=group).isfinite()
+# ---- checkpoints
 
 
 def check_checkpoint(ranks):
@@ -406,59 +306,8 @@ def check_checkpoint(ranks):
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
-# ---- calls that do not fit together: an error on every rank, and none of them waits for another
-
-
-def raises(error, words, function):
-    try:
-        function()
-    except error as found:
-        assert words in str(found), found
-    else:
-        raise AssertionError(f"no {error.__name__}")
-
-
-def check_disagreement(ranks):
-    group, odd = ranks.groups[4], ranks.rank == 2
-    values, target = torch.randn(6, 5), torch.arange(6)
-    loss, hidden, weight = ak.NNCE(), torch.randn(6, 3), torch.randn(5, 3)
-    call = lambda z=values, y=target, e=loss, **k: ak.robust_loss(z, y, e, class_group=group, **k)
-    head = lambda x=hidden, w=weight, y=target, **k: ak.linear_robust_loss(x, w, y, loss, class_group=group, **k)
-    rows = 5 if odd else 6
-    raises(ValueError, "number of rows", lambda: call(values[:rows], target[:rows]))
-    raises(ValueError, "number of rows", lambda: head(hidden[:rows], y=target[:rows]))
-    raises(ValueError, "dtype", lambda: call(values.double() if odd else values))
-    shape = (2, 5, 3) if odd else (3, 5, 2)
-    raises(ValueError, "shape", lambda: call(torch.randn(shape), torch.zeros(shape[0], shape[2], dtype=torch.long)))
-    raises(ValueError, "targets", lambda: call(y=target.flip(0) if odd else target))
-    for another in (ak.NCE(), 2 * loss, ak.NNFL(), ak.RowLoss(lambda s: s.above_sum)):
-        raises(ValueError, "loss", lambda: call(e=another if odd else loss))
-    for keywords in (dict(reduction="sum"), dict(ignore_index=-1), dict(entropy_weight=0.5)):
-        raises(ValueError, "keyword", lambda: call(**keywords if odd else {}))
-    raises(ValueError, "keyword", lambda: call(min_prob=1e-6 if odd else 1e-7))
-    raises(ValueError, "gradient", lambda: call(values.clone().requires_grad_(odd)))
-    raises(ValueError, "gradient", lambda: head(w=weight.clone().requires_grad_(odd)))
-    raises(ValueError, "keyword", lambda: call(batch_group=group if odd else None))
-    raises(ValueError, "keyword", lambda: head(max_chunk_bytes=100 if odd else 200))
-    raises(ValueError, "keyword", lambda: head(hidden[:, :2], weight[:, :2]) if odd else head())
-    raises(ValueError, "class weights", lambda: call(weight=torch.ones(20) if odd else None))
-    # One rank's own mistake is its own error there, and ends the call on the others.
-    other = lambda error, words: (error, words) if odd else (RuntimeError, "rank 2")
-    raises(*other(ValueError, "target must have"), lambda: call(y=target[:5] if odd else target))
-    raises(*other(TypeError, "class indices"), lambda: call(y=target.float() if odd else target))
-    raises(*other(ValueError, "input must be"), lambda: head(w=weight[:, :2] if odd else weight))
-    raises(*other(ValueError, "overwrite a leaf"), lambda: call(values.clone().requires_grad_(), inplace=odd))
-    raises(*other(TypeError, "logits must be a tensor"), lambda: call([1.0] if odd else values))
-    raises(*other(TypeError, "weight must be a tensor"), lambda: call(weight=[1.0] if odd else None))
-    raises(*other(TypeError, "weight must be a tensor"), lambda: head(w=None if odd else weight))
-    raises(*other(TypeError, "max_chunk_bytes"), lambda: head(max_chunk_bytes=0.5 if odd else None))
-    # And what is wrong on all of them.
-    raises(IndexError, "out of bounds", lambda: call(y=target + 15))
-    raises(IndexError, "out of bounds", lambda: head(y=target + 15))
-    raises(ValueError, "2 classes", lambda: call(values[:, : ranks.rank == 0], torch.zeros_like(target)))
-    raises(ValueError, "min_prob", lambda: call(min_prob=0.06))
-    raises(ValueError, "must hold one number", lambda: call(weight=torch.ones(7)))
-    assert call().isfinite()  # the group still works
-    if ranks.rank != 3:
-        return
-    raises(ValueError, "process group", lambda: ak.nce(values, target, class_group=ranks.groups[2]))
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in {**vars(class_parallel_refusals), **globals()}.items()
+    if name.startswith("check_")
+}

@@ -89,7 +89,11 @@ def names_of(names):
 
 
 def drop_calls(metafunc):
-    """What `select` would drop, before tests are made of it: that takes most of the time of a collection."""
+    """What `select` would drop, before tests are made of it: that takes a third of the time of a collection.
+
+    `_calls` is private to pytest, which has no public place where a set of parameters can be left out before it is made
+    an item; without it the tests are the same.
+    """
     calls = getattr(metafunc, "_calls", [])
     marks = list(metafunc.definition.iter_markers())
     kept = [call for call in calls if runs(Case(call.params, [*marks, *call.marks]), metafunc.config)]
@@ -111,6 +115,11 @@ class Case(NamedTuple):
         return [mark.kwargs for mark in self.marks if mark.name == "few"]
 
     @property
+    def is_of_kernels(self):
+        """Whether it is a test of the kernels; others are of what calls them."""
+        return any(mark.name == "variants" for mark in self.marks)
+
+    @property
     def backend(self):
         """(the backend, the fixture that hands it out); None for both where no backend is a parameter."""
         found = ((self.params[name], name) for name in FIXTURES if isinstance(self.params.get(name), Backend))
@@ -129,7 +138,7 @@ def is_default(case):
 
 
 def takes_part(case, full):
-    """Whether the backend takes part in the test: a slow one, or a further variant, only with `few` of the values."""
+    """Whether the backend takes part in the test, which it does with all values, with `few` of them, or not at all."""
     backend, fixture = case.backend
     if backend is None:
         return True
@@ -137,18 +146,24 @@ def takes_part(case, full):
         return (full or not backend.repeats) and (not backend.forced or is_among_few(case, full))
     if backend.repeats:
         return False
-    if full and backend.name == "triton" and not backend.limited:  # compiled
-        return True
-    kernels = "variants" in (mark.name for mark in case.marks)  # the test is one of kernels, others of what calls them
-    slow = backend.limited or backend.name == "triton" or (backend.on_host and not full and not kernels)
-    further = backend.few_cases and not (full and kernels)
-    if not full and further and not kernels:
+    if (
+        not full and backend.few_cases and not case.is_of_kernels
+    ):  # by default one variant is enough for what calls them
         return False
-    if not (slow or further):
+    if has_all_values(case, backend, full):
         return True
     if case.few:
         return is_among_few(case, full)
     return not backend.forced if full else not (backend.few_cases or backend.interpreted)
+
+
+def has_all_values(case, backend, full):
+    """Whether the backend is quick enough for them; further variants only in thorough tests of kernels."""
+    if backend.name == "triton":
+        return full and not backend.limited  # compiled
+    if backend.limited or (backend.few_cases and not (full and case.is_of_kernels)):
+        return False
+    return full or case.is_of_kernels or not backend.on_host
 
 
 def is_among_few(case, full):

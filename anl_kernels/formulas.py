@@ -1,4 +1,4 @@
-"""The papers' formulas in plain PyTorch, a number a row; they share nothing with the kernels.
+"""The papers' formulas in plain PyTorch, one number per row; they share nothing with the kernels.
 
 In float64 they are what `check` and `bench` compare with; in the logits' own dtype they are what `bench` times as
 "the papers' formulas". The authors' code multiplies with one-hot labels; a gather is used here, which is faster.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MIN_PROB = 1e-7
-T = -math.log(MIN_PROB)
+CLAMP_HEIGHT = -math.log(MIN_PROB)  # T in the papers
 
 
 def at(values: Tensor, y: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def nce(z, y):
 
 
 def nnce(z, y):
-    height = T + z.softmax(1).clamp(min=MIN_PROB).log()
+    height = CLAMP_HEIGHT + z.softmax(1).clamp(min=MIN_PROB).log()
     return 1 - at(height, y) / height.sum(1)
 
 
@@ -48,7 +48,7 @@ def nfl(z, y, gamma=0.5):
 
 
 def nnfl(z, y, gamma=0.5):
-    height = (1 - MIN_PROB) ** gamma * T - focal_terms(z.log_softmax(1).clamp(min=-T), gamma)
+    height = (1 - MIN_PROB) ** gamma * CLAMP_HEIGHT - focal_terms(z.log_softmax(1).clamp(min=-CLAMP_HEIGHT), gamma)
     return 1 - at(height, y) / height.sum(1)
 
 

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import Backend, reference
-from .backends.reference import added, merged, table_of_sums, target_of
-from .call import Call
-from .statistics import (
+from ..backends import Backend, reference
+from ..backends.reference import added, merged, table_of_sums, target_of
+from ..call import Call
+from ..statistics import (
     ELSEWHERE,
     IGNORED,
     NUM_FIRST_SUMS,
@@ -29,7 +29,7 @@ from .statistics import (
 
 __all__ = ["added", "first_sums", "grad", "local_labels", "merged", "moments", "second_fields", "second_sums", "table"]
 
-CHUNK_ELEMENTS = 1 << 22  # of logits, where PyTorch's own operators make temporaries of them
+CHUNK_ELEMENTS = 1 << 22  # of logits at a time, where PyTorch's own operators make temporaries of them
 
 
 def local_labels(target: Tensor, valid: Tensor, start: int, size: int) -> Tensor:
@@ -73,28 +73,28 @@ def table(first: Tensor, second: Tensor | None, valid: Tensor, classes: int, cal
     return torch.where(valid, rows, uniform.view(-1, *[1] * valid.dim()))
 
 
-def grad(backend: Backend, call: Call, logits: Tensor, labels: Tensor, coefs: Tensor, entropy=None) -> Tensor:
+def grad(backend: Backend, call: Call, logits: Tensor, labels: Tensor, grad_coefs: Tensor, entropy=None) -> Tensor:
     """The gradient by a slice, from the coefficients (NUM_COEFS, *labels.shape) of whole rows.
 
     entropy: None, or (g (K_r,), mean (*labels.shape)): p_j (g_j - mean) is added. Not where call.inplace.
     """
     if logits.numel() == 0:
         return torch.zeros_like(logits)
-    coefs = _without_target(call, logits, labels, coefs)
-    out = backend.row_grad(call, logits.detach(), labels.clamp(min=0), coefs, None, None)
+    grad_coefs = _without_target(call, logits, labels, grad_coefs)
+    out = backend.row_grad(call, logits.detach(), labels.clamp(min=0), grad_coefs, None, None)
     if entropy is not None:
         g, mean = entropy
-        for rows, p in _probabilities(logits, coefs):
+        for rows, p in _probabilities(logits, grad_coefs):
             difference = _along_classes(g, p) - mean[rows].to(p.dtype).unsqueeze(1)
             part = out[rows]
             part.copy_(part + torch.where(p == 0.0, 0.0, p * difference))
     return out
 
 
-def moments(logits: Tensor, coefs: Tensor, g: Tensor) -> Tensor:
+def moments(logits: Tensor, grad_coefs: Tensor, g: Tensor) -> Tensor:
     """(2, *rows): sum_k p_k g_k and sum_k p_k over a slice's classes, float64."""
-    result = torch.zeros((2, *coefs.shape[1:]), dtype=torch.float64, device=logits.device)
-    for rows, p in _probabilities(logits, coefs) if logits.numel() else ():
+    result = torch.zeros((2, *grad_coefs.shape[1:]), dtype=torch.float64, device=logits.device)
+    for rows, p in _probabilities(logits, grad_coefs) if logits.numel() else ():
         result[0, rows] = torch.where(p == 0.0, 0.0, p * _along_classes(g, p)).sum(1, dtype=torch.float64)
         result[1, rows] = p.sum(1, dtype=torch.float64)
     return result
@@ -104,19 +104,19 @@ def _along_classes(g: Tensor, p: Tensor) -> Tensor:
     return g.to(p.dtype).view(1, -1, *[1] * (p.dim() - 2))
 
 
-def _probabilities(logits: Tensor, coefs: Tensor):
+def _probabilities(logits: Tensor, grad_coefs: Tensor):
     """(rows, p (n, K_r, ...)), at most CHUNK_ELEMENTS at a time, rows a slice of the first dimension."""
     step = max(1, CHUNK_ELEMENTS // logits[:1].numel())
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
-        yield rows, reference.probabilities(logits.detach()[rows], coefs[:, rows].unsqueeze(2))
+        yield rows, reference.probabilities(logits.detach()[rows], grad_coefs[:, rows].unsqueeze(2))
 
 
-def _without_target(call: Call, logits: Tensor, labels: Tensor, coefs: Tensor) -> Tensor:
+def _without_target(call: Call, logits: Tensor, labels: Tensor, grad_coefs: Tensor) -> Tensor:
     """Coefficients for row_grad, whose label is 0 where the target is elsewhere: there "the gradient at the target" is
     that of any class, at class 0."""
-    first_class = reference.class_gradient(call, logits.detach().select(1, 0).double(), coefs.double())
-    coefs = coefs.clone()
-    at_target = coefs[CoefField.TARGET]
-    coefs[CoefField.TARGET] = torch.where(labels == ELSEWHERE, first_class.to(coefs.dtype), at_target)
-    return coefs
+    first_class = reference.class_gradient(call, logits.detach().select(1, 0).double(), grad_coefs.double())
+    grad_coefs = grad_coefs.clone()
+    at_target = grad_coefs[CoefField.TARGET]
+    grad_coefs[CoefField.TARGET] = torch.where(labels == ELSEWHERE, first_class.to(grad_coefs.dtype), at_target)
+    return grad_coefs
