@@ -36,7 +36,7 @@ from .layout import (
     resolved,
 )
 from .reduction import batch_entropy, loss_of_table, mean_as_sum, world_size
-from .statistics import CoefField, coefficients, softmax_coefs
+from .row_math import CoefField, coefficients, softmax_coefs
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 

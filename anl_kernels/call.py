@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import check_name
-from .statistics import CLAMPED
+from .row_math import CLAMPED
 from .terms import Algebra, Expression, number
 
 REDUCTIONS = ("none", "mean", "sum")

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .statistics import NUM_COEFS
+from .row_math import NUM_COEFS
 
 logger = logging.getLogger("anl_kernels")
 _said = set()

@@ -17,7 +17,7 @@ from .backends import FusedBackend
 from .call import Call, KernelTerm
 from .layout import acc_dtype, new_coefs, new_grad, resolved
 from .reduction import loss_of_table
-from .statistics import NUM_COEFS, NUM_STATS, coefficients, softmax_coefs
+from .row_math import NUM_COEFS, NUM_STATS, coefficients, softmax_coefs
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .statistics import StatField, TableStatistics
+from .row_math import StatField, TableStatistics
 
 
 def world_size(group) -> int:

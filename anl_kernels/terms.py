@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import row_math  # noqa: F401  declares the statistics
 from .statistics import STATISTICS, Statistics, needs_of
 
 MAX_TERMS = 16  # of a sum that the compiled modules know; a longer one is computed as any loss is

@@ -21,8 +21,8 @@ from ranks import Ranks
 from anl_kernels import functional, registry
 from anl_kernels import statistics as stats
 from anl_kernels.backends import reference
+from anl_kernels.row_math import StatField
 from anl_kernels.sharding import class_group, slices
-from anl_kernels.statistics import StatField
 
 HERE = pathlib.Path(__file__).parent
 gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import Call, KernelTerm
 from ..layout import as_rows, bad_label, shape_and_strides
-from ..statistics import IGNORED, NUM_FIRST_SUMS, NUM_SECOND_SUMS, NUM_STATS
+from ..row_math import IGNORED, NUM_FIRST_SUMS, NUM_SECOND_SUMS, NUM_STATS
 from . import check_device, compiled
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address, of_logits, of_target
 

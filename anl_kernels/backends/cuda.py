@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import trust
 from ..call import Call, KernelTerm
 from ..layout import acc_dtype, as_rows, log_once, shape_and_strides
-from ..statistics import NUM_STATS
+from ..row_math import NUM_STATS
 from . import LaunchRefused, check_device, compiled, reference
 from .compiled import DTYPES, REDUCTIONS, TARGETS, address, of_logits, of_target
 

@@ -14,24 +14,23 @@ from torch import Tensor
 from ..call import Call
 from ..layout import acc_dtype, bad_label, is_concrete, log_once, new_grad
 from ..reduction import batch_entropy, reduce_rows
-from ..statistics import (
-    ANY_FOCAL,
+from ..row_math import (
     ANY_NEEDS,
     IGNORED,
     NUM_FIRST_SUMS,
     NUM_SECOND_SUMS,
     NUM_STATS,
-    OWNED,
-    STATISTICS,
-    TARGET_LOGIT,
     CoefField,
-    Needs,
     SliceField,
-    SliceSecond,
     StatField,
-    Statistics,
-    focal_clamp_height,
+    class_gradient,
+    first_terms,
+    for_rows_that_count,
+    probabilities,
+    second_terms,
+    table_of_sums,
 )
+from ..statistics import STATISTICS, Statistics
 
 NAME = "reference"
 PURPOSE = "plain PyTorch on every device, with double backward and forward mode"
@@ -63,71 +62,58 @@ class LogitStatistics(Statistics):
         top, top_label = logits.detach().max(-1, keepdim=True)
         poison = bad.unsqueeze(-1) | ~(top < math.inf) | (logits.detach().gather(-1, label) == -math.inf)
         logits = logits * torch.where(poison, math.nan, 1.0).to(logits.dtype)
-        self._label = label
-        self._top = top
-        self._exists = logits != -math.inf
-        self._below_top = (logits - top).masked_fill(~self._exists, 0.0)
+        self.label = label
+        self.top = top
+        self.exists = logits != -math.inf
+        self.below_top = (logits - top).masked_fill(~self.exists, 0.0)
         # The sum without the largest keeps log p and 1 - p accurate as p -> 1; derivatives are those of the whole sum.
         exps = (logits - top).exp()
         rest = exps.scatter(-1, top_label, 0.0).sum(-1)
         log_sum = exps.sum(-1).log()
-        self._log_sum = log_sum + (rest.log1p() - log_sum).detach()
-        target_below_top = self._below_top.gather(-1, label).squeeze(-1)
+        self.log_sum = log_sum + (rest.log1p() - log_sum).detach()
+        target_below_top = self.below_top.gather(-1, label).squeeze(-1)
         target_is_top = (label == top_label).squeeze(-1)
         target_exp = torch.where(target_is_top, target_below_top, 0.0).exp()
         self.target_log_prob = torch.where(
-            target_is_top, -torch.log1p(rest / target_exp), target_below_top - self._log_sum
+            target_is_top, -torch.log1p(rest / target_exp), target_below_top - self.log_sum
         )
 
     def _make(self, statistic):
-        return _FORMULAS[statistic.name](self)
+        return statistic.formula(self)
 
     @property
     def log_prob(self) -> Tensor:
         """l (..., K); 0 for a class that does not exist."""
         if "_log_prob" not in self.__dict__:
-            log_prob = (self._below_top - self._log_sum.unsqueeze(-1)).masked_fill(~self._exists, 0.0)
+            log_prob = (self.below_top - self.log_sum.unsqueeze(-1)).masked_fill(~self.exists, 0.0)
             # One l_y for the target and for the sums: where a loss is their quotient, the parts cancel exactly.
-            self._log_prob = log_prob.scatter(-1, self._label, self.target_log_prob.unsqueeze(-1))
+            self._log_prob = log_prob.scatter(-1, self.label, self.target_log_prob.unsqueeze(-1))
         return self._log_prob
 
     @property
     def prob(self) -> Tensor:
         """p (..., K)."""
-        return self.log_prob.exp().masked_fill(~self._exists, 0.0)
+        return self.log_prob.exp().masked_fill(~self.exists, 0.0)
 
     @property
-    def _above(self) -> Tensor:
-        return (self._exists & (self.log_prob.detach() > self.log_min_prob)).to(self.log_prob.dtype)
+    def above(self) -> Tensor:
+        return (self.exists & (self.log_prob.detach() > self.log_min_prob)).to(self.log_prob.dtype)
 
     @property
-    def _focal_weight(self) -> Tensor:
+    def focal_weight(self) -> Tensor:
         return (-torch.expm1(self.log_prob.detach())) ** self.gamma
 
     @property
     def other_above_mass(self) -> Tensor:  # a sum without the target, rather than the sum less the target
-        return (self._above * self.prob).scatter(-1, self._label, 0.0).sum(-1)
+        return (self.above * self.prob).scatter(-1, self.label, 0.0).sum(-1)
 
     def table(self, needs: int) -> Tensor:
         """The kernels' table, float64, of the statistics that can be differentiated; the others are 0."""
-        rows = [torch.zeros_like(self._log_sum)] * NUM_STATS
+        rows = [torch.zeros_like(self.log_sum)] * NUM_STATS
         for statistic in STATISTICS.values():
             if statistic.field is not None and not (statistic.constant or statistic.needs & ~needs):
                 rows[statistic.field] = getattr(self, statistic.name)
         return torch.stack(rows).double()
-
-
-# The statistics that have a field in the table; the others are derived from them.
-_FORMULAS = {
-    "lse": lambda s: s._top.squeeze(-1) + s._log_sum,
-    "num_classes": lambda s: s._exists.sum(-1).to(s.target_log_prob.dtype),
-    "neg_log_sum": lambda s: -s.log_prob.sum(-1),
-    "above_count": lambda s: s._above.sum(-1),
-    "above_sum": lambda s: (s._above * (s.log_prob - s.log_min_prob)).sum(-1),
-    "above_mass": lambda s: (s._above * s.prob).sum(-1),
-    "focal_sum": lambda s: (s._focal_weight * -s.log_prob).sum(-1),
-    "focal_above_sum": lambda s: (s._above * (s.focal_clamp_height + s._focal_weight * s.log_prob)).sum(-1),
-}
 
 
 def _statistics(logits: Tensor, target: Tensor, call: Call):
@@ -209,84 +195,6 @@ def _second_sums(call: Call, z: Tensor, other: Tensor, lse: Tensor) -> list[Tens
     return [torch.where(other, terms, 0.0).sum(1, dtype=torch.float64) for terms in second_terms(l, call)]
 
 
-def target_of(first: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp(z - max) and l_y of whole rows, from their merged first sums; NaN for a row that must be."""
-    x_y = first[TARGET_LOGIT] - first[SliceField.MAX]
-    # NaN and +inf leave a NaN gap. A target that no slice has, or two, or at -inf: NaN by definition.
-    bad = first[SliceField.GAP].isnan() | (first[OWNED] != 1.0) | ~(first[TARGET_LOGIT] > -math.inf)
-    x_y, tail = torch.where(bad, math.nan, x_y), first[SliceField.TAIL]
-    # The largest logit's exp is 1: log1p of the others' keeps the digits that log(sum) would drop.
-    log_sum = torch.log1p(torch.where(x_y == 0.0, tail, (tail - 1.0) + x_y.exp()))
-    return log_sum, x_y - log_sum
-
-
-def merged(parts: Tensor) -> Tensor:
-    """First sums of slices (S, NUM_MERGED, *rows) as those of all their classes, added in the slices' order."""
-    largest, count = parts[:, SliceField.MAX], parts[:, SliceField.COUNT]
-    high = largest.amax(0)
-    below = torch.where(largest == -math.inf, 0.0, high - largest)
-    sums = list(parts.unbind(1))
-    sums[SliceField.TAIL] = sums[SliceField.TAIL] * torch.exp(-below)
-    sums[SliceField.GAP] = sums[SliceField.GAP] + count * below
-    sums = [added(x) for x in sums]
-    sums[SliceField.MAX] = high
-    return torch.stack(sums)
-
-
-def added(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def first_terms(x: Tensor) -> list[Tensor]:
-    """What a class adds to each of the first sums, in SliceField's order after the max; x = z_j - max."""
-    return [x.exp(), -x, torch.ones_like(x)]
-
-
-def second_terms(l: Tensor, call: Call) -> list[Tensor]:
-    """What a class with this log p adds to each of the second sums; without the focal ones where none is needed."""
-    above = l > math.log(call.min_prob)
-    held = above.to(l.dtype)
-    terms = [torch.where(above, l - math.log(call.min_prob), 0.0), held, torch.where(above, 0.0, l.exp())]
-    if not call.needs & ANY_FOCAL:
-        return terms
-    gamma = call.gamma or 0.0
-    w = (-torch.expm1(l)).clamp(min=0.0) ** gamma
-    height = torch.where(above, focal_clamp_height(call.min_prob, gamma) + w * l, 0.0)
-    return [*terms, -w * l, w, height, held * w]
-
-
-def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
-    """The statistics' table of whole rows, from their first sums (NUM_MERGED, *rows) and second ones."""
-    log_sum, l = target_of(first)
-    poison = log_sum - log_sum
-    rows = torch.full((NUM_STATS, *l.shape), math.nan, dtype=l.dtype, device=l.device)
-    rows[StatField.MAX] = first[SliceField.MAX] + poison
-    rows[StatField.LOG_SUM] = log_sum
-    rows[StatField.TARGET_LOG_PROB] = l
-    rows[StatField.NUM_CLASSES] = first[SliceField.COUNT] + 1.0 + poison
-    rows[StatField.NEG_LOG_SUM] = first[SliceField.COUNT] * log_sum + first[SliceField.GAP] - l
-    rows[StatField.VALID] = 1.0
-    if second is None:
-        return rows
-    with_target = [x + of_y + poison for x, of_y in zip(second, second_terms(l, call))]
-    if call.needs & Needs.ABOVE:
-        rows[StatField.ABOVE_SUM] = with_target[SliceSecond.ABOVE_SUM]
-        rows[StatField.ABOVE_COUNT] = with_target[SliceSecond.ABOVE_COUNT]
-    if call.needs & Needs.ABOVE_MASS:
-        rows[StatField.ABOVE_MASS] = 1.0 - with_target[SliceSecond.BELOW_MASS]
-    if call.needs & Needs.FOCAL:
-        rows[StatField.FOCAL_SUM] = with_target[SliceSecond.FOCAL_SUM]
-        rows[StatField.FOCAL_WEIGHT] = with_target[SliceSecond.FOCAL_WEIGHT]
-    if call.needs & Needs.FOCAL_ABOVE:
-        rows[StatField.FOCAL_ABOVE_SUM] = with_target[SliceSecond.FOCAL_ABOVE_SUM]
-        rows[StatField.FOCAL_ABOVE_WEIGHT] = with_target[SliceSecond.FOCAL_ABOVE_WEIGHT]
-    return rows
-
-
 @lru_cache(maxsize=64)
 def uniform_row(classes: int, min_prob: float, gamma: float) -> tuple[float, ...]:
     """An ignored row's part of the table. A uniform row's: any f is finite there, and its result is dropped."""
@@ -313,35 +221,9 @@ def row_grad(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, grad_out
     return grad
 
 
-def class_gradient(call: Call, z: Tensor, coefs: Tensor) -> Tensor:
-    """The gradient by logits z of classes other than the target, from coefficients (NUM_COEFS, ...) that broadcast."""
-    log_sum = coefs[CoefField.LOG_SUM]
-    x = z.to(coefs.dtype) - coefs[CoefField.MAX]
-    above = x > log_sum + math.log(call.min_prob)
-    b, bw = coefs[CoefField.B], coefs[CoefField.BW]
-    grad = torch.where(above, coefs[CoefField.A_ABOVE], coefs[CoefField.A]) * (x.exp() * coefs[CoefField.INV_SUM])
-    grad = grad + torch.where(above, b + coefs[CoefField.C], b)
-    if call.needs & ANY_FOCAL:
-        w = (-torch.expm1(x - log_sum)).clamp(min=0.0) ** (call.gamma or 0.0)
-        grad = grad + torch.where(above, bw + coefs[CoefField.CW], bw) * w
-    return _for_rows_that_count(grad.masked_fill(z == -math.inf, 0.0), coefs)
-
-
-def _for_rows_that_count(grad: Tensor, coefs: Tensor) -> Tensor:
-    """0 for an ignored row, NaN for a row that must be."""
-    inv_sum = coefs[CoefField.INV_SUM]
-    return torch.where(inv_sum == 0.0, 0.0, torch.where(inv_sum.isnan(), math.nan, grad))
-
-
 def _gradient(call: Call, z: Tensor, target: Tensor, coefs: Tensor) -> Tensor:
-    at_target = _for_rows_that_count(coefs[CoefField.TARGET], coefs)
+    at_target = for_rows_that_count(coefs[CoefField.TARGET], coefs)
     return class_gradient(call, z, coefs).scatter(1, target.long().unsqueeze(1), at_target)
-
-
-def probabilities(z: Tensor, coefs: Tensor) -> Tensor:
-    """p of logits z from coefficients that broadcast; 0 in an ignored row."""
-    high, inv_sum = coefs[CoefField.MAX], coefs[CoefField.INV_SUM]
-    return torch.where(inv_sum == 0.0, 0.0, torch.exp(z - high) * inv_sum)
 
 
 def gradient(call: Call, logits: Tensor, target: Tensor, coefs: Tensor, log_q: Tensor | None) -> Tensor:

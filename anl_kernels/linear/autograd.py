@@ -21,9 +21,9 @@ from ..backends import reference
 from ..derivatives import BATCHED_ONCE, differentiable, is_usual, times
 from ..layout import acc_dtype, resolved
 from ..reduction import mean_as_sum
+from ..row_math import NUM_STATS, coefficients, softmax_coefs
 from ..sharding import slices
 from ..sharding.class_group import check_once, mean_over_classes, row_table
-from ..statistics import NUM_STATS, coefficients, softmax_coefs
 from .chunks import Job, Matrices, Products, WantsGrad
 
 

@@ -24,7 +24,7 @@ from ..backends import Backend
 from ..call import Call
 from ..derivatives import is_dual, is_usual
 from ..layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
-from ..statistics import coefficients, softmax_coefs
+from ..row_math import coefficients, softmax_coefs
 from . import slices
 
 ONLY_ONCE = (

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, reference
-from ..backends.reference import added, merged, table_of_sums, target_of
 from ..call import Call
-from ..statistics import (
+from ..row_math import (
     ELSEWHERE,
     IGNORED,
     NUM_FIRST_SUMS,
@@ -24,7 +23,13 @@ from ..statistics import (
     TARGET_LOGIT,
     CoefField,
     SliceField,
+    added,
+    class_gradient,
+    merged,
+    probabilities,
     second_fields,
+    table_of_sums,
+    target_of,
 )
 
 __all__ = ["added", "first_sums", "grad", "local_labels", "merged", "moments", "second_fields", "second_sums", "table"]
@@ -109,13 +114,13 @@ def _probabilities(logits: Tensor, grad_coefs: Tensor):
     step = max(1, CHUNK_ELEMENTS // logits[:1].numel())
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
-        yield rows, reference.probabilities(logits.detach()[rows], grad_coefs[:, rows].unsqueeze(2))
+        yield rows, probabilities(logits.detach()[rows], grad_coefs[:, rows].unsqueeze(2))
 
 
 def _without_target(call: Call, logits: Tensor, labels: Tensor, grad_coefs: Tensor) -> Tensor:
     """Coefficients for row_grad, whose label is 0 where the target is elsewhere: there "the gradient at the target" is
     that of any class, at class 0."""
-    first_class = reference.class_gradient(call, logits.detach().select(1, 0).double(), grad_coefs.double())
+    first_class = class_gradient(call, logits.detach().select(1, 0).double(), grad_coefs.double())
     grad_coefs = grad_coefs.clone()
     at_target = grad_coefs[CoefField.TARGET]
     grad_coefs[CoefField.TARGET] = torch.where(labels == ELSEWHERE, first_class.to(grad_coefs.dtype), at_target)

@@ -8,7 +8,7 @@ from helpers import THERE
 
 from anl_kernels import registry
 from anl_kernels.call import Call
-from anl_kernels.statistics import NUM_COEFS, CoefField
+from anl_kernels.row_math import NUM_COEFS, CoefField
 
 CALL = Call(backend="cuda")  # a backend that is named trusts all of its protocols
 
