@@ -89,8 +89,8 @@ def _launch(kernel, *arguments) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(terms: tuple, min_prob: float, gamma: float):
-    return _cuda.Program(terms, min_prob, gamma)
+def _program(terms: tuple, min_prob: float, gamma: float, needs: int):
+    return _cuda.Program(terms, min_prob, gamma, needs)
 
 
 def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, coefs: Tensor | None):
@@ -106,7 +106,7 @@ def row_loss(call, logits: Tensor, target: Tensor, weight: Tensor | None, grad: 
     if weight is not None:
         weight = weight.to(acc).contiguous()
     _launch(
-        _cuda.row_loss, _program(tuple(call.terms), call.min_prob, call.gamma or 0.0), DTYPES[dtype], shape,
+        _cuda.row_loss, _program(tuple(call.terms), call.min_prob, call.gamma or 0.0, call.needs), DTYPES[dtype], shape,
         address(rows, "logits"), strides, address(grad, "the gradient"), grad_strides,
         address(target, "target"), TARGETS[target.dtype], call.ignore_index, address(weight, "weight"),
         REDUCTIONS[call.reduction], loss.data_ptr(), address(coefs, "coefs"), _where(logits, _protocols(call, logits)),

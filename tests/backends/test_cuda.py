@@ -26,6 +26,7 @@ from anl_kernels.backends import cuda
 pytestmark = pytest.mark.skipif(not cuda_on_host.build.compiler(), reason="needs g++ on Linux and the source tree")
 
 FLOAT32, FLOAT64, BFLOAT16 = 0, 1, 3
+ABOVE = 1  # what the kernels are told that NNCE needs
 
 
 GPU = [pytest.param("gpu", marks=pytest.mark.gpu)] if devices.GPU else []
@@ -84,7 +85,7 @@ def test_selection_by_strides(module):
 
 
 def row_loss(module, logits, target, empty, device=-1):
-    program = module.Program([(1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0)], 1e-7, 0.0)
+    program = module.Program([(1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0)], 1e-7, 0.0, ABOVE)
     loss, grad = torch.empty(()), torch.empty_like(logits)
     rows, classes = logits.shape
     module.row_loss(
@@ -224,7 +225,7 @@ def test_a_tensor_without_memory_is_refused_by_name(module, argument):
 
 def test_the_module_refuses_null_pointers_by_name(module):
     x, y, out = torch.randn(4, 6).data_ptr(), torch.zeros(4, dtype=torch.int64).data_ptr(), torch.zeros(4).data_ptr()
-    program, where = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0), module.Where(-1, 0, lambda size: 0)
+    program, where = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0, 0), module.Where(-1, 0, lambda size: 0)
     at = ((4, 6, 1), (6, 1, 0))
     for logits, target, loss, what in ((0, y, out, "the logits"), (x, 0, out, "the target"), (x, y, 0, "the loss")):
         with pytest.raises(ValueError, match=f"no memory is given for {what}"):
