@@ -98,7 +98,7 @@ ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight,
   using M = Scalar<T>;
   const Program& program = p.call.program;
   T coefs[NUM_COEFS];
-  const T loss = evaluate<M>(program, row.stats, coefs) * weight;
+  const T loss = evaluate<M, FULL>(program, row.stats, coefs) * weight;
   const T scale = T(double(weight) / denominator);
 #pragma unroll
   for (int i = COEF_A; i <= COEF_TARGET; ++i) coefs[i] *= scale;

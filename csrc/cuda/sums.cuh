@@ -265,7 +265,7 @@ struct RowGradient {
   GradientRow<Scalar<T>> row;
   T max;
 
-  // Of a row that is not read: every logit stands for 0 here.
+  // A row that is not read: every logit stands for 0 here.
   static ANL_DEVICE RowGradient constant(T value) { return {GradientRow<Scalar<T>>::constant(value), T(0)}; }
 
   template <unsigned PARTS>

@@ -118,7 +118,7 @@ SHAPES = mainly(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("label", [thorough(-1), "classes", 2**40], ids=str)
 def test_a_label_out_of_bounds_is_a_row_of_nan(device, shape, label):
-    """Of that row alone; the others' gradients are divided by the number of rows that are not ignored."""
+    """That row alone is NaN; the others' gradients are divided by the number of rows that are not ignored."""
     rows, classes = math.prod(shape) // shape[1], shape[1]
     logits = helpers.randn(shape, generator=helpers.generator(0)) * 3
     labels = helpers.randint(classes, (rows,), generator=helpers.generator(1))
@@ -273,7 +273,7 @@ COLUMN_LAYOUTS = {**helpers.LAYOUTS, "in_several_runs": in_several_runs}
 @pytest.mark.parametrize("layout", COLUMN_LAYOUTS)
 @pytest.mark.parametrize("classes", [9, 70])
 def test_column_sums(device, classes, layout):
-    """Of rows in several chunks, one of which is ignored and NaN."""
+    """Rows in several chunks, one of which is ignored and NaN."""
     values = torch.randn(132, classes, generator=helpers.generator(0), device="cpu") * 3
     coefs = torch.zeros(10, len(values), device="cpu")
     coefs[0], coefs[1] = values.amax(1), 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)

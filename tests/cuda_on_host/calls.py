@@ -185,7 +185,7 @@ class Case:
         self.note(out)
 
     def column_sums(self):
-        """Of rows whose labels all exist: the NaN of any other would be in every sum."""
+        """All labels exist here: the NaN of any other row would be in every sum."""
         self.fill_target([label if label < self.classes else -100 for label in self.known])
         self.loss(self.program("ce"), 0, with_grad=False, with_coefs=True)
         logits, _ = self.fresh()

@@ -130,7 +130,7 @@ def run(module, cases, seed, limit):
 
 
 def name_of(csrc, seeds):
-    """Of what is run: whatever it is made of, but not where that lies."""
+    """A name for what is run: by what it is made of, not where that lies."""
     objects = build.objects_of(build.module_units("thread", csrc), csrc)
     return build.digest(sanitizers.CALLS.read_text(), *(path.name for path in objects), seeds)
 
