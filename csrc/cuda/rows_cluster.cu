@@ -14,6 +14,7 @@ constexpr int MAX_THREADS = 512;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
+constexpr int64_t STATIC_SHARED = 6 << 10;
 constexpr int CHUNK_PACKS = TILE_PACKS<float>;  // per thread
 
 // Which chunk is copied next; thread 0's.
@@ -33,8 +34,10 @@ struct Shared {
   using Second = SecondSums<Scalar<double>, FULL>;
   Barrier filled[MAX_SLOTS], emptied[MAX_SLOTS];
   Copier<S> copier;
-  First first[MAX_WARPS];
-  Second second[MAX_WARPS];
+  union {  // by warp
+    First first[MAX_WARPS];
+    Second second[MAX_WARPS];
+  };
   First first_of[2][MAX_CLUSTER];  // by rank, written by that rank; rows take turns
   Second second_of[2][MAX_CLUSTER];
   RowSweep<T> sweep;
@@ -239,6 +242,7 @@ __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_
   using T = acc_t<S>;
   ANL_SHARED(unsigned char, ring);
   using Memory = Shared<S, FULL>;
+  static_assert(sizeof(Memory) + 1024 <= STATIC_SHARED, "finish_loss has some, too");
   ANL_STATIC_SHARED(Memory, shared);
   const double denominator = loss_denominator<T>(p);
   const int64_t cluster = blockIdx.x / unsigned(p.plan.cluster), rank = blockIdx.x % unsigned(p.plan.cluster);
@@ -280,7 +284,7 @@ struct Ring {
 };
 
 Ring ring_of(const Limits& limits, int ctas) {
-  const int64_t fixed = limits.shared_bytes < 64 << 10 ? limits.shared_bytes / 4 : 6 << 10;  // static shared memory
+  const int64_t fixed = limits.shared_bytes < 64 << 10 ? limits.shared_bytes / 4 : STATIC_SHARED;
   const int64_t bytes = (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
   const int64_t packs = bytes / PACK_BYTES;
   const int most = most_threads(MAX_THREADS / ctas, limits);
