@@ -88,7 +88,13 @@ struct FirstSums {
   // and COUNT is left to the caller, who knows how many there are.
   template <bool MASKED>
   ANL_HD void add(V x, V e) {
-    of[TAIL] += e;
+    add_exp(e);
+    add_gap<MASKED>(x);
+  }
+  // Its two halves, for callers that mask some of their classes: what is -inf adds nothing to the sums of exps.
+  ANL_HD void add_exp(V e) { of[TAIL] += e; }
+  template <bool MASKED>
+  ANL_HD void add_gap(V x) {
     if constexpr (MASKED) {
       const auto exists = x != M::set(-__builtin_inf());
       M::add_where(exists, of[GAP], -x);
@@ -159,6 +165,15 @@ struct RowStatistics {
   V classes;          // how many exist besides the target
   V neg_log_sum;      // -l_j
   V second[NUM_SECOND_SUMS];  // zeros where no sweep made them; BELOW_MASS divided by the sum of exps
+
+  // The same numbers in another arithmetic.
+  template <class N>
+  ANL_HD RowStatistics<N> as() const {
+    RowStatistics<N> s = {typename N::V(log_sum),     typename N::V(target_log_prob), typename N::V(target_tail),
+                          typename N::V(target_prob), typename N::V(classes),         typename N::V(neg_log_sum)};
+    for (int i = 0; i < NUM_SECOND_SUMS; ++i) s.second[i] = typename N::V(second[i]);
+    return s;
+  }
 };
 
 // RowStatistics from the first sweep: x_y = z_y - max, and its sums about the max, in arithmetic A (that of V or wider).

@@ -13,8 +13,8 @@ struct Partials {
   typename M::V a, S, U, P, F, G;
 };
 
-// Adds factor * term to the loss and its partials.
-template <class M>
+// Adds factor * term to the loss and its partials. Without FULL, terms for which a program needs_full are left out.
+template <class M, bool FULL>
 ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, typename M::V w_y, typename M::V& loss,
                      Partials<M>& f) {
   using V = typename M::V;
@@ -49,6 +49,7 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
       f.a += k * w_y;
       break;
     case NFL: {  // -w l / F
+      if constexpr (!FULL) break;
       const V F = s.second[FOCAL_SUM] - w_y * l, r = k * w_y / F;
       loss -= r * l;
       f.F += r * l / F;
@@ -56,6 +57,7 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
       break;
     }
     case NNFL: {  // 1 - I (A + w l) / G
+      if constexpr (!FULL) break;
       const V height = M::set(prog.focal_clamp_height) + w_y * l;
       const V G = s.second[FOCAL_ABOVE_SUM] + height, r = above ? k / G : zero;
       const V v = above ? r * height : zero;
@@ -104,14 +106,14 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
 
 // The loss of a row, and COEF_A to COEF_TARGET of its gradient: a + d stands in A_ABOVE, as 1 - P would cancel in the sum;
 // TARGET is the whole gradient at j = y.
-template <class M>
+template <class M, bool FULL = true>
 ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, typename M::V (&g)[NUM_COEFS]) {
   using V = typename M::V;
   const V zero = M::set(0.0), one = M::set(1.0);
   const V w_y = focal_weight<M>(s.target_tail, prog.gamma);
   V loss = zero;
   Partials<M> f = {zero, zero, zero, zero, zero, zero};
-  for (int t = 0; t < prog.num_terms; ++t) add_term<M>(prog, t, s, w_y, loss, f);
+  for (int t = 0; t < prog.num_terms; ++t) add_term<M, FULL>(prog, t, s, w_y, loss, f);
 
   const V below_y = s.target_log_prob > M::set(-prog.clamp_height) ? zero : one;
   const V below = s.second[BELOW_MASS] + below_y * s.target_prob;  // 1 - P

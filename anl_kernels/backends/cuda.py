@@ -91,7 +91,7 @@ def _launch(kernel, *arguments) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _terms_program(terms: tuple[KernelTerm, ...], min_prob: float, gamma: float | None, needs: int):
-    return _cuda.Program(terms, min_prob, gamma or 0.0)
+    return _cuda.Program(terms, min_prob, gamma or 0.0, needs)
 
 
 def row_loss(

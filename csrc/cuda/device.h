@@ -30,7 +30,7 @@ class OnDevice {
 // 90: compute capability 9.0. Makes no context.
 int arch_of(int device);
 
-// Of the current device, whose index this is. `protocols` are all.
+// The current device's, whose index this is. `protocols` are all.
 Limits limits_of(int device);
 
 }  // namespace gpu

@@ -9,7 +9,7 @@
 namespace anl {
 namespace gpu {
 
-// Of exp(z_k - max), and of that times log_q_k - center.
+// Sums of exp(z_k - max), and of that times log_q_k - center.
 template <class A>
 struct EntropySums {
   A mass, moment;
@@ -35,13 +35,13 @@ struct EntropyRow {
     s.mass += e;
     s.moment += e * (log_q - center);
   }
-  // After the first sweep and after the second.
+  // After the first sweep for the mean, and after the second.
   template <class A>
-  ANL_DEVICE void take_center(const EntropySums<A>& s) {
+  ANL_DEVICE void set_center(const EntropySums<A>& s) {
     center = T(s.moment / s.mass);
   }
   template <class A>
-  ANL_DEVICE void take_lost(const EntropySums<A>& s) {
+  ANL_DEVICE void set_lost(const EntropySums<A>& s) {
     lost = T(s.moment / s.mass);
   }
   ANL_DEVICE T at(T x, T log_q) const { return exp_approx(x - max) * slope * ((log_q - center) - lost); }

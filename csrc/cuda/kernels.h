@@ -24,30 +24,75 @@ enum Protocol : unsigned {
 struct Limits {
   int arch;            // 90: compute capability 9.0
   int num_sms;
-  int max_threads;     // of a CTA
-  int shared_bytes;    // of a CTA, if asked for
-  int registers;       // of a CTA
+  int max_threads;     // per CTA
+  int shared_bytes;    // per CTA, if asked for
+  int registers;       // per CTA
   int64_t l2_bytes;
   int max_cluster;     // 1: no clusters
   unsigned protocols;  // bits of Protocol
 };
 
-enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUMNS };
+enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUMN_SUMS };
+
+// What each kernel has to know besides the fields of Plan. packs: every row's gradient is aligned as its logits are, so that
+// 16 bytes go in and the same 16 come out.
+struct SmallPlan {
+  int lanes;             // that share a row: a power of two, a warp at most
+  int elements;          // classes per lane for which there are registers
+  int64_t rows_per_cta;
+  bool packs;
+};
+struct BlockPlan {
+  int64_t rows_per_cta;
+};
+struct ClusterPlan {
+  int64_t packs_per_cta;  // the part of a row that each CTA of a cluster holds
+  int chunk_packs;        // packs per bulk copy
+  int slots;              // chunks that a CTA's ring holds
+  bool packs;
+};
+struct SplitPlan {
+  int64_t packs_per_part;  // the part of a row that a CTA takes at a time
+  int64_t parts_per_row;
+  int64_t rows_per_group;  // rows whose logits L2 holds
+  bool separate_launches;  // one per phase and per merge, where CTAs may not wait for one another
+  bool packs;
+};
+struct GradientPlan {
+  int lanes;                 // that take a part of a row together: a power of two, a warp at most
+  int64_t classes_per_unit;  // the length of that part
+  bool packs;
+};
+struct SpatialPlan {
+  int pixels;            // rows that a CTA takes at a time, one per lane; its other threads share their classes
+  int64_t rows_per_cta;  // a multiple of that
+  int64_t staged_bytes;  // shared memory for the logits of those pixels; 0: every sweep reads them again
+};
+struct ColumnSumsPlan {
+  bool across_classes;       // neighbouring lanes have neighbouring classes, else neighbouring rows
+  int64_t classes_per_tile;  // a CTA adds up so many classes
+  int64_t rows_per_chunk;    // over so many rows
+  bool packs;                // a thread's classes are 16 aligned bytes
+};
 
 struct Plan {
   Kernel kernel;
   int64_t blocks;         // CTAs of the grid
-  int threads;            // of a CTA
-  int cluster;            // CTAs in a row along x that share one row of logits, or 1
-  int lanes, elements;    // SMALL: lanes a row, and elements a lane
-  int64_t rows;           // rows that a CTA (a cluster, a group) works through
-  int64_t tile;           // classes that a CTA takes at a time, where a row has more than one taker
-  bool packs;             // every row's gradient is aligned as its logits are: 16 bytes go in and the same 16 out
+  int threads;            // per CTA
+  int cluster;            // CTAs that share a row's shared memory; 1: each has its own rows
   int64_t shared_bytes;   // dynamic
   int64_t loss_parts;     // how many partial sums of losses finish_loss gets; 1: it is the loss
   int64_t num_tickets;    // counters of the kernel's own that are zero when it starts
-  bool separate;          // SPLIT: its phases are launches of their own
   int64_t scratch_bytes;  // more memory, uninitialised
+  union {                 // by kernel
+    SmallPlan small;
+    BlockPlan block;
+    ClusterPlan ring;
+    SplitPlan split;
+    GradientPlan gradient;
+    SpatialPlan spatial;
+    ColumnSumsPlan column_sums;
+  };
 };
 
 // The plans of a call: the first is to be taken, and each that follows where the device refuses the one before.
@@ -81,18 +126,19 @@ struct Params {
   double ignored[NUM_STATS];  // STATS: what is written of an ignored row
 };
 
-// Plans, one function per kernel; `select` chooses among them.
+// Plans, one per kernel, each beside its kernel; `select` chooses among them.
 Plans select(const Call& call, const Limits& limits);
 Plan plan_small(const Call& call, const Limits& limits);
 Plan plan_block(const Call& call, const Limits& limits);
-Plan plan_cluster(const Call& call, const Limits& limits);  // kernel == SPLIT where a row does not fit a cluster
+Plan plan_cluster(const Call& call, const Limits& limits);
 Plan plan_split(const Call& call, const Limits& limits);
 Plan plan_gradient(const Call& call, const Limits& limits);
 Plan plan_spatial(const Call& call, const Limits& limits);
-Plan plan_columns(const Call& call, const Limits& limits);
+Plan plan_column_sums(const Call& call, const Limits& limits);
 
 bool fits_small(const Call& call, const Limits& limits);
-bool fits_block(const Call& call, const Limits& limits);
+// Whether a multiprocessor holds rows_block's memory for so many CTAs.
+bool fits_block(const Call& call, const Limits& limits, int ctas = 1);
 bool fits_cluster(const Call& call, const Limits& limits);
 
 // The widest cluster of rows_cluster's that the current device, which has these limits, can hold; 1: none.
@@ -108,7 +154,8 @@ cudaError_t launch_cluster(Params& p, cudaStream_t stream);  // lowers plan.loss
 cudaError_t launch_split(const Params& p, cudaStream_t stream);
 cudaError_t launch_gradient(const Params& p, cudaStream_t stream);
 cudaError_t launch_spatial(const Params& p, cudaStream_t stream);
-cudaError_t launch_columns(const Params& p, cudaStream_t stream);
+cudaError_t launch_column_sums(const Params& p, cudaStream_t stream);
+
 // grad (any strides) times the factor, unless that is 1.
 struct Scaling {
   void* grad;
@@ -118,10 +165,6 @@ struct Scaling {
   const void* factor;  // of the arithmetic type
 };
 cudaError_t launch_scale(const Scaling& s, const Limits& limits, cudaStream_t stream);
-
-// What plans are made of: select.cpp.
-bool equally_aligned(const Call& call);  // what plan.packs says
-int max_shift(const Call& call);         // the most elements by which a row of the logits begins past 16 aligned bytes
 
 inline int64_t size_of(DType dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 

@@ -1,11 +1,11 @@
-// A CTA's share of a long row, wherever its 16-byte packs are kept: the sweeps over it, and the merging of what they find.
+// The part of a long row in global memory that a CTA takes: the sweeps over it, wherever its 16-byte packs are kept.
 //
 // What lies between two 16-byte boundaries is the body of a row, read and written in packs. The few classes before and
-// after it are the edges, one a thread. A thread meets the same packs and the same edge class in every sweep, several
+// after it are the edges, one per thread. A thread meets the same packs and the same edge class in every sweep, several
 // packs at a time, so that their exps are independent.
 #pragma once
 
-#include "row_common.cuh"
+#include "results.cuh"
 
 namespace anl {
 namespace gpu {
@@ -32,9 +32,9 @@ ANL_DEVICE void each_tile(int begin, int end, const F& f) {
   for (; i < end; i += step) f(Count<1>(), i);
 }
 
-// Packs [first, first + packs) of a row's body and, if it has them, the row's edges.
+// Packs [first, first + packs) of a row's body and, if `edges`, the row's edges.
 template <class S>
-struct Share {
+struct GlobalRowPart {
   using T = acc_t<S>;
   static constexpr int P = PACK<S>;
 
@@ -46,7 +46,9 @@ struct Share {
   S* edge_grad;
   bool edge_is_target;
 
-  ANL_DEVICE Share(const S* row, S* row_grad, int64_t num_classes, int64_t y, int64_t first, int64_t most, bool edges) {
+  // most: packs that the part has at most.
+  ANL_DEVICE GlobalRowPart(const S* row, S* row_grad, int64_t num_classes, int64_t y, int64_t first, int64_t most,
+                           bool edges) {
     const int64_t shift = int64_t(reinterpret_cast<uintptr_t>(row) / sizeof(S) % P);
     const int64_t head = shift ? (P - shift < num_classes ? P - shift : num_classes) : 0;
     const int64_t body = (num_classes - head) / P, left = body - first;
@@ -81,7 +83,7 @@ struct Share {
     }
   }
 
-  // The same, the target's -inf.
+  // The same, with -inf in the target's place.
   template <int U, class Load>
   ANL_DEVICE void load_others(int i, const Load& load_pack, T (&x)[U * P]) const {
     load_classes<U>(i, load_pack, x);
@@ -99,25 +101,26 @@ struct Share {
     for (int j = 0; j < E; ++j) x[j] = j == at ? value : x[j];
   }
 
-  // load(i): pack i. Adds the packs [begin, end) to the thread's sums.
-  template <class Load>
-  ANL_DEVICE void first_sweep(FirstSums<T>& sums, int begin, int end, const Load& load_pack) const {
+  // Adds the packs [begin, end) to the thread's sums. load(i): pack i.
+  template <bool FULL, class Load>
+  ANL_DEVICE void first_sweep(AnchoredSums<T, FULL>& sums, int begin, int end, const Load& load_pack) const {
     each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i) {
-      T x[decltype(count)::value * P];
-      load_others<decltype(count)::value>(i, load_pack, x);
-      add_tile(sums, x);
+      T z[decltype(count)::value * P];
+      load_others<decltype(count)::value>(i, load_pack, z);
+      add_tile(sums, z);
     });
   }
 
-  template <bool FOCAL, class Load>
-  ANL_DEVICE void second_sweep(SecondSums<T>& sums, const SecondSweep<T>& sweep, int begin, int end,
+  template <bool FULL, class Load>
+  ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T>& sweep, int begin, int end,
                                const Load& load_pack) const {
-    each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i) {
-      constexpr int E = decltype(count)::value * P;
-      T x[E];
-      load_others<decltype(count)::value>(i, load_pack, x);
+    sweep.run(sums, [&](const auto& add) {
+      each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i) {
+        T z[decltype(count)::value * P];
+        load_others<decltype(count)::value>(i, load_pack, z);
 #pragma unroll
-      for (int j = 0; j < E; ++j) sweep.template add<FOCAL>(sums, x[j]);
+        for (T v : z) add(v);
+      });
     });
   }
 
@@ -143,31 +146,37 @@ struct Share {
   }
 
   // all_exist: no class of the row is missing.
-  template <bool FOCAL, Cache C, class Load>
-  ANL_DEVICE void write_gradient(const GradientRow<T>& gradient, bool all_exist, int begin, int end,
-                                 const Load& load_pack) const {
-    if constexpr (!FOCAL) {
-      if (all_exist && gradient.plain()) {
-        const auto value = [&](T x) { return gradient.at_plain(x); };
-        return write_packs<C>(value, gradient.target, begin, end, load_pack);
-      }
-    }
-    const auto value = [&](T x) { return gradient.template at<FOCAL>(x); };
-    write_packs<C>(value, gradient.target, begin, end, load_pack);
+  template <bool FULL, Cache C, class Load>
+  ANL_DEVICE void write_gradient(const Program& program, const RowGradient<T>& gradient, bool all_exist, int begin,
+                                 int end, const Load& load_pack) const {
+    const auto write = [&](auto parts) {
+      const auto value = [&](T z) { return gradient.template at<decltype(parts)::value>(z); };
+      write_packs<C>(value, gradient.row.target, begin, end, load_pack);
+    };
+    if constexpr (!FULL)
+      if (all_exist && gradient.row.slope == gradient.row.slope_above) return write(Parts<CLAMPED_OFFSET>());
+    by_parts<FULL>(program, write);
   }
 
   // The same where the gradient's packs lie elsewhere than the logits': neighbouring threads take neighbouring classes.
-  template <bool FOCAL, class Load>
-  ANL_DEVICE void write_elements(const GradientRow<T>& gradient, int begin, int end, const Load& load_element) const {
-    for (int j = begin * P + int(threadIdx.x); j < end * P; j += int(blockDim.x)) {
-      const T value = gradient.template at<FOCAL>(widen(load_element(j)));
-      grad[j] = narrow<S>(j == target ? gradient.target : value);
-    }
+  template <bool FULL, class Load>
+  ANL_DEVICE void write_elements(const Program& program, const RowGradient<T>& gradient, int begin, int end,
+                                 const Load& load_element) const {
+    by_parts<FULL>(program, [&](auto parts) {
+      for (int j = begin * P + int(threadIdx.x); j < end * P; j += int(blockDim.x)) {
+        const T value = gradient.template at<decltype(parts)::value>(widen(load_element(j)));
+        grad[j] = narrow<S>(j == target ? gradient.row.target : value);
+      }
+    });
   }
 
-  template <bool FOCAL>
-  ANL_DEVICE void write_edge(const GradientRow<T>& gradient, T logit) const {
-    if (edge_grad) *edge_grad = narrow<S>(edge_is_target ? gradient.target : gradient.template at<FOCAL>(logit));
+  template <bool FULL>
+  ANL_DEVICE void write_edge(const Program& program, const RowGradient<T>& gradient, T logit) const {
+    if (!edge_grad) return;
+    by_parts<FULL>(program, [&](auto parts) {
+      const T value = gradient.template at<decltype(parts)::value>(logit);
+      *edge_grad = narrow<S>(edge_is_target ? gradient.row.target : value);
+    });
   }
 
   // The gradient of a row that is not read.
@@ -184,52 +193,28 @@ struct Share {
     if (edge_grad) *edge_grad = element;
   }
 
-  template <int E>
-  static ANL_DEVICE void add_tile(FirstSums<T>& sums, const T (&x)[E]) {
-    T high = x[0], low = x[0];
+  template <bool FULL, int E>
+  static ANL_DEVICE void add_tile(AnchoredSums<T, FULL>& sums, const T (&z)[E]) {
+    T high = z[0], low = z[0];
 #pragma unroll
     for (int j = 1; j < E; ++j) {
-      high = larger(high, x[j]);
-      low = smaller(low, x[j]);
+      high = larger(high, z[j]);
+      low = smaller(low, z[j]);
     }
     if (high > sums.max) sums.rebase(high);
-    sums.template add_all<E>(x, low, sums.anchor());
+    sums.add_all(z, low, sums.anchor());
   }
 };
 
 // One class more, outside the tiles; -inf: none.
-template <class T>
-ANL_DEVICE void add_edge(FirstSums<T>& sums, T x) {
-  if (x > sums.max) sums.rebase(x);
-  sums.add(x, sums.anchor());
+template <class T, bool FULL>
+ANL_DEVICE void add_edge(AnchoredSums<T, FULL>& sums, T z) {
+  if (z > sums.max) sums.rebase(z);
+  sums.add(z, sums.anchor());
 }
-
-// ---- merging, in an order that depends on the number of threads alone --------------------------------------------------
-
-template <class A>
-ANL_DEVICE FirstSums<A> warp_merge(FirstSums<A> s) {
-  s.rebase(warp_reduce(s.max, Largest<A>()));
-  s.min = warp_reduce(s.min, Smallest<A>());
-  s.tail = warp_reduce(s.tail, Add<A>());
-  s.gap = warp_reduce(s.gap, Add<A>());
-  s.count = warp_reduce(s.count, Add<A>());
-  return s;
-}
-template <class A>
-ANL_DEVICE SecondSums<A> warp_merge(const SecondSums<A>& s) {
-  return warp_reduce(s, MergeSecond<A>());
-}
-
-// Of all threads' sums, in every lane of warp 0. `shared` has a place for every warp; a __syncthreads stands between two
-// uses of it.
-template <template <class> class Sums, class A>
-ANL_DEVICE Sums<double> block_merge(const Sums<A>& own, Sums<double>* shared) {
-  const unsigned warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-  const Sums<A> s = warp_merge(own);
-  if (lane_index() == 0) shared[warp] = convert<double>(s);
-  __syncthreads();
-  if (warp > 0) return Sums<double>::none();
-  return warp_merge(lane_index() < warps ? shared[lane_index()] : Sums<double>::none());
+template <class T, bool FULL>
+ANL_DEVICE void add_edge(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T>& sweep, T z) {
+  sweep.run(sums, [&](const auto& add) { add(z); });
 }
 
 }  // namespace gpu

@@ -30,7 +30,7 @@ std::string name_of(Kernel kernel) {
     case Kernel::SPLIT: return "rows_split";
     case Kernel::GRADIENT: return "rows_gradient";
     case Kernel::SPATIAL: return "spatial";
-    default: return "columns";
+    default: return "column_sums";
   }
 }
 
@@ -42,7 +42,7 @@ cudaError_t launch_kernel(Params& p, cudaStream_t stream) {
     case Kernel::SPLIT: return launch_split(p, stream);
     case Kernel::GRADIENT: return launch_gradient(p, stream);
     case Kernel::SPATIAL: return launch_spatial(p, stream);
-    default: return launch_columns(p, stream);
+    default: return launch_column_sums(p, stream);
   }
 }
 
@@ -131,13 +131,13 @@ std::string run(const Call& call, Reduction reduction, Address loss, const Where
 
 std::string row_loss(const Program& program, int dtype, const Triple& shape, Address logits, const Triple& logits_strides,
                      Address grad, const Triple& grad_strides, Address target, int target_type, int64_t ignore_index,
-                     Address weight, int reduction, Address loss, Address coefs, const Where& where) {
+                     Address weight, int reduction, Address loss, Address grad_coefs, const Where& where) {
   Call call = make_call(Op::LOSS, dtype, shape, logits, logits_strides);
   set_grad(call, grad, grad_strides);
   set_target(call, target, target_type, ignore_index);
   call.program = program;
   call.weight = reinterpret_cast<const void*>(weight);
-  call.coefs = reinterpret_cast<void*>(coefs);
+  call.grad_coefs = reinterpret_cast<void*>(grad_coefs);
   require(loss, reduction == NONE ? num_rows(call) : 1, "the loss");
   if (reduction == NONE) call.row_loss = reinterpret_cast<void*>(loss);
   return run(call, Reduction(reduction), loss, where);
@@ -156,19 +156,19 @@ std::string row_stats(int dtype, const Triple& shape, Address logits, const Trip
 
 std::string row_grad(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad,
                      const Triple& grad_strides, Address target, int target_type, double min_prob, double gamma,
-                     unsigned needs, Address coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
+                     unsigned needs, Address grad_coefs, Address grad_output, int64_t grad_output_stride, Address log_q,
                      Address entropy_scale, const Where& where) {
   Call call = make_grad_call(dtype, shape, logits, logits_strides, grad, grad_strides, target, target_type, min_prob,
-                             gamma, needs, coefs, grad_output, grad_output_stride, log_q, entropy_scale);
+                             gamma, needs, grad_coefs, grad_output, grad_output_stride, log_q, entropy_scale);
   return run(call, NONE, 0, where);
 }
 
-std::string column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address coefs,
+std::string column_sums(int dtype, const Triple& shape, Address logits, const Triple& logits_strides, Address grad_coefs,
                         Address sums, const Where& where) {
   Call call = make_call(Op::COLUMN_SUMS, dtype, shape, logits, logits_strides);
-  require(coefs, num_rows(call), "the coefficients");
+  require(grad_coefs, num_rows(call), "the coefficients");
   require(sums, call.num_classes, "the sums");
-  call.coefs = reinterpret_cast<void*>(coefs);
+  call.grad_coefs = reinterpret_cast<void*>(grad_coefs);
   call.sums = reinterpret_cast<double*>(sums);
   return run(call, NONE, 0, where);
 }
@@ -266,9 +266,12 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace anl;
   m.doc() = "Fused robust losses on NVIDIA GPUs, over raw pointers.";
   py::class_<Program>(m, "Program", py::module_local())
-      .def(py::init([](const Terms& terms, double min_prob, double gamma) { return make_program(terms, min_prob, gamma); }))
+      .def(py::init([](const Terms& terms, double min_prob, double gamma, unsigned needs) {
+        return make_program(terms, min_prob, gamma, needs);
+      }))
       .def_readonly("needs", &Program::needs);
-  py::class_<gpu::Where>(m, "Where", py::module_local()).def(py::init(&gpu::make_where), py::arg("device"), py::arg("stream"), py::arg("empty"),
+  py::class_<gpu::Where>(m, "Where", py::module_local())
+      .def(py::init(&gpu::make_where), py::arg("device"), py::arg("stream"), py::arg("empty"),
            py::arg("protocols") = unsigned(gpu::ALL_PROTOCOLS));
   py::register_exception<gpu::LaunchRefused>(m, "LaunchRefused", PyExc_RuntimeError);
   m.attr("PROTOCOLS") = py::dict(py::arg("tickets") = unsigned(gpu::TICKETS), py::arg("split") = unsigned(gpu::SPLIT_ROWS),

@@ -2,6 +2,7 @@
 //
 // Several CTAs share a multiprocessor, so that one computes while another loads. Sums are float32 in a thread and a warp
 // (float64 for float64), and float64 from warp to warp.
+#include "plans.h"
 #include "staged.cuh"
 
 namespace anl {
@@ -10,86 +11,71 @@ namespace {
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
+constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides the row
 
 // What the warps of a CTA tell one another of a row.
-template <class T>
+template <class T, bool FULL>
 struct Exchange {
   T max[MAX_WARPS];
-  FirstSums<T> first[MAX_WARPS];
-  SecondSums<T> second[MAX_WARPS];
-  SecondSweep<T> sweep;
-  GradientRow<T> gradient;
+  AnchoredSums<double, FULL> first[MAX_WARPS];
+  SecondSums<Scalar<double>, FULL> second[MAX_WARPS];
+  RowSweep<T> sweep;
+  RowGradient<T> gradient;
   bool sweeps_again;
 };
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 struct BlockRow {
   using T = acc_t<S>;
 
   const Params& p;
-  Exchange<T>& shared;
-  const Stretch<S>& stretch;
+  Exchange<T, FULL>& shared;
+  const StagedRow<S>& staged;
 
-  ANL_DEVICE int warp() const { return int(threadIdx.x) / WARP; }
-  ANL_DEVICE int warps() const { return int(blockDim.x) / WARP; }
-
-  // The warps' sums, in order; the max is the row's in all of them.
-  ANL_DEVICE FirstSums<double> first_sums() const {
-    FirstSums<T> s = FirstSums<T>::none();
-    stretch.each([&](T x) { s.max = x > s.max ? x : s.max; });
+  // The row's sums, in warp 0.
+  ANL_DEVICE AnchoredSums<double, FULL> first_sums() const {
+    auto s = none<AnchoredSums<T, FULL>>();
+    staged.each([&](T z) { s.max = z > s.max ? z : s.max; });
     s.max = block_reduce(s.max, Largest<T>(), shared.max);
     const T anchor = s.anchor();
-    stretch.each([&](T x) { s.add(x, anchor); });
-    s.min = warp_reduce(s.min, Smallest<T>());
-    s.tail = warp_reduce(s.tail, Add<T>());
-    s.gap = warp_reduce(s.gap, Add<T>());
-    s.count = warp_reduce(s.count, Add<T>());
-    if (lane_index() == 0) shared.first[warp()] = s;
-    __syncthreads();
-    FirstSums<double> all = convert<double>(shared.first[0]);
-    for (int w = 1; w < warps(); ++w) all = MergeFirst<double>()(all, convert<double>(shared.first[w]));
-    return all;
+    staged.each([&](T z) { s.add(z, anchor); });
+    return block_merge(s, shared.first, WarpSum());
   }
 
-  ANL_DEVICE SecondSums<double> second_sums() const {
-    SecondSums<T> s = SecondSums<T>::none();
-    const SecondSweep<T> sweep = shared.sweep;
-    stretch.each([&](T x) { sweep.template add<FOCAL>(s, x); });
-    s = warp_reduce(s, MergeSecond<T>());
-    if (lane_index() == 0) shared.second[warp()] = s;
-    __syncthreads();
-    SecondSums<double> all = convert<double>(shared.second[0]);
-    for (int w = 1; w < warps(); ++w) all = MergeSecond<double>()(all, convert<double>(shared.second[w]));
-    return all;
+  ANL_DEVICE SecondSums<Scalar<double>, FULL> second_sums() const {
+    auto s = none<SecondSums<Scalar<T>, FULL>>();
+    const RowSweep<T> sweep = shared.sweep;
+    sweep.run(s, [&](const auto& add) { staged.each(add); });
+    return block_merge(s, shared.second, WarpSum());
   }
 
-  // The row's loss; its gradient is then in shared.gradient. Warp 0 does the row's mathematics.
+  // The row's loss, in warp 0, which does the row's mathematics; its gradient is then in shared.gradient.
   ANL_DEVICE T run(int64_t r, T z_y, T weight, double denominator) const {
-    const bool first_warp = warp() == 0;
-    const FirstSums<double> sums = first_sums();
+    const Program& program = p.call.program;
+    const bool first_warp = threadIdx.x < WARP, writes = threadIdx.x == 0;
+    const AnchoredSums<double, FULL> sums = first_sums();
     Row<T> row = {};
     if (first_warp) {
-      row.begin(p.call.program, sums, z_y);
-      if (threadIdx.x == 0) {
-        shared.sweep = row.sweep(p.call.program);
+      row.set_first_sums(program, sums, z_y);
+      if (writes) {
+        shared.sweep = row.sweep(program);
         shared.sweeps_again = row.second;
       }
     }
-    if (p.call.program.needs) {
+    if (needs_second(program)) {
       __syncthreads();
       if (shared.sweeps_again) {
-        const SecondSums<double> again = second_sums();
-        if (first_warp) row.take(again, FOCAL);
+        const auto again = second_sums();
+        if (first_warp) row.set_second_sums(program, again);
       }
     }
     T loss = T(0);
     if (first_warp) {
-      const bool writes = threadIdx.x == 0;
       if (p.call.op == Op::STATS) {
         if (writes) write_statistics(p, r, row);
       } else {
-        GradientRow<T> gradient;
-        loss = finish_row<T, FOCAL>(p, r, row, weight, denominator, writes, gradient);
+        RowGradient<T> gradient;
+        loss = finish_row<T, FULL>(p, r, row, weight, denominator, writes, gradient);
         if (writes) shared.gradient = gradient;
       }
     }
@@ -98,15 +84,18 @@ struct BlockRow {
   }
 };
 
-template <class S, bool FOCAL>
-__global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3) rows_block_kernel(const __grid_constant__ Params p) {
+template <class S, bool FULL>
+__global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3)
+    rows_block_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
+  using Exchanged = Exchange<T, FULL>;
   ANL_SHARED(S, memory);
-  ANL_STATIC_SHARED(Exchange<T>, shared);
+  ANL_STATIC_SHARED(Exchanged, shared);
   const Call& call = p.call;
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
-  const int64_t begin = blockIdx.x * p.plan.rows, end = begin + p.plan.rows < p.num_rows ? begin + p.plan.rows : p.num_rows;
+  const int64_t rows = p.plan.block.rows_per_cta, begin = blockIdx.x * rows;
+  const int64_t end = begin + rows < p.num_rows ? begin + rows : p.num_rows;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t y = label_at(call, r);
     const Label kind = label_kind(call, y);
@@ -117,33 +106,51 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3) rows_bloc
       continue;
     }
     const S* logits = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
-    const Stretch<S> stretch(memory, logits, int(call.num_classes));
-    stretch.load();
+    const StagedRow<S> staged(memory, logits, int(call.num_classes));
+    staged.load();
     const T z_y = widen(logits[y]);
-    stretch.arrive(y);
+    staged.wait_and_mask(y);
     __syncthreads();
-    const BlockRow<S, FOCAL> row = {p, shared, stretch};
+    const BlockRow<S, FULL> row = {p, shared, staged};
     total += double(row.run(r, z_y, row_weight<T>(call, y, kind), denominator));
     if (grad) {
-      const GradientRow<T> gradient = shared.gradient;
-      stretch.store(grad, y, gradient.target, [&](T x) { return gradient.template at<FOCAL>(x); });
+      const RowGradient<T> gradient = shared.gradient;
+      by_parts<FULL>(call.program, [&](auto parts) {
+        const auto value = [&](T z) { return gradient.template at<decltype(parts)::value>(z); };
+        staged.store(grad, y, gradient.row.target, value);
+      });
     }
     __syncthreads();
   }
   finish_loss<T>(p, blockIdx.x, total, denominator);
 }
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  return ANL_LAUNCH((rows_block_kernel<S, FOCAL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p);
+  return ANL_LAUNCH((rows_block_kernel<S, FULL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p);
 }
 
 }  // namespace
 
+bool fits_block(const Call& call, const Limits& limits, int ctas) {
+  const int64_t bytes = staged_row_bytes(call) + STATIC_SHARED + RESERVED_SHARED;
+  return ctas * bytes <= limits.shared_bytes + RESERVED_SHARED;
+}
+
+Plan plan_block(const Call& call, const Limits& limits) {
+  const int64_t bytes = staged_row_bytes(call), rows = rows_of(call) / LOSS_PARTS;
+  const BlockPlan block = {std::max<int64_t>(1, std::min<int64_t>(8, rows))};
+  Plan plan = plan_of_rows(Kernel::BLOCK, call, threads_for(bytes / PACK_BYTES / 4, MAX_THREADS, limits),
+                           block.rows_per_cta);
+  plan.shared_bytes = bytes;
+  plan.block = block;
+  return plan;
+}
+
 cudaError_t launch_block(const Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto focal) {
-    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  return by_variant(p.call, [&](auto s, auto full) {
+    return launch_variant<typename decltype(s)::type, decltype(full)::value>(p, stream);
   });
 }
 

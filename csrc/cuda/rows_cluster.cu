@@ -1,9 +1,10 @@
 // Long rows across the shared memory of the CTAs of a cluster (sm_90): read once, swept on chip, the gradient written once.
 //
-// Every CTA keeps its share of a row in a ring of chunks, which bulk copies fill. The first sweep takes a chunk as soon
-// as it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell
-// one another what they have found through distributed shared memory, one tuple and one cluster barrier a sweep.
+// Every CTA keeps its part of a row in a ring of chunks, which bulk copies fill. The first sweep takes a chunk as soon as
+// it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell one
+// another what they have found through distributed shared memory, by one tuple and one cluster barrier per sweep.
 #include "long_rows.cuh"
+#include "plans.h"
 
 namespace anl {
 namespace gpu {
@@ -13,57 +14,63 @@ constexpr int MAX_THREADS = 512;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
-constexpr int CHUNK_PACKS = TILE_PACKS<float>;  // of a thread in a chunk
+constexpr int64_t STATIC_SHARED = 6 << 10;
+constexpr int CHUNK_PACKS = TILE_PACKS<float>;  // per thread
 
-// Of thread 0: which chunk is copied next.
+// Which chunk is copied next; thread 0's.
 template <class S>
 struct Copier {
   int64_t row;
-  const S* logits;  // of the CTA's share of the row
-  int packs, next;  // of that share; those on their way
+  const S* logits;  // of the CTA's part of the row
+  int packs, next;  // of that part; how many of them are on their way
   int slot;
   unsigned round;   // how often the slots have been filled
 };
 
-template <class S>
+template <class S, bool FULL>
 struct Shared {
   using T = acc_t<S>;
+  using First = AnchoredSums<double, FULL>;
+  using Second = SecondSums<Scalar<double>, FULL>;
   Barrier filled[MAX_SLOTS], emptied[MAX_SLOTS];
   Copier<S> copier;
-  FirstSums<double> first[MAX_WARPS];
-  SecondSums<double> second[MAX_WARPS];
-  FirstSums<double> first_of[2][MAX_CLUSTER];    // by rank, written by that rank; rows take turns
-  SecondSums<double> second_of[2][MAX_CLUSTER];
-  SecondSweep<T> sweep;
-  GradientRow<T> gradient;
+  union {  // by warp
+    First first[MAX_WARPS];
+    Second second[MAX_WARPS];
+  };
+  First first_of[2][MAX_CLUSTER];  // by rank, written by that rank; rows take turns
+  Second second_of[2][MAX_CLUSTER];
+  RowSweep<T> sweep;
+  RowGradient<T> gradient;
   bool sweeps_again, all_exist;
 };
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 struct ClusterRows {
   using T = acc_t<S>;
+  using Memory = Shared<S, FULL>;
+  using Part = GlobalRowPart<S>;
   static constexpr int P = PACK<S>;
 
   const Params& p;
-  Shared<S>& shared;
+  Memory& shared;
   unsigned char* const ring;
   const int64_t first_pack;  // of the body: this CTA's
   int slot = 0;              // where the row's first chunk is
   unsigned round = 0;
   int turn = 0;
 
-  ANL_DEVICE int chunk() const { return p.plan.elements; }  // in packs
-  ANL_DEVICE int slots() const { return p.plan.lanes; }
-  ANL_DEVICE int64_t share() const { return p.plan.tile; }
+  ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
+  ANL_DEVICE int slots() const { return p.plan.ring.slots; }
   ANL_DEVICE int64_t num_clusters() const { return gridDim.x / unsigned(p.plan.cluster); }
 
   ANL_DEVICE uint4* slot_data(int s) const { return reinterpret_cast<uint4*>(ring) + int64_t(s) * chunk(); }
 
-  ANL_DEVICE Share<S> share_of(int64_t r, int64_t y) const {
+  ANL_DEVICE Part part_of(int64_t r, int64_t y) const {
     const Call& call = p.call;
     const S* row = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
     S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
-    return Share<S>(row, grad, call.num_classes, y, first_pack, share(), first_pack == 0);
+    return Part(row, grad, call.num_classes, y, first_pack, p.plan.ring.packs_per_cta, first_pack == 0);
   }
 
   // ---- the ring ------------------------------------------------------------------------------------------------------
@@ -78,9 +85,9 @@ struct ClusterRows {
         return;
       }
       const int64_t y = label_at(p.call, c.row);
-      const Share<S> share = share_of(c.row, y);
-      c.logits = share.logits;
-      c.packs = label_kind(p.call, y) == Label::LIVE ? share.packs : 0;
+      const Part part = part_of(c.row, y);
+      c.logits = part.logits;
+      c.packs = label_kind(p.call, y) == Label::LIVE ? part.packs : 0;
       c.next = 0;
     }
     if (c.round > 0) barrier_wait(&shared.emptied[c.slot], (c.round - 1) & 1);
@@ -110,11 +117,11 @@ struct ClusterRows {
   // f(begin, end, load) for every chunk of the row, which is waited for. `last`: this is the last sweep over them, and
   // chunks that follow take their places.
   template <class F>
-  ANL_DEVICE void each_chunk(const Share<S>& share, bool last, const F& f) const {
+  ANL_DEVICE void each_chunk(const Part& part, bool last, const F& f) const {
     int s = slot;
     unsigned turns = round;
-    for (int begin = 0; begin < share.packs; begin += chunk()) {
-      const int end = begin + chunk() < share.packs ? begin + chunk() : share.packs;
+    for (int begin = 0; begin < part.packs; begin += chunk()) {
+      const int end = begin + chunk() < part.packs ? begin + chunk() : part.packs;
       barrier_wait(&shared.filled[s], turns & 1);
       const uint4* data = slot_data(s) - begin;
       f(begin, end, data);
@@ -128,11 +135,11 @@ struct ClusterRows {
         ++turns;
       }
     }
-    if (last && threadIdx.x == 0 && share.packs > 0) copy_next();
+    if (last && threadIdx.x == 0 && part.packs > 0) copy_next();
   }
 
-  ANL_DEVICE void leave(const Share<S>& share) {
-    slot += (share.packs + chunk() - 1) / chunk();
+  ANL_DEVICE void leave(const Part& part) {
+    slot += (part.packs + chunk() - 1) / chunk();
     if (slot >= slots()) {
       slot -= slots();
       ++round;
@@ -142,74 +149,75 @@ struct ClusterRows {
 
   // ---- a row ---------------------------------------------------------------------------------------------------------
 
-  // The cluster's sums, in every lane of warp 0 of every CTA; `own` are this CTA's.
+  // The cluster's sums, in every lane of warp 0. own: this CTA's, in warp 0; of_rank: where every rank puts its own.
   template <class Sums>
   ANL_DEVICE Sums exchange(const Sums& own, Sums* of_rank) const {
     const unsigned ranks = unsigned(p.plan.cluster);
     if (ranks == 1) return own;
     if (threadIdx.x < ranks) *cluster_map(of_rank + cluster_rank(), threadIdx.x) = own;
     cluster_sync();
-    return warp_merge(lane_index() < ranks ? of_rank[lane_index()] : Sums::none());
+    return WarpMerge()(lane_index() < ranks ? of_rank[lane_index()] : none<Sums>());
   }
 
-  ANL_DEVICE FirstSums<double> first_sums(const Share<S>& share, T edge) const {
-    FirstSums<T> sums = FirstSums<T>::none();
-    each_chunk(share, false, [&](int begin, int end, const uint4* data) {
-      share.first_sweep(sums, begin, end, [&](int i) { return data[i]; });
+  ANL_DEVICE typename Memory::First first_sums(const Part& part, T edge) const {
+    auto sums = none<AnchoredSums<T, FULL>>();
+    each_chunk(part, false, [&](int begin, int end, const uint4* data) {
+      part.first_sweep(sums, begin, end, [&](int i) { return data[i]; });
     });
     add_edge(sums, edge);
-    return exchange(block_merge(sums, shared.first), shared.first_of[turn]);
+    return exchange(block_merge(sums, shared.first, WarpMerge()), shared.first_of[turn]);
   }
 
-  ANL_DEVICE SecondSums<double> second_sums(const Share<S>& share, T edge) const {
-    SecondSums<T> sums = SecondSums<T>::none();
-    const SecondSweep<T> sweep = shared.sweep;
-    each_chunk(share, false, [&](int begin, int end, const uint4* data) {
-      share.template second_sweep<FOCAL>(sums, sweep, begin, end, [&](int i) { return data[i]; });
+  ANL_DEVICE typename Memory::Second second_sums(const Part& part, T edge) const {
+    auto sums = none<SecondSums<Scalar<T>, FULL>>();
+    const RowSweep<T> sweep = shared.sweep;
+    each_chunk(part, false, [&](int begin, int end, const uint4* data) {
+      part.second_sweep(sums, sweep, begin, end, [&](int i) { return data[i]; });
     });
-    sweep.template add<FOCAL>(sums, edge);
-    return exchange(block_merge(sums, shared.second), shared.second_of[turn]);
+    add_edge(sums, sweep, edge);
+    return exchange(block_merge(sums, shared.second, WarpMerge()), shared.second_of[turn]);
   }
 
-  ANL_DEVICE void write_gradient(const Share<S>& share, T edge) const {
-    const GradientRow<T> gradient = shared.gradient;
+  ANL_DEVICE void write_gradient(const Part& part, T edge) const {
+    const Program& program = p.call.program;
+    const RowGradient<T> gradient = shared.gradient;
     const bool all_exist = shared.all_exist;
-    each_chunk(share, true, [&](int begin, int end, const uint4* data) {
-      if (!share.grad) return;
-      if (p.plan.packs) {
-        share.template write_gradient<FOCAL, Cache::STREAM>(gradient, all_exist, begin, end,
-                                                            [&](int i) { return data[i]; });
+    each_chunk(part, true, [&](int begin, int end, const uint4* data) {
+      if (!part.grad) return;
+      if (p.plan.ring.packs) {
+        const auto load = [&](int i) { return data[i]; };
+        part.template write_gradient<FULL, Cache::STREAM>(program, gradient, all_exist, begin, end, load);
       } else {
-        const S* elements = reinterpret_cast<const S*>(data);
-        share.template write_elements<FOCAL>(gradient, begin, end, [&](int j) { return elements[j]; });
+        const auto load = [&](int j) { return reinterpret_cast<const S*>(data)[j]; };
+        part.template write_elements<FULL>(program, gradient, begin, end, load);
       }
     });
-    share.template write_edge<FOCAL>(gradient, edge);
+    part.template write_edge<FULL>(program, gradient, edge);
   }
 
   // The row's loss, in warp 0, which does the row's mathematics.
   ANL_DEVICE T run(int64_t r, int64_t y, double denominator) {
-    const Share<S> share = share_of(r, y);
+    const Part part = part_of(r, y);
     const Program& program = p.call.program;
     const bool first_warp = threadIdx.x < WARP, writes = threadIdx.x == 0 && first_pack == 0;
-    const T edge = share.edge_logit();
-    const T z_y = first_warp ? widen(static_cast<const S*>(p.call.logits)[row_offset(p.call, p.call.logits_strides, r) + y])
-                             : T(0);
-    const FirstSums<double> sums = first_sums(share, edge);
+    const T edge = part.edge_logit();
+    const S* logits = static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, r);
+    const T z_y = first_warp ? widen(logits[y]) : T(0);
+    const typename Memory::First sums = first_sums(part, edge);
     Row<T> row;
     if (first_warp) {
-      row.begin(program, sums, z_y);
+      row.set_first_sums(program, sums, z_y);
       if (threadIdx.x == 0) {
         shared.sweep = row.sweep(program);
         shared.sweeps_again = row.second;
-        shared.all_exist = sums.count == double(p.call.num_classes - 1);
+        shared.all_exist = sums.sums.of[COUNT] == double(p.call.num_classes - 1);
       }
     }
-    if (program.needs) {
+    if (needs_second(program)) {
       __syncthreads();
       if (shared.sweeps_again) {
-        const SecondSums<double> again = second_sums(share, edge);
-        if (first_warp) row.take(again, FOCAL);
+        const typename Memory::Second again = second_sums(part, edge);
+        if (first_warp) row.set_second_sums(program, again);
       }
     }
     T loss = T(0);
@@ -217,26 +225,28 @@ struct ClusterRows {
       if (p.call.op == Op::STATS) {
         if (writes) write_statistics(p, r, row);
       } else {
-        GradientRow<T> gradient;
-        loss = finish_row<T, FOCAL>(p, r, row, row_weight<T>(p.call, y, Label::LIVE), denominator, writes, gradient);
+        RowGradient<T> gradient;
+        loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, Label::LIVE), denominator, writes, gradient);
         if (threadIdx.x == 0) shared.gradient = gradient;
       }
     }
     __syncthreads();
-    write_gradient(share, edge);
-    leave(share);
+    write_gradient(part, edge);
+    leave(part);
     return loss;
   }
 };
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(unsigned char, ring);
-  ANL_STATIC_SHARED(Shared<S>, shared);
+  using Memory = Shared<S, FULL>;
+  static_assert(sizeof(Memory) + 1024 <= STATIC_SHARED, "finish_loss has some, too");
+  ANL_STATIC_SHARED(Memory, shared);
   const double denominator = loss_denominator<T>(p);
   const int64_t cluster = blockIdx.x / unsigned(p.plan.cluster), rank = blockIdx.x % unsigned(p.plan.cluster);
-  ClusterRows<S, FOCAL> rows = {p, shared, ring, rank * p.plan.tile};
+  ClusterRows<S, FULL> rows = {p, shared, ring, rank * p.plan.ring.packs_per_cta};
   rows.start();
   double total = 0.0;
   for (int64_t r = cluster; r < p.num_rows; r += rows.num_clusters()) {
@@ -247,97 +257,103 @@ __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_
       continue;
     }
     if (threadIdx.x == 0 && rank == 0) total += double(write_unread_row<T>(p, r, kind));
-    if (p.call.grad) rows.share_of(r, y).fill(unread_value<T>(kind), p.plan.packs);
+    if (p.call.grad) rows.part_of(r, y).fill(unread_value<T>(kind), p.plan.ring.packs);
   }
   if (rank == 0) finish_loss<T>(p, cluster, total, denominator);
 }
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 cudaError_t launch_variant(Params& p, cudaStream_t stream) {
   const unsigned cluster = unsigned(p.plan.cluster);
   // Rows are dealt to the clusters beforehand, so no more of them than run at a time.
   int most = 0;
-  if (const cudaError_t error = ANL_COUNT_CLUSTERS((rows_cluster_kernel<S, FOCAL>), p.plan.threads, cluster,
+  if (const cudaError_t error = ANL_COUNT_CLUSTERS((rows_cluster_kernel<S, FULL>), p.plan.threads, cluster,
                                                    p.plan.shared_bytes, most))
     return error;
   if (most < p.plan.loss_parts) p.plan.loss_parts = most;
-  return ANL_LAUNCH((rows_cluster_kernel<S, FOCAL>), unsigned(p.plan.loss_parts) * cluster, p.plan.threads, cluster,
+  return ANL_LAUNCH((rows_cluster_kernel<S, FULL>), unsigned(p.plan.loss_parts) * cluster, p.plan.threads, cluster,
                     p.plan.shared_bytes, stream, p);
 }
 
 // ---- the plan ---------------------------------------------------------------------------------------------------------
 
-// How a CTA's memory is cut where so many of them share a multiprocessor.
+// How a CTA's shared memory is cut where a multiprocessor holds so many of them.
 struct Ring {
-  int threads, chunk, slots;  // chunk: in packs
+  int threads, chunk_packs, slots;
+  int64_t packs() const { return int64_t(slots) * chunk_packs; }
 };
 
 Ring ring_of(const Limits& limits, int ctas) {
-  const int64_t fixed = limits.shared_bytes < 64 << 10 ? limits.shared_bytes / 4 : 6 << 10;  // of static shared memory
-  const int64_t packs = ((limits.shared_bytes + 1024) / ctas - 1024 - fixed) / 16;
-  const int most = MAX_THREADS / ctas < limits.max_threads ? MAX_THREADS / ctas : limits.max_threads / WARP * WARP;
+  const int64_t fixed = limits.shared_bytes < 64 << 10 ? limits.shared_bytes / 4 : STATIC_SHARED;
+  const int64_t bytes = (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
+  const int64_t packs = bytes / PACK_BYTES;
+  const int most = most_threads(MAX_THREADS / ctas, limits);
   Ring best = {most, most, 0};
   for (int threads = most; threads > 0 && threads * 4 >= most * 3; threads -= WARP) {  // those that leave least over
     const int chunk = packs >= threads * CHUNK_PACKS * 2 ? threads * CHUNK_PACKS : threads;
-    const int slots = int(packs / chunk < MAX_SLOTS ? packs / chunk : MAX_SLOTS);
-    if (slots * chunk > best.slots * best.chunk) best = {threads, chunk, slots};
+    const Ring ring = {threads, chunk, int(std::min<int64_t>(packs / chunk, MAX_SLOTS))};
+    if (ring.packs() > best.packs()) best = ring;
   }
   return best;
 }
 
-int64_t ring_packs(const Ring& ring) { return int64_t(ring.slots) * ring.chunk; }
+// The smallest cluster that holds half of the next row besides a row, and leaves no multiprocessor idle; the widest if
+// none does; 0 if that does not hold a row.
+int cluster_for(const Ring& ring, int64_t row_packs, int64_t num_rows, const Limits& limits) {
+  const int widest = limits.max_cluster < MAX_CLUSTER ? limits.max_cluster : MAX_CLUSTER;
+  int cluster = 1;
+  while (cluster < widest && (ceil_div(row_packs, cluster) * 3 > ring.packs() * 2 || num_rows * cluster < limits.num_sms))
+    cluster *= 2;
+  const int64_t chunks = ceil_div(ceil_div(row_packs, cluster), ring.chunk_packs);
+  return ring.slots < 2 || chunks > ring.slots ? 0 : cluster;
+}
+
+int64_t body_packs(const Call& call) { return call.num_classes * size_of(call.dtype) / PACK_BYTES; }
+
+// How many CTAs a multiprocessor is to hold: two, so that one computes while the other waits for its cluster; one where a
+// row is too long for that; 0 where it is too long for any cluster.
+int ctas_for(const Call& call, const Limits& limits) {
+  for (int ctas = 2; ctas >= 1; --ctas)
+    if (cluster_for(ring_of(limits, ctas), body_packs(call), rows_of(call), limits)) return ctas;
+  return 0;
+}
 
 }  // namespace
 
-// Two CTAs a multiprocessor, so that one computes while the other waits for its cluster, in clusters as small as leave a
-// CTA half a share of the next row besides its own; one CTA where a row is too long for that.
+// Only for rows that fit a cluster.
 Plan plan_cluster(const Call& call, const Limits& limits) {
-  const int64_t num_rows = call.outer * call.inner, packs = call.num_classes * size_of(call.dtype) / 16;
+  const int64_t num_rows = rows_of(call), packs = body_packs(call);
+  const int ctas = ctas_for(call, limits);
+  const Ring ring = ring_of(limits, ctas);
+  const int cluster = cluster_for(ring, packs, num_rows, limits);
   Plan plan = {};
-  plan.kernel = Kernel::SPLIT;
-  const int widest = limits.max_cluster < MAX_CLUSTER ? limits.max_cluster : MAX_CLUSTER;
-  for (int ctas = 2; ctas >= 1 && plan.kernel == Kernel::SPLIT; --ctas) {
-    const Ring ring = ring_of(limits, ctas);
-    const int64_t room = ring_packs(ring);
-    int cluster = 1;
-    while (cluster < widest && (ceil_div(packs, cluster) * 3 > room * 2 || num_rows * cluster < limits.num_sms)) cluster *= 2;
-    const int64_t share = ceil_div(packs, cluster);
-    if (ring.slots < 2 || ceil_div(share, ring.chunk) > ring.slots) continue;
-    const int64_t clusters = int64_t(limits.num_sms) * ctas / cluster;
-    plan.kernel = Kernel::CLUSTER;
-    plan.threads = ring.threads;
-    plan.cluster = cluster;
-    plan.loss_parts = clusters < 1 ? 1 : clusters < num_rows ? clusters : num_rows;
-    plan.blocks = plan.loss_parts * cluster;
-    plan.rows = ceil_div(num_rows, plan.loss_parts);
-    plan.tile = share;
-    plan.elements = ring.chunk;
-    plan.lanes = ring.slots;
-    plan.packs = equally_aligned(call);
-    plan.shared_bytes = ring_packs(ring) * 16;
-  }
+  plan.kernel = Kernel::CLUSTER;
+  plan.threads = ring.threads;
+  plan.cluster = cluster;
+  plan.loss_parts = std::min(std::max<int64_t>(1, int64_t(limits.num_sms) * ctas / cluster), num_rows);
+  plan.blocks = plan.loss_parts * cluster;
+  plan.shared_bytes = ring.packs() * PACK_BYTES;
+  plan.ring = {ceil_div(packs, cluster), ring.chunk_packs, ring.slots, equally_aligned(call)};
   return plan;
 }
 
 bool fits_cluster(const Call& call, const Limits& limits) {
-  return limits.protocols & CLUSTERS && limits.max_cluster > 1 && call.dtype != FLOAT64 &&
-         plan_cluster(call, limits).kernel == Kernel::CLUSTER;
+  return limits.protocols & CLUSTERS && limits.max_cluster > 1 && call.dtype != FLOAT64 && ctas_for(call, limits);
 }
 
 cudaError_t widest_rows_cluster(const Limits& limits, int& cluster) {
-  const int threads = MAX_THREADS < limits.max_threads ? MAX_THREADS : limits.max_threads / WARP * WARP;
-  const Ring ring = ring_of(limits, 1);
-  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false>), threads,
-                        size_t(ring_packs(ring) * 16), cluster);
+  const size_t bytes = size_t(ring_of(limits, 1).packs() * PACK_BYTES);
+  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false>),
+                        most_threads(MAX_THREADS, limits), bytes, cluster);
 }
 
 cudaError_t launch_cluster(Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto focal) {
+  return by_variant(p.call, [&](auto s, auto full) {
     using S = typename decltype(s)::type;
     if constexpr (sizeof(S) == 8)
       return cudaErrorInvalidValue;
     else
-      return launch_variant<S, decltype(focal)::value>(p, stream);
+      return launch_variant<S, decltype(full)::value>(p, stream);
   });
 }
 

@@ -1,13 +1,11 @@
 // Any strides: (N, K, d1, ...), transposed matrices, classes with gaps. Lanes run across rows ("pixels").
 //
-// A CTA takes a tile of pixels, one lane a pixel, and several groups of lanes share a tile's classes where there are
+// A CTA takes a tile of pixels, one lane per pixel, and several groups of lanes share a tile's classes where there are
 // many: group g has classes g, g + groups, ... A tile that fits is staged in shared memory, in the logits' own format,
 // and read from there by every sweep; a thread sees only what it staged itself. A longer one is read again.
-#include <algorithm>
-#include <type_traits>
-
 #include "entropy.cuh"
-#include "row_common.cuh"
+#include "plans.h"
+#include "results.cuh"
 
 namespace anl {
 namespace gpu {
@@ -18,9 +16,8 @@ constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 constexpr int UNROLL = 8;
 constexpr int FOLD = 64;  // so many classes are added in float, then on in double
 constexpr int64_t STATIC_SHARED = 3 << 10;
-constexpr int64_t LOSS_PARTS = 16 << 10;  // beyond, a CTA takes more tiles
 
-// A pixel, and a thread's share of its classes.
+// A pixel, and those of its classes that a thread takes.
 template <class S, bool STAGED>
 struct Pixel {
   using T = acc_t<S>;
@@ -37,11 +34,11 @@ struct Pixel {
   Index y;
 
   ANL_DEVICE Pixel(const Params& p, int tile, S* shared) {
-    pixels = p.plan.lanes;
+    pixels = p.plan.spatial.pixels;
     groups = int(blockDim.x) / pixels;
     group = int(threadIdx.x) / pixels;
     lane = int(threadIdx.x) % pixels;
-    r = int64_t(blockIdx.x) * p.plan.rows + tile * pixels + lane;
+    r = int64_t(blockIdx.x) * p.plan.spatial.rows_per_cta + tile * pixels + lane;
     exists = r < p.num_rows;
     // One division, before there is anything to be saved around it.
     const int64_t row = exists ? r : 0, o = p.call.outer == 1 ? 0 : row / p.call.inner, i = row - o * p.call.inner;
@@ -55,7 +52,8 @@ struct Pixel {
 
   static ANL_DEVICE int64_t offset(const Strides& s, int64_t o, int64_t i) { return o * s.so + i * s.si; }
 
-  ANL_DEVICE void open(const Params& p, int64_t label) {
+  // Until then the row is one that is not read.
+  ANL_DEVICE void set_label(const Params& p, int64_t label) {
     num_classes = Index(p.call.num_classes);
     y = Index(label);
   }
@@ -97,7 +95,7 @@ struct Pixel {
     return max;
   }
 
-  // Every group gets the sums of all: `scratch` has room for one X a thread. All threads of the CTA call this.
+  // Every group gets the sums of all: `scratch` has room for one X per thread. All threads of the CTA call this.
   template <class X, class Merge>
   ANL_DEVICE X combine(X x, const Merge& merge, void* scratch) const {
     if (groups == 1) return x;
@@ -110,34 +108,34 @@ struct Pixel {
     return x;
   }
 
-  ANL_DEVICE FirstSums<T> first_sums(void* scratch) const {
-    FirstSums<T> part = FirstSums<T>::none();
-    const T max = combine(stage(), Largest<T>(), scratch);
-    FirstSums<double> total = FirstSums<double>::none();
-    part.max = max;
-    total.max = double(max);
+  template <bool FULL>
+  ANL_DEVICE AnchoredSums<T, FULL> first_sums(void* scratch) const {
+    auto part = none<AnchoredSums<T, FULL>>();
+    part.max = combine(stage(), Largest<T>(), scratch);
+    auto total = convert<double>(part);
     const T anchor = part.anchor();
-    const FirstSums<T> nothing = part;
-    each([&](Index, T x) { part.add(x, anchor); },
+    each([&](Index, T z) { part.add(z, anchor); },
          [&] {
-           total = MergeFirst<double>()(total, convert<double>(part));
-           part = nothing;
+           total.add(convert<double>(part));
+           clear(part);
          });
-    return combine(convert<T>(total), MergeFirst<T>(), scratch);
+    return combine(convert<T>(total), MergeSameMax(), scratch);
   }
 
-  template <bool FOCAL>
-  ANL_DEVICE SecondSums<T> second_sums(const SecondSweep<T>& sweep, bool wanted, void* scratch) const {
-    SecondSums<T> part = SecondSums<T>::none();
-    SecondSums<double> total = SecondSums<double>::none();
+  template <bool FULL>
+  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T>& sweep, bool wanted, void* scratch) const {
+    auto part = none<SecondSums<Scalar<T>, FULL>>();
+    auto total = convert<double>(part);
     if (wanted) {
-      each([&](Index, T x) { sweep.template add<FOCAL>(part, x); },
-           [&] {
-             total = MergeSecond<double>()(total, convert<double>(part));
-             part = SecondSums<T>::none();
-           });
+      sweep.run(part, [&](const auto& add) {
+        this->each([&](Index, T z) { add(z); },
+                   [&] {
+                     total.add(convert<double>(part));
+                     clear(part);
+                   });
+      });
     }
-    return combine(convert<T>(total), MergeSecond<T>(), scratch);
+    return combine(convert<T>(total), MergeSameMax(), scratch);
   }
 
   ANL_DEVICE EntropySums<T> entropy_sums(const EntropyRow<T>& row, const T* log_q, void* scratch) const {
@@ -145,13 +143,13 @@ struct Pixel {
     EntropySums<double> total = {0.0, 0.0};
     each([&](Index k, T x) { row.add(part, k == y ? widen(logits[k * sk]) : x, log_q[k]); },
          [&] {
-           total = {total.mass + double(part.mass), total.moment + double(part.moment)};
+           total = MergeEntropy<double>()(total, {double(part.mass), double(part.moment)});
            part = {T(0), T(0)};
          });
     return combine(EntropySums<T>{T(total.mass), T(total.moment)}, MergeEntropy<T>(), scratch);
   }
 
-  // value(k, z_k) to every class of the thread's; of a row that is not read, z_k is 0.
+  // value(k, z_k) to the gradient of the thread's classes; z_k is 0 in a row that is not read.
   template <class F>
   ANL_DEVICE void store(const Params& p, const F& value) const {
     if (!exists) return;
@@ -162,110 +160,124 @@ struct Pixel {
   }
 };
 
-template <class S, bool FOCAL, bool STAGED>
+template <class S, bool FULL, bool STAGED>
 __global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(char, memory);  // scratch, then the tile
   ANL_STATIC_SHARED(double[WARP], shared);
-  S* staged = reinterpret_cast<S*>(memory + p.plan.shared_bytes - p.plan.tile * p.plan.lanes * int64_t(sizeof(S)));
+  S* staged = reinterpret_cast<S*>(memory + p.plan.shared_bytes - p.plan.spatial.staged_bytes);
   const Call& call = p.call;
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
-  for (int tile = 0; tile < int(p.plan.rows) / p.plan.lanes; ++tile) {
+  for (int tile = 0; tile < int(p.plan.spatial.rows_per_cta) / p.plan.spatial.pixels; ++tile) {
     Pixel<S, STAGED> pixel(p, tile, staged);
     const int64_t r = pixel.r, y = pixel.exists ? label_at(call, r) : call.ignore_index;
     const Label kind = label_kind(call, y);
     const bool live = kind == Label::LIVE, writes = pixel.exists && pixel.group == 0;
-    if (live) pixel.open(p, y);
+    if (live) pixel.set_label(p, y);
     const T z_y = live ? widen(pixel.logits[y * pixel.sk]) : T(0);
     Row<T> row;
-    row.begin(call.program, pixel.first_sums(memory), z_y);
+    row.set_first_sums(call.program, pixel.template first_sums<FULL>(memory), z_y);
     const bool second = live && row.second;
     if (pixel.groups == 1 ? second : __syncthreads_or(second)) {
-      const SecondSums<T> sums = pixel.template second_sums<FOCAL>(row.sweep(call.program), second, memory);
-      if (second) row.take(sums, FOCAL);
+      const auto sums = pixel.template second_sums<FULL>(row.sweep(call.program), second, memory);
+      if (second) row.set_second_sums(call.program, sums);
     }
-    GradientRow<T> gradient;
-    total += double(finish_any_row<T, FOCAL>(p, r, y, kind, row, denominator, writes, gradient));
-    if (call.grad)
-      pixel.store(p, [&](auto k, T x) { return k == pixel.y ? gradient.target : gradient.template at<FOCAL>(x); });
+    RowGradient<T> gradient;
+    total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, writes, gradient));
+    if (!call.grad) continue;
+    by_parts<FULL>(call.program, [&](auto parts) {
+      pixel.store(p, [&](auto k, T z) {
+        return k == pixel.y ? gradient.row.target : gradient.template at<decltype(parts)::value>(z);
+      });
+    });
   }
   if (p.loss) finish_loss<T>(p, blockIdx.x, block_reduce(total, Add<double>(), shared), denominator);
 }
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 __global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_gradient_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(char, scratch);
   const Call& call = p.call;
   Pixel<S, false> pixel(p, 0, nullptr);
   const int64_t r = pixel.exists ? pixel.r : 0;
-  const KnownRow<T, FOCAL> known(p, r);
-  if (pixel.exists && !known.unread) pixel.open(p, known.label(call, r));
+  const KnownRow<T, FULL> known(p, r);
+  if (pixel.exists && !known.unread) pixel.set_label(p, known.label(call, r));
   const T* log_q = static_cast<const T*>(call.log_q);
   const T z_y = pixel.y >= 0 ? widen(pixel.logits[pixel.y * pixel.sk]) : T(0);  // in place, another group overwrites it
   EntropyRow<T> entropy = {};
   if (log_q) {
     entropy = EntropyRow<T>::begin(known.gradient.max, known.inv_sum, *static_cast<const T*>(call.entropy_scale));
-    entropy.take_center(pixel.entropy_sums(entropy, log_q, scratch));
-    entropy.take_lost(pixel.entropy_sums(entropy, log_q, scratch));
+    entropy.set_center(pixel.entropy_sums(entropy, log_q, scratch));
+    entropy.set_lost(pixel.entropy_sums(entropy, log_q, scratch));
   }
-  pixel.store(p, [&](int64_t k, T x) {
-    const bool target = k == pixel.y;
-    const T value = target ? known.gradient.target : known.gradient.template at<FOCAL>(x);
-    return log_q && !known.unread ? value + entropy.at(target ? z_y : x, log_q[k]) : value;
+  by_parts<FULL>(call.program, [&](auto parts) {
+    pixel.store(p, [&](int64_t k, T z) {
+      const bool target = k == pixel.y;
+      const T value = target ? known.gradient.row.target : known.gradient.template at<decltype(parts)::value>(z);
+      return log_q && !known.unread ? value + entropy.at(target ? z_y : z, log_q[k]) : value;
+    });
   });
 }
 
-template <class S, bool FOCAL>
+template <class S, bool FULL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
   const size_t bytes = size_t(p.plan.shared_bytes);
-  if (p.call.op == Op::GRAD) return ANL_LAUNCH((spatial_gradient_kernel<S, FOCAL>), grid, block, NO_CLUSTER, bytes, stream, p);
+  if (p.call.op == Op::GRAD)
+    return ANL_LAUNCH((spatial_gradient_kernel<S, FULL>), grid, block, NO_CLUSTER, bytes, stream, p);
   if constexpr (sizeof(S) < 8)
-    if (p.plan.tile) return ANL_LAUNCH((spatial_kernel<S, FOCAL, true>), grid, block, NO_CLUSTER, bytes, stream, p);
-  return ANL_LAUNCH((spatial_kernel<S, FOCAL, false>), grid, block, NO_CLUSTER, bytes, stream, p);
+    if (p.plan.spatial.staged_bytes)
+      return ANL_LAUNCH((spatial_kernel<S, FULL, true>), grid, block, NO_CLUSTER, bytes, stream, p);
+  return ANL_LAUNCH((spatial_kernel<S, FULL, false>), grid, block, NO_CLUSTER, bytes, stream, p);
 }
 
-int64_t power_of_two(int64_t n) {
-  int64_t x = 1;
-  while (x < n) x *= 2;
-  return x;
+// What groups of lanes tell one another, in bytes per thread.
+template <class T>
+int64_t exchanged_bytes(bool full) {
+  const size_t first = full ? sizeof(AnchoredSums<T, true>) : sizeof(AnchoredSums<T, false>);
+  const size_t second = full ? sizeof(SecondSums<Scalar<T>, true>) : sizeof(SecondSums<Scalar<T>, false>);
+  return int64_t(std::max(first, second));
+}
+
+// Groups: enough threads for a multiprocessor although its shared memory holds few pixels, or there are few at all.
+int64_t groups_for(const Call& call, const Limits& limits, int64_t pixel_bytes, int64_t room, int64_t threads) {
+  const int64_t held = std::max<int64_t>(WARP, room / pixel_bytes);
+  const int64_t wanted = std::max(ceil_div(1024, held), ceil_div(256 * int64_t(limits.num_sms), rows_of(call)));
+  int64_t groups = power_of_two(std::max<int64_t>(1, std::min(wanted, call.num_classes / 8)));
+  while (groups > 1 && groups * WARP > threads) groups /= 2;
+  return groups;
 }
 
 }  // namespace
 
 Plan plan_spatial(const Call& call, const Limits& limits) {
-  const int64_t N = call.outer * call.inner, K = call.num_classes, pixel_bytes = K * size_of(call.dtype);
+  const bool wide = call.dtype == FLOAT64;
+  const int64_t N = rows_of(call), pixel_bytes = call.num_classes * size_of(call.dtype);
   const int64_t room = limits.shared_bytes - STATIC_SHARED;
-  const int64_t threads = std::min(limits.max_threads, call.dtype == FLOAT64 ? MAX_THREADS<double> : MAX_THREADS<float>);
-  // Groups: enough threads for a multiprocessor although its shared memory holds few pixels, or there are few at all.
-  const int64_t held = std::max<int64_t>(WARP, room / pixel_bytes);
-  const int64_t wanted = std::max(ceil_div(1024, held), ceil_div(256 * int64_t(limits.num_sms), N));
-  int64_t groups = power_of_two(std::max<int64_t>(1, std::min(wanted, K / 8)));
-  while (groups > 1 && groups * WARP > threads) groups /= 2;
+  const int64_t threads = std::min(limits.max_threads, wide ? MAX_THREADS<double> : MAX_THREADS<float>);
+  const int64_t groups = groups_for(call, limits, pixel_bytes, room, threads);
   int64_t pixels = std::min<int64_t>(4 * WARP, threads / groups / WARP * WARP);
   while (pixels > WARP && (N < 2 * pixels * limits.num_sms || pixels * pixel_bytes > room / 4)) pixels /= 2;
   Plan plan = {};
   plan.kernel = Kernel::SPATIAL;
   plan.cluster = 1;
-  plan.lanes = int(pixels);
   plan.threads = int(pixels * groups);
-  const int64_t sums = call.dtype == FLOAT64 ? sizeof(SecondSums<double>) : sizeof(SecondSums<float>);
-  const int64_t scratch = groups > 1 ? plan.threads * sums : 0;
-  const bool staged = call.op != Op::GRAD && call.dtype != FLOAT64 && scratch + pixels * pixel_bytes <= room;
-  plan.tile = staged ? K : 0;
-  plan.shared_bytes = scratch + (staged ? pixels * pixel_bytes : 0);
+  const bool full = needs_full(call.program);
+  const int64_t scratch = plan.threads * (wide ? exchanged_bytes<double>(full) : exchanged_bytes<float>(full));
+  const int64_t used = groups > 1 ? scratch : 0;
+  const bool staged = call.op != Op::GRAD && !wide && used + pixels * pixel_bytes <= room;
   const int64_t tiles = ceil_div(N, pixels), many = call.op == Op::LOSS ? std::max<int64_t>(1, tiles / LOSS_PARTS) : 1;
-  plan.rows = pixels * many;
-  plan.blocks = ceil_div(tiles, many);
-  plan.loss_parts = plan.blocks;
+  plan.spatial = {int(pixels), pixels * many, staged ? pixels * pixel_bytes : 0};
+  plan.shared_bytes = used + plan.spatial.staged_bytes;
+  plan.blocks = plan.loss_parts = ceil_div(tiles, many);
   return plan;
 }
 
 cudaError_t launch_spatial(const Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto focal) {
-    return launch_variant<typename decltype(s)::type, decltype(focal)::value>(p, stream);
+  return by_variant(p.call, [&](auto s, auto full) {
+    return launch_variant<typename decltype(s)::type, decltype(full)::value>(p, stream);
   });
 }
 

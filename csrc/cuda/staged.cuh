@@ -1,19 +1,16 @@
-// A stretch of a row in shared memory, as it is stored, at the misalignment it has in global memory.
+// A row in shared memory, as it is stored, at the misalignment it has in global memory.
 //
-// Whole packs of 16 bytes are copied asynchronously, the elements of a pack that the stretch covers in part one by one;
-// around the stretch stands -inf, so that every sweep takes whole packs and no element outside it is ever read.
+// Whole packs of 16 bytes are copied asynchronously, the elements of a pack that the row covers in part one by one; around
+// the row stands -inf, so that every sweep takes whole packs and no element outside the row is ever read.
 #pragma once
 
-#include "row_common.cuh"
+#include "results.cuh"
 
 namespace anl {
 namespace gpu {
 
-// Shared memory for n elements of `size` bytes at any misalignment.
-constexpr int64_t staged_bytes(int64_t n, int64_t size) { return (n * size + 15 + 15) / 16 * 16; }
-
 template <class S>
-struct Stretch {
+struct StagedRow {
   using T = acc_t<S>;
   static constexpr int P = PACK<S>;
 
@@ -21,7 +18,7 @@ struct Stretch {
   const S* source;  // global: element i is source[i]
   int n, shift, packs;
 
-  ANL_DEVICE Stretch(S* shared, const S* global, int count)
+  ANL_DEVICE StagedRow(S* shared, const S* global, int count)
       : data(shared), source(global), n(count), shift(int(reinterpret_cast<uintptr_t>(global) / sizeof(S) % P)),
         packs((shift + count + P - 1) / P) {}
 
@@ -42,16 +39,14 @@ struct Stretch {
     copy_async_commit();
   }
 
-  // All threads, before the barrier after which any of them may read: the copy is there, and element y (if it is in the
-  // stretch) is -inf.
-  ANL_DEVICE void arrive(int64_t y) const {
+  // All threads, before the barrier after which any of them may read: the copy is there, and the target's logit is -inf.
+  ANL_DEVICE void wait_and_mask(int64_t y) const {
     copy_async_wait<0>();
-    if (y < 0 || y >= n) return;
     const int at = shift + int(y);
     if (at / P % int(blockDim.x) == int(threadIdx.x)) data[at] = narrow<S>(minus_inf<T>());
   }
 
-  // f(element) for the thread's share.
+  // f(element) for every element of the thread's packs.
   template <class F>
   ANL_DEVICE void each(const F& f) const {
     for (int q = threadIdx.x; q < packs; q += blockDim.x) {
@@ -62,8 +57,8 @@ struct Stretch {
     }
   }
 
-  // All threads, after a barrier: f(element) to grad[i], and `target` to element y's place if it is in the stretch. The
-  // stretch is lost: a barrier stands before it is loaded anew.
+  // All threads, after a barrier: f(element) to grad[i], and `target` to element y's place. The staged row is lost: a
+  // barrier stands before the next one is loaded.
   template <class F>
   ANL_DEVICE void store(S* grad, int64_t y, T target, const F& f) const {
     const bool straight = int(reinterpret_cast<uintptr_t>(grad) / sizeof(S) % P) == shift;
@@ -94,12 +89,12 @@ struct Stretch {
     copy_out(grad);
   }
 
-  // The stretch, as it stands, to memory that is aligned in another way.
+  // The row, as it stands, to memory that is aligned in another way.
   ANL_DEVICE void copy_out(S* grad) const {
     const int to = int(reinterpret_cast<uintptr_t>(grad) / sizeof(S) % P);
     for (int i = int(threadIdx.x) * P - to; i < n; i += int(blockDim.x) * P) {
       if (whole(i)) {
-        acc_t<S> pack[P];
+        T pack[P];
 #pragma unroll
         for (int v = 0; v < P; ++v) pack[v] = widen(data[shift + i + v]);
         store16(grad + i, narrow_pack<S>(pack));

@@ -26,6 +26,7 @@ from anl_kernels.call import Call
 pytestmark = pytest.mark.skipif(not cuda_on_host.build.compiler(), reason="needs g++ on Linux and the source tree")
 
 FLOAT32, FLOAT64, BFLOAT16 = 0, 1, 3
+ABOVE = 1  # what the kernels are told that NNCE needs
 
 
 GPU = [pytest.param("gpu", marks=pytest.mark.gpu)] if devices.GPU else []
@@ -84,7 +85,7 @@ def test_selection_by_strides(module):
 
 
 def row_loss(module, logits, target, empty, device=-1):
-    program = module.Program([(1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0)], 1e-7, 0.0)
+    program = module.Program([(1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0)], 1e-7, 0.0, ABOVE)
     loss, grad = torch.empty(()), torch.empty_like(logits)
     rows, classes = logits.shape
     module.row_loss(
@@ -117,7 +118,7 @@ SHAPES = mainly(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("label", [thorough(-1), "classes", 2**40], ids=str)
 def test_a_label_out_of_bounds_is_a_row_of_nan(device, shape, label):
-    """Of that row alone; the others' gradients are divided by the number of rows that are not ignored."""
+    """That row alone is NaN; the others' gradients are divided by the number of rows that are not ignored."""
     rows, classes = math.prod(shape) // shape[1], shape[1]
     logits = helpers.randn(shape, generator=helpers.generator(0)) * 3
     labels = helpers.randint(classes, (rows,), generator=helpers.generator(1))
@@ -224,7 +225,7 @@ def test_a_tensor_without_memory_is_refused_by_name(module, argument):
 
 def test_the_module_refuses_null_pointers_by_name(module):
     x, y, out = torch.randn(4, 6).data_ptr(), torch.zeros(4, dtype=torch.int64).data_ptr(), torch.zeros(4).data_ptr()
-    program, where = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0), module.Where(-1, 0, lambda size: 0)
+    program, where = module.Program([(0, 1.0, 0.0, 0.0)], 1e-7, 0.0, 0), module.Where(-1, 0, lambda size: 0)
     at = ((4, 6, 1), (6, 1, 0))
     for logits, target, loss, what in ((0, y, out, "the logits"), (x, 0, out, "the target"), (x, y, 0, "the loss")):
         with pytest.raises(ValueError, match=f"no memory is given for {what}"):
@@ -272,7 +273,7 @@ COLUMN_LAYOUTS = {**helpers.LAYOUTS, "in_several_runs": in_several_runs}
 @pytest.mark.parametrize("layout", COLUMN_LAYOUTS)
 @pytest.mark.parametrize("classes", [9, 70])
 def test_column_sums(device, classes, layout):
-    """Of rows in several chunks, one of which is ignored and NaN."""
+    """Rows in several chunks, one of which is ignored and NaN."""
     values = torch.randn(132, classes, generator=helpers.generator(0), device="cpu") * 3
     coefs = torch.zeros(10, len(values), device="cpu")
     coefs[0], coefs[1] = values.amax(1), 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)

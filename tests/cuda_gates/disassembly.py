@@ -107,7 +107,7 @@ class Kernel:
 
     @property
     def parameters(self) -> list[str]:
-        """Of the template: ["float", "false"]."""
+        """Those of the template: ["float", "false"]."""
         inside = re.search(r"<(.*)>$", self.name, re.S)
         return [word.strip().split("::")[-1] for word in inside[1].split(",")] if inside else []
 

@@ -71,7 +71,7 @@ def hot_loops(kernel: Kernel, hot: Hot) -> list[Loop]:
 
 
 def loop_problems(kernel: Kernel, hot: Hot) -> list[str]:
-    """128-bit reads and writes, and one MUFU.EX2 an element, in a sweep and in the loop that writes the gradient."""
+    """128-bit reads and writes, and one MUFU.EX2 per element, in a sweep and in the loop that writes the gradient."""
     elements = ELEMENTS[kernel.parameters[0]]
     found, sweeps, writers = [], 0, 0
     for loop in hot_loops(kernel, hot):

@@ -74,7 +74,7 @@ def rows_of_table(kernels_here, module, device, rows):
             )
 
 
-# Their rows need no range: bytes a class, in units of the storage type.
+# Their rows need no range: bytes per class, in units of the storage type.
 OTHERS = {
     "spatial": "1 + 1; again through the caches where the pixels' classes do not fit in shared memory",
     "rows_gradient": "1 + 1",
@@ -97,7 +97,7 @@ HEADINGS = (
     "kernel",
     "dtype",
     "classes",
-    "bytes a class: read + written",
+    "bytes per class: read + written",
     "registers",
     "shared memory, KB",
     "cluster",
@@ -118,7 +118,7 @@ def main(rows=4096):
     path = build.build()
     module, library = build.load(path), ctypes.CDLL(str(path))
     print(f"Kernels of a loss with its gradient, {rows} contiguous rows. Loads and stores of 128 bits, no spills; one")
-    print("MUFU.EX2 a class in each sweep, without the focal losses (tests/cuda_gates).")
+    print("MUFU.EX2 per class in each sweep, without the focal losses (tests/cuda_gates).")
     for name, (device, arch) in DEVICES.items():
         assert library.anl_host_use_device(device) == 0
         found = [kernel for path in cubins(arch).values() for kernel in kernels(path)]

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code: no spills, few registers, 128-bit accesses and one exp an element. Needs no GPU."""
+"""The CUDA kernels' machine code: no spills, few registers, 128-bit accesses and one exp per element. Needs no GPU."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -86,7 +86,8 @@ def cuda_units(variant, paths, csrc):
     """The sources, and the engine that runs them."""
     flags, engine = VARIANTS[variant]
     kernels = [path for path in paths if path.parent != HERE or path.name.endswith("_checks.cpp")]  # CUDA C++
-    engine = [HERE / name for name in ("engine.cpp", engine, "host_devices.cpp", "host_runtime.cpp")]
+    host = ("host_contexts.cpp", "host_devices.cpp", "host_runtime.cpp")
+    engine = [HERE / name for name in ("engine.cpp", engine, *host)]
     units = [Unit(path, [*FLAGS, *flags, *QUICKLY.get(path.name, []), "-include", "shim.h"]) for path in kernels]
     return units + [Unit(path, [*FLAGS, *flags]) for path in engine]
 
@@ -156,7 +157,7 @@ def copy_for_races(folder):
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     compile_only(csrc, ["FLOAT32"])
-    replace(csrc / "cuda" / "select.cpp", r"LOSS_PARTS = [^;]*;", "LOSS_PARTS = 2;")
+    replace(csrc / "cuda" / "plans.h", r"LOSS_PARTS = [^;]*;", "LOSS_PARTS = 2;")
     return csrc
 
 

@@ -20,11 +20,12 @@ LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = ctypes.c_void_p,
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 SIZES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
 CE, NCE, NNCE, NFL, NNFL, RCE = 0, 1, 2, 4, 5, 7
-LOSSES = {  # terms, gamma
-    "anl_ce": ([(NCE, 1.0, 0.0, 0.0), (NNCE, 1.0, 0.0, 0.0)], 0.0),
-    "anl_fl": ([(NFL, 1.0, 0.0, 0.0), (NNFL, 1.0, 0.0, 0.0)], 0.5),
-    "nce+rce": ([(NCE, 1.0, 0.0, 0.0), (RCE, 1.0, 9.2, 0.0)], 0.0),
-    "ce": ([(CE, 1.0, 0.0, 0.0)], 0.0),
+ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = 1, 2, 4, 8
+LOSSES = {  # terms, gamma, needs
+    "anl_ce": ([(NCE, 1.0, 0.0, 0.0), (NNCE, 1.0, 0.0, 0.0)], 0.0, ABOVE),
+    "anl_fl": ([(NFL, 1.0, 0.0, 0.0), (NNFL, 1.0, 0.0, 0.0)], 0.5, FOCAL | FOCAL_ABOVE),
+    "nce+rce": ([(NCE, 1.0, 0.0, 0.0), (RCE, 1.0, 9.2, 0.0)], 0.0, ABOVE | ABOVE_MASS),
+    "ce": ([(CE, 1.0, 0.0, 0.0)], 0.0, 0),
 }
 ALL_NEEDS = 15
 # name: (device of host_devices.cpp, rows, classes, pixels or 0, dtypes). Sizes choose the kernel: on the small devices
@@ -141,17 +142,21 @@ class Case:
         grad = self.new("grad", count + self.rows * self.gap, SIZES[self.dtype])
         return logits, grad.fill(bytes(grad.size)) if self.gap else grad
 
-    def loss(self, terms, gamma, reduction, with_grad=True, with_coefs=False, inplace=False, weighted=False):
+    def loss(self, program, reduction, with_grad=True, with_coefs=False, inplace=False, weighted=False):
         logits, grad = self.fresh()
         loss = Buffer((self.rows if reduction == 0 else 1) * SIZES[self.acc])
         out = logits if inplace else grad
         self.kernels.row_loss(
-            self.kernels.Program(terms, 1e-7, gamma), self.dtype, self.shape, logits.address, self.strides,
+            program, self.dtype, self.shape, logits.address, self.strides,
             out.address if with_grad else 0, self.strides if inplace else self.grad_strides, self.target.address, 0,
             -100, self.weight.address if weighted else 0, reduction, loss.address,
             self.coefs.address if with_coefs else 0, self.where(),
         )  # fmt: skip
         return decode(self.note(loss, *[out] * with_grad, *[self.coefs] * with_coefs)[0].bytes(), self.acc)
+
+    def program(self, name):
+        terms, gamma, needs = LOSSES[name]
+        return self.kernels.Program(terms, 1e-7, gamma, needs)
 
     def note(self, *results):
         for result in results:
@@ -180,9 +185,9 @@ class Case:
         self.note(out)
 
     def column_sums(self):
-        """Of rows whose labels all exist: the NaN of any other would be in every sum."""
+        """All labels exist here: the NaN of any other row would be in every sum."""
         self.fill_target([label if label < self.classes else -100 for label in self.known])
-        self.loss(*LOSSES["ce"], 0, with_grad=False, with_coefs=True)
+        self.loss(self.program("ce"), 0, with_grad=False, with_coefs=True)
         logits, _ = self.fresh()
         sums = Buffer(self.classes * 8)
         self.kernels.column_sums(
@@ -212,13 +217,12 @@ class Case:
 
     def run(self, thorough):
         for name in LOSSES if thorough else ("anl_ce", "anl_fl"):
-            terms, gamma = LOSSES[name]
-            needs = self.kernels.Program(terms, 1e-7, gamma).needs
-            rows = self.loss(terms, gamma, 0, with_grad=False, with_coefs=True)
-            total = self.loss(terms, gamma, 2)[0]
+            program, (_, gamma, needs) = self.program(name), LOSSES[name]
+            rows = self.loss(program, 0, with_grad=False, with_coefs=True)
+            total = self.loss(program, 2)[0]
             assert math.isnan(total) if self.rows > 2 else math.isclose(total, sum(rows), rel_tol=1e-5)
             assert all(math.isfinite(x) for i, x in enumerate(rows) if i != 2)
-            self.loss(terms, gamma, 1, with_coefs=True, inplace=True, weighted=True)
+            self.loss(program, 1, with_coefs=True, inplace=True, weighted=True)
             self.stats(gamma)
             self.grad(needs, gamma)
             self.grad(needs, gamma, entropy=True, inplace=True)

@@ -1,8 +1,8 @@
-// What a GPU's runtime would answer: contexts, errors that stay, and what it refuses to launch.
+// What a GPU's runtime would answer to launches, and what it refuses to launch.
 //
 // Where CUDA's headers name the error of a refusal, it is that one. Where they do not, it is what the driver is known to
 // give (clusters: cudaErrorInvalidClusterSize), and on a device without clusters cudaErrorNotSupported.
-#include "host_runtime.h"
+#include "host_contexts.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -16,72 +16,9 @@
 
 #include "host_devices.h"
 
-struct CUctx_st {};  // a device's only context: number i of `contexts`
-
 namespace anl {
 namespace host {
 namespace {
-
-constexpr int VERSION = 13000;
-
-// ---- contexts, and the errors that stay in them ----------------------------------------------------------------------------
-
-CUctx_st contexts[NUM_DEVICES];
-std::atomic<unsigned> created{0};                       // a bit a device
-std::atomic<cudaError_t> broken[NUM_DEVICES] = {};      // what every later call in that context answers
-std::atomic<int> first_device{0};                       // current in a thread that has never chosen one
-
-struct HostThread {
-  std::vector<int> contexts;  // the current one last
-  cudaError_t last_error = cudaSuccess;
-};
-thread_local HostThread host_thread;
-
-int current_device() { return host_thread.contexts.empty() ? first_device.load() : host_thread.contexts.back(); }
-
-cudaError_t answer(cudaError_t error) {
-  if (error) host_thread.last_error = error;
-  return error;
-}
-
-bool exists(int device) { return device >= 0 && device < NUM_DEVICES; }
-
-void create_context(int device) { created |= 1u << device; }
-
-// For whatever cannot do without a context.
-cudaError_t enter_context() {
-  const int device = current_device();
-  create_context(device);
-  if (host_thread.contexts.empty()) host_thread.contexts.push_back(device);
-  return broken[device];
-}
-
-CUresult get_device(CUdevice* device, int ordinal) {
-  if (!exists(ordinal)) return CUDA_ERROR_INVALID_DEVICE;
-  *device = ordinal;
-  return CUDA_SUCCESS;
-}
-CUresult retain(CUcontext* context, CUdevice device) {
-  if (!exists(device)) return CUDA_ERROR_INVALID_DEVICE;
-  create_context(device);
-  *context = &contexts[device];
-  return CUDA_SUCCESS;
-}
-CUresult push(CUcontext context) {
-  if (context < contexts || context >= contexts + NUM_DEVICES) return CUDA_ERROR_INVALID_CONTEXT;
-  host_thread.contexts.push_back(int(context - contexts));
-  return CUDA_SUCCESS;
-}
-CUresult get_current(CUcontext* context) {
-  *context = host_thread.contexts.empty() ? nullptr : &contexts[host_thread.contexts.back()];
-  return CUDA_SUCCESS;
-}
-CUresult pop(CUcontext* context) {
-  if (host_thread.contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
-  if (context) get_current(context);
-  host_thread.contexts.pop_back();
-  return CUDA_SUCCESS;
-}
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
 
@@ -245,15 +182,6 @@ using namespace anl::host;
 
 // ---- for the tests, by ctypes ----------------------------------------------------------------------------------------------
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
-// That one is current where nobody has chosen another; no context is made.
-EXPORTED int anl_host_use_device(int device) {
-  if (!exists(device)) return -1;
-  first_device = device;
-  host_thread.contexts.clear();
-  return 0;
-}
 EXPORTED unsigned anl_host_protocol_uses() { return protocol_uses.exchange(0); }
 EXPORTED unsigned anl_host_launches() { return launches.exchange(0); }
 // "010": the second of the launches that follow is refused with that error.
@@ -262,37 +190,7 @@ EXPORTED void anl_host_refuse(const char* launches_to_refuse, int error) {
   to_refuse = launches_to_refuse;
   refusal = cudaError_t(error);
 }
-// A bit for each device that has a context.
-EXPORTED unsigned anl_host_contexts() { return created; }
-EXPORTED void anl_host_create_context(int device) { create_context(device); }
-// The device whose context is current in this thread; -1: none is.
-EXPORTED int anl_host_current_context() { return host_thread.contexts.empty() ? -1 : host_thread.contexts.back(); }
-EXPORTED int anl_host_set_device(int device) { return cudaSetDevice(device); }
-// No contexts, in this thread none that is current, no errors. What kernels were told and what is known of them stays:
-// csrc/cuda tells them once.
-EXPORTED void anl_host_reset() {
-  created = 0;
-  for (std::atomic<cudaError_t>& error : broken) error = cudaSuccess;
-  host_thread = {};
-}
-
 // ---- the runtime -----------------------------------------------------------------------------------------------------------
-
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = NUM_DEVICES;
-  return cudaSuccess;
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device();
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-  if (!exists(device)) return answer(cudaErrorInvalidDevice);
-  create_context(device);
-  if (host_thread.contexts.empty()) host_thread.contexts.push_back(device);
-  host_thread.contexts.back() = device;
-  return answer(broken[device]);
-}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (!exists(device)) return answer(cudaErrorInvalidDevice);
@@ -328,50 +226,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaPeekAtLastError() {
-  const cudaError_t stays = created >> current_device() & 1 ? broken[current_device()].load() : cudaSuccess;
-  return stays ? stays : host_thread.last_error;
-}
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = cudaPeekAtLastError();
-  host_thread.last_error = cudaSuccess;
-  return error;
-}
-
-const char* cudaGetErrorName(cudaError_t error) {
-#define NAMED(name) \
-  case name: return #name;
-  switch (error) {
-    NAMED(cudaSuccess)
-    NAMED(cudaErrorInvalidValue)
-    NAMED(cudaErrorMemoryAllocation)
-    NAMED(cudaErrorInvalidConfiguration)
-    NAMED(cudaErrorInsufficientDriver)
-    NAMED(cudaErrorInvalidDeviceFunction)
-    NAMED(cudaErrorNoDevice)
-    NAMED(cudaErrorInvalidDevice)
-    NAMED(cudaErrorDeviceUninitialized)
-    NAMED(cudaErrorNoKernelImageForDevice)
-    NAMED(cudaErrorInvalidPtx)
-    NAMED(cudaErrorUnsupportedPtxVersion)
-    NAMED(cudaErrorIllegalAddress)
-    NAMED(cudaErrorLaunchOutOfResources)
-    NAMED(cudaErrorLaunchTimeout)
-    NAMED(cudaErrorIllegalInstruction)
-    NAMED(cudaErrorMisalignedAddress)
-    NAMED(cudaErrorLaunchFailure)
-    NAMED(cudaErrorNotSupported)
-    NAMED(cudaErrorStreamCaptureInvalidated)
-    NAMED(cudaErrorInvalidClusterSize)
-    NAMED(cudaErrorUnknown)
-  }
-#undef NAMED
-  return "unrecognized error code";
-}
-const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
-
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = VERSION;
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
@@ -441,21 +297,5 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   const Kernel kernel(function);
   const bool fits = !refuse_block(kernel, dim3(unsigned(threads)), shared_bytes).error;
   *blocks = fits ? ctas_per_sm(kernel.device, kernel.footprint(unsigned(threads), shared_bytes)) : 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long flags,
-                                             cudaDriverEntryPointQueryResult* status) {
-  static const std::map<std::string_view, void*> known = {
-      {"cuDeviceGet", reinterpret_cast<void*>(get_device)},
-      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(retain)},
-      {"cuCtxPushCurrent", reinterpret_cast<void*>(push)},
-      {"cuCtxPopCurrent", reinterpret_cast<void*>(pop)},
-      {"cuCtxGetCurrent", reinterpret_cast<void*>(get_current)},
-  };
-  if (!symbol || !function || flags != cudaEnableDefault || version > VERSION) return answer(cudaErrorInvalidValue);
-  const auto found = known.find(symbol);
-  *function = found == known.end() ? nullptr : found->second;
-  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

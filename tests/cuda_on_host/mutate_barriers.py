@@ -23,10 +23,9 @@ from cuda_on_host import build, sanitizers  # noqa: E402
 
 # file: the calls that come by. A header's are those of a few files that include it.
 REACHED_BY = {
-    "columns.cu": "spatial_few,spatial",
-    "long_rows.cuh": "cluster,split",
+    "column_sums.cu": "spatial_few,spatial",
     "reduce.cuh": "block,spatial,cluster",
-    "row_common.cuh": "block,split,small",
+    "results.cuh": "block,split,small",
     "rows_block.cu": "block",
     "rows_cluster.cu": "cluster",
     "rows_gradient.cu": "small,block",  # one warp has no other barrier
@@ -34,6 +33,7 @@ REACHED_BY = {
     "rows_split.cu": "split",
     "spatial.cu": "spatial",
     "staged.cuh": "block,block_apart",
+    "sums.cuh": "block,cluster,split",
 }
 EVERYTHING = "small,block,cluster,split,spatial"
 ARGUMENTS = r"\(((?:[^()]|\([^()]*\))*)\)"  # with one more pair of parentheses inside
@@ -63,9 +63,9 @@ MUTATIONS = [
 FILLED = "barrier_expect(&shared.filled[c.slot], unsigned(packs) * 16);"
 ONE_OF_TWO = "one of the two between rows is enough: a thread sweeps what it staged itself"
 SURVIVORS = {
-    ("rows_block.cu", "stretch.arrive(y); __syncthreads();", "removed"): ONE_OF_TWO,
+    ("rows_block.cu", "staged.wait_and_mask(y); __syncthreads();", "removed"): ONE_OF_TWO,
     ("rows_block.cu", "} __syncthreads();", "removed"): ONE_OF_TWO,
-    ("row_common.cuh", "ANL_STATIC_SHARED(unsigned, last); __syncthreads();", "removed"): (
+    ("results.cuh", "ANL_STATIC_SHARED(unsigned, last); __syncthreads();", "removed"): (
         "every CTA that brings several parts of the loss has a barrier between them for other reasons"
     ),
     ("rows_cluster.cu", FILLED, "relaxed"): "who waits, waits for the copy, not for what its thread did before",
@@ -130,7 +130,7 @@ def run(module, cases, seed, limit):
 
 
 def name_of(csrc, seeds):
-    """Of what is run: whatever it is made of, but not where that lies."""
+    """A name for what is run: by what it is made of, not where that lies."""
     objects = build.objects_of(build.module_units("thread", csrc), csrc)
     return build.digest(sanitizers.CALLS.read_text(), *(path.name for path in objects), seeds)
 

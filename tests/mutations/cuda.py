@@ -1,9 +1,11 @@
 """Mutants of the CUDA kernels and their launchers, as those of python.py."""
 
-SELECT, COMMON, REDUCE = "csrc/cuda/select.cpp", "csrc/cuda/row_common.cuh", "csrc/cuda/reduce.cuh"
+SELECT, PLANS, REDUCE = "csrc/cuda/select.cpp", "csrc/cuda/plans.h", "csrc/cuda/reduce.cuh"
+SUMS, RESULTS, PRIMITIVES = "csrc/cuda/sums.cuh", "csrc/cuda/results.cuh", "csrc/cuda/primitives.cuh"
 SMALL, BLOCK, STAGED = "csrc/cuda/rows_small.cu", "csrc/cuda/rows_block.cu", "csrc/cuda/staged.cuh"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
-GRADIENT, SPATIAL, COLUMNS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/columns.cu"
+GRADIENT, SPATIAL = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu"
+COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
 LAUNCH, DEVICE, MODULE = "csrc/cuda/launch.cuh", "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
 HOST = "cuda-host and not (sm80 or warp or launches)"
 NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
@@ -21,29 +23,29 @@ LAUNCHERS = "anl_kernels/backends/cuda.py"
 
 MUTANTS = [
     # ---- plans
-    (SELECT, "? 0 : pack_of(call) - 1;", "? 0 : pack_of(call) - 2;", "tests/backends/test_cuda.py -k fill_their_lanes"),
+    (SMALL, "? 0 : pack - 1;", "? 0 : pack - 2;", "tests/backends/test_cuda.py -k fill_their_lanes"),
     (
-        SELECT,
+        PLANS,
         "call.num_classes * size_of(call.dtype) + 2 * PACK_BYTES - 2)",
         "call.num_classes * size_of(call.dtype) + PACK_BYTES - 1)",
         NUMBERS,
     ),
     (
-        SELECT,
-        "staged_row_bytes(call) + STATIC_SHARED <= limits.shared_bytes",
-        "staged_row_bytes(call) <= limits.shared_bytes",
+        BLOCK,
+        "staged_row_bytes(call) + STATIC_SHARED + RESERVED_SHARED;",
+        "staged_row_bytes(call) + RESERVED_SHARED;",
         f"{LAUNCHES} -k rows_that_one_cta",
     ),
     (
-        SELECT,
+        PLANS,
         "const Strides difference = {l.so - g.so, 0, l.si - g.si};",
         "const Strides difference = {l.so - g.so, 0, 0};",
         LAYOUT,
     ),
     (
-        SELECT,
-        "ceil_div(N * ceil_div(K + pack - 1, plan.tile) * plan.lanes",
-        "ceil_div(N * ceil_div(K, plan.tile) * plan.lanes",
+        GRADIENT,
+        "N * ceil_div(K + pack - 1, gradient.classes_per_unit);",
+        "N * ceil_div(K, gradient.classes_per_unit);",
         "tests/backends/test_cuda.py -k edges",
     ),
     (
@@ -60,17 +62,18 @@ MUTANTS = [
         f"{MODELS} -k 'every_model and widest'",
     ),
     (
-        COMMON,
+        RESULTS,
         "return call.weight && kind == Label::LIVE ? static_cast<const T*>(call.weight)[y] : T(1);",
         "return kind == Label::BAD ? T(0) : call.weight ? static_cast<const T*>(call.weight)[y] : T(1);",
         'tests/backends/test_cuda.py -k "out_of_bounds and host"',
     ),
-    (COMMON, "if (count > A(0)) gap += count * (larger - max);", "gap += count * (larger - max);", STRETCHES),
-    (COMMON, "focal ? T(s.below_mass) : T(s.below_mass) * inv_sum", "T(s.below_mass) * inv_sum", BELOW),
-    (COMMON, "return d == T(-INF) ? missing : value;", "return d == T(-INF) ? T(0) : value;", MASKED_NAN),
+    (SUMS, "sums.rebase(sums.of[COUNT] > A(0) ? larger - max : A(0));", "sums.rebase(larger - max);", STRETCHES),
+    (SUMS, "return FULL && needs_focal(prog) ? T(1) : inv_sum;", "return inv_sum;", BELOW),
+    (SUMS, "if (lane >= warps) clear(one);", "", NUMBERS),
+    ("csrc/row_math.h", "? missing : value) : value;", "? M::set(0.0) : value) : value;", MASKED_NAN),
     (
-        COMMON,
-        "rest = l > T(-0.5) ? -Scalar<T>::expm1(l) : T(1) - e;",
+        PRIMITIVES,
+        "rest = l > T(-0.5) ? -ScalarMath<T>::expm1(l) : T(1) - e;",
         "rest = T(1) - e;",
         f'tests/test_accuracy.py -k "plain_pytorch and nnfl and {HOST}"',
         "a class whose p is nearly 1 has a log p of nearly 0: its weight is lost among the others' roundings",
@@ -84,15 +87,15 @@ MUTANTS = [
     ),
     (
         SMALL,
-        "if (row.second) row.take(sums, FOCAL);",
-        "row.take(sums, FOCAL);",
+        "if (row.second) row.set_second_sums(call.program, sums);",
+        "row.set_second_sums(call.program, sums);",
         LOSSES,
         "the sums of a row that needs no second sweep are right as well",
     ),
     (
         BLOCK,
-        "if (p.call.program.needs) {\n      __syncthreads();",
-        "if (p.call.program.needs) {",
+        "if (needs_second(program)) {\n      __syncthreads();",
+        "if (needs_second(program)) {",
         NUMBERS,
     ),
     (STAGED, "packs((shift + count + P - 1) / P)", "packs((count + P - 1) / P)", NUMBERS),
@@ -110,7 +113,7 @@ MUTANTS = [
         "unsigned(away) >= unsigned((U - 1) * step)",
         "tests/backends/test_cuda.py -k edges",
     ),
-    (LONG, "if (all_exist && gradient.plain()) {", "if (gradient.plain()) {", STRETCHES),
+    (LONG, "if (all_exist && gradient.row.slope", "if (gradient.row.slope", STRETCHES),
     (
         CLUSTER,
         "if (slot >= slots()) {",
@@ -119,8 +122,8 @@ MUTANTS = [
     ),
     (
         SPLIT,
-        "plan.separate ? 0 : 1 + 2 * num_rows",
-        "plan.separate ? 0 : 1 + num_rows",
+        "split.separate_launches ? 0 : 1 + 2 * num_rows",
+        "split.separate_launches ? 0 : 1 + num_rows",
         MANY_GROUPS,
     ),
     (
@@ -130,11 +133,11 @@ MUTANTS = [
         "tests/backends/test_cuda.py -k 'ignored_rows and host'",
     ),
     # ---- gradients from coefficients, any strides, sums down the rows
-    (GRADIENT, "entropy.take_lost(entropy_sums(p, row, entropy, shared + WARP));", "", ENTROPY),
+    (GRADIENT, "entropy.set_lost(entropy_sums(p, row, entropy, shared + WARP));", "", ENTROPY),
     (
         GRADIENT,
-        "return known.unread ? own : own + entropy.at(x, log_q[k]);",
-        "return own + entropy.at(x, log_q[k]);",
+        "return known.unread ? own : own + entropy.at(z, log_q[k]);",
+        "return own + entropy.at(z, log_q[k]);",
         f'tests/test_entropy.py -k "without_rows and {HOST}"',
     ),
     (
@@ -145,20 +148,20 @@ MUTANTS = [
     ),
     (
         SPATIAL,
-        "part = nothing;",
-        "part = FirstSums<T>::none();",
+        "           clear(part);\n         });",
+        "         });",
         f'tests/test_conformance.py -k "thousands and float32 and transposed and {HOST}"',
     ),
     (COLUMNS, "if (++i == p.call.inner) i = 0, ++o;", "++i;", COLUMN_SUMS),
-    (COLUMNS, "i = chunk * p.plan.rows % p.call.inner;", "i = 0;", COLUMN_SUMS),
+    (COLUMNS, "i = chunk * plan.rows_per_chunk % p.call.inner;", "i = 0;", COLUMN_SUMS),
     (
-        COLUMNS,
-        "const int64_t shares = ceil_div(n + P - 1, share)",
-        "const int64_t shares = ceil_div(n, share)",
+        SCALE,
+        "const int64_t tiles = ceil_div(n + P - 1, tile)",
+        "const int64_t tiles = ceil_div(n, tile)",
         "tests/backends/test_cuda.py -k 'scaling and float32'",
     ),
     (
-        COLUMNS,
+        SCALE,
         "if (at < 3 && stride == s.strides[at] * s.size[at]) {",
         "if (at < 3) {",
         "tests/backends/test_cuda.py -k 'scaling and float32'",

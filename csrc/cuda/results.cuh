@@ -1,0 +1,200 @@
+// What a row's label asks for and what is written of a row: weights, losses, coefficients, statistics, unread rows.
+#pragma once
+
+#include "kernels.h"
+#include "sums.cuh"
+
+namespace anl {
+namespace gpu {
+
+// f(Stored<S>(), FULL): the storage type, and whether the kernel makes what few losses read.
+template <class F>
+cudaError_t by_variant(const Call& call, F f) {
+  return by_storage<half_t, bfloat16_t>(
+      call.dtype, [&](auto s) { return needs_full(call.program) ? f(s, std::true_type()) : f(s, std::false_type()); });
+}
+
+// ---- labels --------------------------------------------------------------------------------------------------------
+
+enum class Label { LIVE, IGNORED, BAD };  // BAD: outside [0, K), its row is NaN
+
+ANL_DEVICE Label label_kind(const Call& call, int64_t y) {
+  if (y == call.ignore_index) return Label::IGNORED;
+  return is_class(call, y) ? Label::LIVE : Label::BAD;
+}
+
+// The row's weight in the loss; 1 where the label is bad, so that the others' denominator is a number.
+template <class T>
+ANL_DEVICE T row_weight(const Call& call, int64_t y, Label kind) {
+  if (kind == Label::IGNORED) return T(0);
+  return call.weight && kind == Label::LIVE ? static_cast<const T*>(call.weight)[y] : T(1);
+}
+
+// ---- the loss of all rows -------------------------------------------------------------------------------------------
+
+// What the rows' gradients and the sum of losses are divided by. All threads of the CTA call this.
+template <class T>
+ANL_DEVICE double loss_denominator(const Params& p) {
+  if (p.reduction != MEAN || p.call.op != Op::LOSS) return 1.0;
+  double sum = 0.0;
+  if (p.weight_parts) {
+    for (int i = lane_index(); i < WEIGHT_PARTS; i += WARP) sum += p.weight_parts[i];
+    return warp_reduce(sum, Add<double>());
+  }
+  ANL_STATIC_SHARED(double[WARP], shared);
+  for (int64_t r = threadIdx.x; r < p.num_rows; r += blockDim.x) {
+    const int64_t y = label_at(p.call, r);
+    sum += double(row_weight<T>(p.call, y, label_kind(p.call, y)));
+  }
+  return block_reduce(sum, Add<double>(), shared);
+}
+
+// The loss from its parts, added up in order by one CTA.
+template <class T>
+ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
+  ANL_STATIC_SHARED(double[WARP], shared);
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < p.plan.loss_parts; i += blockDim.x) sum += p.loss_parts[i];
+  sum = block_reduce(sum, Add<double>(), shared);
+  if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
+}
+
+// The CTA's sum of losses (thread 0 has it) into the call's: the CTA that comes last adds the parts up, or launch_finish.
+// All threads of the CTA call this.
+template <class T>
+ANL_DEVICE void finish_loss(const Params& p, int64_t part, double sum, double denominator) {
+  if (!p.loss) return;
+  const int64_t parts = p.plan.loss_parts;
+  if (parts == 1) {
+    if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
+  } else if (!p.loss_ticket) {
+    if (threadIdx.x == 0) p.loss_parts[part] = sum;
+  } else {
+    ANL_STATIC_SHARED(unsigned, last);
+    __syncthreads();  // between two parts that one CTA brings
+    if (threadIdx.x == 0) {
+      p.loss_parts[part] = sum;
+      last = add_acq_rel(p.loss_ticket, 1) == unsigned(parts - 1);
+    }
+    __syncthreads();
+    if (last) add_loss_parts<T>(p, denominator);
+  }
+}
+
+// ---- rows that are read ------------------------------------------------------------------------------------------------
+
+// Row r of the coefficients (NUM_COEFS, N).
+template <class T>
+ANL_DEVICE void write_coefs(const Params& p, int64_t r, const T (&coefs)[NUM_COEFS]) {
+  T* out = static_cast<T*>(p.call.grad_coefs) + r;
+#pragma unroll
+  for (int i = 0; i < NUM_COEFS; ++i) out[i * p.num_rows] = coefs[i];
+}
+
+// The weighted loss of a live row, and its gradient. Only the thread with `writes` writes what is kept of them.
+template <class T, bool FULL>
+ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight, double denominator, bool writes,
+                        RowGradient<T>& gradient) {
+  using M = Scalar<T>;
+  const Program& program = p.call.program;
+  T coefs[NUM_COEFS];
+  const T loss = evaluate<M, FULL>(program, row.stats, coefs) * weight;
+  const T scale = T(double(weight) / denominator);
+#pragma unroll
+  for (int i = COEF_A; i <= COEF_TARGET; ++i) coefs[i] *= scale;
+  coefs[COEF_MAX] = row.max;
+  coefs[COEF_INV_SUM] = row.inv_sum;
+  coefs[COEF_LOG_SUM] = row.stats.log_sum;
+  gradient = {gradient_row<M>(program, coefs, T(1), norm_of<FULL>(program, row.inv_sum)), row.max};
+  if (writes) {
+    if (p.call.row_loss) static_cast<T*>(p.call.row_loss)[r] = loss;
+    if (p.call.grad_coefs) write_coefs(p, r, coefs);
+  }
+  return loss;
+}
+
+// STATS: row r of the table, by one thread. In double: what is 1 minus a small sum, or differs from another by one, has to
+// keep the small part.
+template <class T>
+ANL_DEVICE void write_statistics(const Params& p, int64_t r, const Row<T>& row) {
+  using Wide = Scalar<double>;
+  double fields[NUM_STATS];
+  all_statistics<Wide>(p.call.program, row.stats.template as<Wide>(), double(row.max), fields);
+#pragma unroll
+  for (int i = 0; i < NUM_STATS; ++i) p.call.stats[i * p.num_rows + r] = fields[i];
+}
+
+// ---- rows that are not read: ignored ones are 0, those with a bad label NaN ----------------------------------------------
+
+template <class T>
+ANL_DEVICE T unread_value(Label kind) {
+  return kind == Label::IGNORED ? T(0) : T(NOT_A_NUMBER);
+}
+
+// By one thread: all but the gradient, which the kernel writes, unread_value everywhere. Returns the row's loss.
+template <class T>
+ANL_DEVICE T write_unread_row(const Params& p, int64_t r, Label kind) {
+  const T value = unread_value<T>(kind);
+  if (p.call.op == Op::STATS) {
+    for (int i = 0; i < NUM_STATS; ++i)
+      p.call.stats[i * p.num_rows + r] = kind == Label::IGNORED ? p.ignored[i] : i == STAT_VALID ? 1.0 : NOT_A_NUMBER;
+    return value;
+  }
+  if (p.call.row_loss) static_cast<T*>(p.call.row_loss)[r] = value;
+  if (p.call.grad_coefs) {
+    T coefs[NUM_COEFS] = {};
+    coefs[COEF_INV_SUM] = value;
+    write_coefs(p, r, coefs);
+  }
+  return value;
+}
+
+// ---- any row -------------------------------------------------------------------------------------------------------------
+
+// Finishes a row. Only the thread with `writes` returns its loss; padding rows write nothing.
+template <class T, bool FULL>
+ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, const Row<T>& row, double denominator,
+                            bool writes, RowGradient<T>& gradient) {
+  const bool live = kind == Label::LIVE;
+  gradient = RowGradient<T>::constant(unread_value<T>(kind));
+  if (live && p.call.op != Op::STATS) {
+    const T loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, kind), denominator, writes, gradient);
+    return writes ? loss : T(0);
+  }
+  if (!writes) return T(0);
+  if (!live) return write_unread_row<T>(p, r, kind);
+  write_statistics(p, r, row);
+  return T(0);
+}
+
+// A row as its coefficients and grad_output describe it.
+template <class T, bool FULL>
+struct KnownRow {
+  RowGradient<T> gradient;
+  T inv_sum;
+  bool unread;  // ignored, or NaN: its logits may be anything
+
+  ANL_DEVICE KnownRow(const Params& p, int64_t r) {
+    const Call& call = p.call;
+    const T* in = static_cast<const T*>(call.grad_coefs) + r;
+    T coefs[NUM_COEFS];
+#pragma unroll
+    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = in[i * p.num_rows];
+    inv_sum = coefs[COEF_INV_SUM];
+    unread = !(inv_sum > T(0));
+    gradient = RowGradient<T>::constant(inv_sum);
+    if (unread) return;
+    const T factor = static_cast<const T*>(call.grad_output)[r * call.grad_output_stride];
+    const T norm = norm_of<FULL>(call.program, inv_sum);
+    gradient = {gradient_row<Scalar<T>>(call.program, coefs, factor, norm), coefs[COEF_MAX]};
+  }
+
+  // The target's class, or -1 where the row has none.
+  ANL_DEVICE int64_t label(const Call& call, int64_t r) const {
+    const int64_t y = unread ? -1 : label_at(call, r);
+    return is_class(call, y) ? y : -1;
+  }
+};
+
+}  // namespace gpu
+}  // namespace anl
