@@ -35,7 +35,7 @@ class Call:
     expression: Expression | None = None
     terms: tuple[KernelTerm, ...] = ()  # of a sum that is built in
     built_in: bool = True  # whether the kernels know every term; else only f's partial derivatives are given to them
-    needs: int = 0  # the statistics of the second sweep that the loss reads, bits of statistics.Needs
+    needs: int = 0  # what the loss reads besides what every loss has, bits of row_math.Needs
     gamma: float | None = None  # the focal exponent, where a term has one
     min_prob: float = 1e-7
     ignore_index: int = -100

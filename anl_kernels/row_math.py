@@ -48,7 +48,8 @@ class StatField(enum.IntEnum):
     FOCAL_WEIGHT = 9  # W = sum_j w_j
     FOCAL_ABOVE_SUM = 10
     FOCAL_ABOVE_WEIGHT = 11  # W+ = sum_j I_j w_j
-    VALID = 12  # 0 for an ignored row
+    TOP_GAP = 12  # max - z_y
+    VALID = 13  # 0 for an ignored row
 
 
 class CoefField(enum.IntEnum):
@@ -160,6 +161,13 @@ declare(
         StatField.NUM_CLASSES,
         constant=True,
         formula=lambda s: s.exists.sum(-1).to(s.target_log_prob.dtype),
+    ),
+    Statistic(
+        "top_gap",
+        "max_j z_j - z_y: 0 where the target is the row's top",
+        StatField.TOP_GAP,
+        constant=True,
+        formula=lambda s: -s.below_top.detach().gather(-1, s.label).squeeze(-1),
     ),
 )
 
@@ -276,6 +284,7 @@ def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
     rows[StatField.TARGET_LOG_PROB] = l
     rows[StatField.NUM_CLASSES] = first[SliceField.COUNT] + 1.0 + poison
     rows[StatField.NEG_LOG_SUM] = first[SliceField.COUNT] * log_sum + first[SliceField.GAP] - l
+    rows[StatField.TOP_GAP] = first[SliceField.MAX] - first[TARGET_LOGIT] + poison
     rows[StatField.VALID] = 1.0
     if second is None:
         return rows

@@ -158,6 +158,7 @@ ANL_HD typename M::V focal_weight(typename M::V x, double gamma) {
 template <class M>
 struct RowStatistics {
   using V = typename M::V;
+  V x_y;              // z_y - max, of all classes: 0 where the target is the row's top
   V log_sum;          // lse - max
   V target_log_prob;  // l_y
   V target_tail;      // 1 - p_y, from the sum without the target: exact as p_y -> 1
@@ -169,9 +170,10 @@ struct RowStatistics {
   // The same numbers in another arithmetic.
   template <class N>
   ANL_HD RowStatistics<N> as() const {
-    RowStatistics<N> s = {typename N::V(log_sum),     typename N::V(target_log_prob), typename N::V(target_tail),
-                          typename N::V(target_prob), typename N::V(classes),         typename N::V(neg_log_sum)};
-    for (int i = 0; i < NUM_SECOND_SUMS; ++i) s.second[i] = typename N::V(second[i]);
+    using W = typename N::V;
+    RowStatistics<N> s = {W(x_y),         W(log_sum), W(target_log_prob), W(target_tail),
+                          W(target_prob), W(classes), W(neg_log_sum)};
+    for (int i = 0; i < NUM_SECOND_SUMS; ++i) s.second[i] = W(second[i]);
     return s;
   }
 };
@@ -184,6 +186,7 @@ ANL_HD void set_first_sums(RowStatistics<M>& s, typename M::V x_y, const A (&sum
   const V e_y = M::exp(x_y);
   const V total = tail + e_y;
   // The largest logit's exp is 1: log1p of the others' keeps the digits that log(total) would drop.
+  s.x_y = x_y;
   s.log_sum = M::log1p(x_y == M::set(0.0) ? tail : (tail - one) + e_y);
   s.target_log_prob = x_y - s.log_sum;
   s.target_tail = tail / total;
@@ -255,24 +258,10 @@ struct SecondSweep {
   }
 };
 
-template <auto VALUE>
-struct Constant {
-  static constexpr auto value = VALUE;
-};
-
-// f(Constant<MASS>(), Constant<FOCAL>()) with the sums of add_as that a loss needs, for loops that are compiled for each.
-template <bool FULL, class F>
-ANL_HD void by_second_sums(const Program& prog, const F& f) {
-  if constexpr (FULL)
-    if (needs_focal(prog)) return f(Constant<true>(), Constant<true>());
-  if (needs_mass(prog)) return f(Constant<true>(), Constant<false>());
-  f(Constant<false>(), Constant<false>());
-}
-
 // Fields of the statistics (NUM_STATS, N) that a loss written in Python sees.
 enum StatField : int {
   STAT_MAX, STAT_LOG_SUM, STAT_TARGET_LOG_PROB, STAT_NUM_CLASSES, STAT_NEG_LOG_SUM, STAT_ABOVE_SUM, STAT_ABOVE_MASS,
-  STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_VALID,
+  STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_TOP_GAP, STAT_VALID,
   NUM_STATS
 };
 
@@ -299,6 +288,7 @@ ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typen
   const V focal_height = M::set(prog.focal_clamp_height) + w_y * l;
   out[STAT_FOCAL_ABOVE_SUM] = focal ? s.second[FOCAL_ABOVE_SUM] + I_y * focal_height : absent;
   out[STAT_FOCAL_ABOVE_WEIGHT] = focal ? s.second[FOCAL_ABOVE_WEIGHT] + I_y * w_y : absent;
+  out[STAT_TOP_GAP] = -s.x_y;
   out[STAT_VALID] = one;
 }
 
@@ -306,7 +296,7 @@ ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typen
 ANL_HD void ignored_statistics(double num_classes, const Program& prog, double (&out)[NUM_STATS]) {
   const double K = num_classes, log_k = log(K), T = prog.clamp_height, w = pow(1.0 - 1.0 / K, prog.gamma);
   const double values[NUM_STATS] = {0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k,
-                                    K * w, K * (prog.focal_clamp_height - w * log_k), K * w, 0.0};
+                                    K * w, K * (prog.focal_clamp_height - w * log_k), K * w, 0.0, 0.0};
   for (int i = 0; i < NUM_STATS; ++i) out[i] = values[i];
 }
 
@@ -331,18 +321,6 @@ enum GradientPart : unsigned {
 // The parts of a lean kernel, and of a full one whose loss needs_focal or does not.
 constexpr unsigned LEAN_PARTS = CLAMPED | MISSING_CLASSES;
 constexpr unsigned FULL_PARTS = LEAN_PARTS, FOCAL_PARTS = FULL_PARTS | FOCAL_OFFSET;
-
-// f(Constant<PARTS>()) with what the gradient of a loss depends on, for loops that are compiled for each.
-template <bool FULL, class F>
-ANL_HD void by_gradient_parts(const Program& prog, const F& f) {
-  if constexpr (FULL) {
-    if (needs_focal(prog)) return f(Constant<FOCAL_PARTS>());
-    f(Constant<FULL_PARTS>());
-  } else {
-    if (needs_second(prog)) return f(Constant<LEAN_PARTS>());
-    f(Constant<LEAN_PARTS & ~unsigned(CLAMPED)>());
-  }
-}
 
 // dL/dz_j of a row for every class but the target.
 template <class M>

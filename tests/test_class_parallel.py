@@ -19,7 +19,7 @@ from helpers import EXPRESSIONS, dtype_id, expression
 from ranks import Ranks
 
 from anl_kernels import functional, registry
-from anl_kernels import statistics as stats
+from anl_kernels import row_math as stats
 from anl_kernels.backends import reference
 from anl_kernels.row_math import StatField
 from anl_kernels.sharding import class_group, slices

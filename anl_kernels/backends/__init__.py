@@ -22,7 +22,7 @@ class Backend(Protocol):
 
     Logits are (N, K), (K,) or (N, K, d1, ...) with any strides, where a slice's are meant (N, K_r, ...); rows are in
     the target's shape. The call is checked; the logits are on a device and of a dtype that `cannot_run` lets pass.
-    Fields of tables and coefficients are in the order of the enums in statistics.py. acc: float64 for float64 logits,
+    Fields of tables and coefficients are in the order of the enums in row_math.py. acc: float64 for float64 logits,
     else float32.
     """
 

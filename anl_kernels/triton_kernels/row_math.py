@@ -150,6 +150,7 @@ class RowStatistics(NamedTuple):
     """What the sweeps over a row find."""
 
     first: tl.tensor  # FirstSums
+    x_y: tl.tensor  # z_y - max: 0 where the target is the row's top
     log_sum: tl.tensor  # lse - max
     target_log_prob: tl.tensor  # l_y
     target_tail: tl.tensor  # 1 - p_y, from the sum without the target: exact as p_y -> 1
@@ -158,7 +159,7 @@ class RowStatistics(NamedTuple):
     second: tl.tensor  # SecondSums
 
 
-NUM_STATS = tl.constexpr(5 + len(SecondSums._fields) + 1)
+NUM_STATS = tl.constexpr(5 + len(SecondSums._fields) + 2)
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def row_statistics(f, z_y, c):
     above_sum, zero = f.count * (c.clamp_height - log_sum) - f.gap, tl.zeros_like(f.gap)
     second = SecondSums(above_sum, zero, f.count, zero, zero, zero, zero)
     tail, prob, neg_log_sum = f.tail / total, e_y / total, f.count * log_sum + f.gap
-    return RowStatistics(f, log_sum, x_y - log_sum, tail, prob, neg_log_sum, second)
+    return RowStatistics(f, x_y, log_sum, x_y - log_sum, tail, prob, neg_log_sum, second)
 
 
 @triton.jit
@@ -208,8 +209,7 @@ def all_statistics(s, known, ignored, c, NEEDS: tl.constexpr):
             if equal(_SECOND[i], "below_mass"):
                 value = 1.0 - value.to(tl.float64)  # the mass above: RCE takes p_y from it again
         fields += (value,)
-    fields += (tl.where(ignored, 0.0, 1.0),)
-    return fields
+    return *fields, poison - s.x_y, tl.where(ignored, 0.0, 1.0)
 
 
 # ---- terms

@@ -13,6 +13,32 @@ namespace {
 constexpr double INF = __builtin_inf();
 constexpr double NaN = __builtin_nan("");
 
+template <auto VALUE>
+struct Constant {
+  static constexpr auto value = VALUE;
+};
+
+// f(Constant<MASS>(), Constant<FOCAL>()) with the sums of add_as that a loss needs, for loops that are compiled for each.
+template <bool FULL, class F>
+ANL_HD void by_second_sums(const Program& prog, const F& f) {
+  if constexpr (FULL)
+    if (needs_focal(prog)) return f(Constant<true>(), Constant<true>());
+  if (needs_mass(prog)) return f(Constant<true>(), Constant<false>());
+  f(Constant<false>(), Constant<false>());
+}
+
+// f(Constant<PARTS>()) with what the gradient of a loss depends on, for loops that are compiled for each.
+template <bool FULL, class F>
+ANL_HD void by_gradient_parts(const Program& prog, const F& f) {
+  if constexpr (FULL) {
+    if (needs_focal(prog)) return f(Constant<FOCAL_PARTS>());
+    f(Constant<FULL_PARTS>());
+  } else {
+    if (needs_second(prog)) return f(Constant<LEAN_PARTS>());
+    f(Constant<LEAN_PARTS & ~unsigned(CLAMPED)>());
+  }
+}
+
 template <class T>
 ANL_INLINE double class_weight(const Call& call, int64_t y) {
   return call.weight ? double(static_cast<const T*>(call.weight)[y]) : 1.0;

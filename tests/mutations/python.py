@@ -162,7 +162,7 @@ MUTANTS = [
         RANKS,
     ),
     ("anl_kernels/reduction.py", "shared = sums * world_size(call.batch_group)", "shared = sums", RANKS),
-    ("anl_kernels/statistics.py", "missing = -torch.expm1(log_prob)", "missing = 1.0 - torch.exp(log_prob)", TERMS),
+    ("anl_kernels/row_math.py", "missing = -torch.expm1(log_prob)", "missing = 1.0 - torch.exp(log_prob)", TERMS),
     (
         "anl_kernels/sharding/class_group.py",
         "total = int((labels * torch.arange(1, len(labels) + 1)).sum())",
