@@ -58,7 +58,7 @@ def available_bytes(device: str) -> int:
 
 
 def largest_error(loss, leaves) -> float:
-    """Of our gradients against those of the full logits, relative to the largest element."""
+    """The error of our gradients against those of the full logits, relative to the largest element."""
     grads = [torch.autograd.grad(loss[name](*leaves), leaves[:2]) for name in (OURS, RECOMPUTED, FULL)]
     *ours, full = grads
     return max(float((a - b).abs().max() / b.abs().max()) for some in ours for a, b in zip(some, full))

@@ -335,7 +335,7 @@ struct GradientRow {
   V target;               // the whole gradient at the target
   double gamma;
 
-  // Of a row that is not read: every logit stands for 0 here.
+  // A row that is not read: every logit stands for 0 here.
   static ANL_HD GradientRow constant(V value) {
     const V zero = M::set(0.0);
     return {zero, zero, zero, zero, value, value, zero, zero, value, value, 1.0};

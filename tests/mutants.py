@@ -73,7 +73,7 @@ class Mutant(NamedTuple):
 
     @property
     def digest(self):
-        """Of the mutant, the file that it breaks and the tests that it runs."""
+        """A checksum of the mutant, the file that it breaks and the tests that it runs."""
         paths = [ROOT / self.file, *(ROOT / "tests" / name for name in SHARED), *test_files(self.tests)]
         texts = [path.read_bytes() for path in dict.fromkeys(paths)]
         return hashlib.sha256(repr((self[:4], texts)).encode()).hexdigest()

@@ -63,7 +63,7 @@ def test_check_takes_every_way_to_a_gradient_and_tells_which_fails(monkeypatch):
     def compare(loss, backend, logits, target, expected, way):
         ways.append(way)
         if way == "none":
-            raise ValueError("no loss a row")
+            raise ValueError("no loss per row")
         return check.Errors(0.0, 1.0 if way == "inplace" else 0.0)
 
     monkeypatch.setattr(check, "compare", compare)
@@ -76,7 +76,7 @@ def test_check_takes_every_way_to_a_gradient_and_tells_which_fails(monkeypatch):
         ways.clear()
         row = check.check_one(backend, loss, "fp32", "rows", *check.rows(torch.float32, 10, 5))
         assert ways == expected and len(row.failures) == failures and not row.ok
-        assert ("none" in expected) == any("none: ValueError: no loss a row" in text for text in row.failures)
+        assert ("none" in expected) == any("none: ValueError: no loss per row" in text for text in row.failures)
 
 
 def test_check_sees_a_nan_and_an_error_in_any_row():
@@ -148,7 +148,7 @@ def test_contenders_take_turns_and_are_restored_outside_the_clock(monkeypatch):
     ]
     found = timing.interleaved(runs, 1000, 0.0, rounds=(3, 3))
     assert [t.samples for t in found] == [3, 3, 3] and all(t.median == pytest.approx(1e-3) for t in found)
-    a, b, c = [("a", 2)], [("b", 2)], ["before", ("c", 1)] * 2  # 2 calls a sample of SMALL_SAMPLE
+    a, b, c = [("a", 2)], [("b", 2)], ["before", ("c", 1)] * 2  # 2 calls per sample of SMALL_SAMPLE
     first = [("a", 1)] * 2 + [("b", 1)] * 2 + c
     assert log == [*first, *a, *b, *c, *b, *c, *a, *c, *a, *b]
 

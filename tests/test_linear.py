@@ -233,7 +233,7 @@ def test_the_weight_gradient_is_summed_in_float32(dtype, recompute):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_bias_gradient_and_the_loss_are_summed_in_float32_or_more(dtype, recompute):
-    """Of chunks of 16 rows, each as the one before."""
+    """In chunks of 16 rows, each as the one before."""
     rows, classes = 8192, 4
     hidden, weight, bias = torch.zeros(rows, 2, dtype=dtype), torch.zeros(classes, 2, dtype=dtype), torch.zeros(classes)
     target = torch.zeros(rows, dtype=torch.int64)
@@ -272,7 +272,7 @@ def test_a_gradscaler_saves_small_gradients():
 @pytest.mark.parametrize("block", [4, 100, 2000], ids="{} bytes".format)
 @pytest.mark.parametrize("chunks", [dict(), dict(max_chunk_bytes=1200), dict(recompute=True)], ids=str)
 def test_products_in_blocks(monkeypatch, rows, classes, block, chunks):
-    """Of half precision, whose operands are made float32 a block at a time."""
+    """In half precision, whose operands are made float32 one block at a time."""
     hidden, weight, bias, target = problem(torch.bfloat16, rows, classes, 5)
     expected = fused(hidden, weight, bias, target, ak.NCE(), **chunks)
     monkeypatch.setattr(chunking, "BLOCK_BYTES", block)

@@ -34,7 +34,7 @@ class Case:
         self.values = torch.randn(rows, classes, generator=helpers.generator(0))
         self.labels = torch.randint(classes, (rows,), generator=helpers.generator(1))
         self.bytes = self.values.numel() * 4
-        # "O(N + K)": so many numbers a row and a class; malloc's own habits are in the larger one
+        # "O(N + K)": so many numbers per row and per class; malloc's own habits are in the larger one
         self.small = (64 if self.resident else 16) * (rows + classes) * 8
 
     def keywords(self, kind):

@@ -113,7 +113,7 @@ def view_of(shape, itemsize: int, *strides) -> View:
         contiguous, run = 2, lanes
     else:
         return View(batches, lanes, num_classes, flat, 0, 1)
-    if contiguous == 2:  # a thread has the classes of few lanes: 4 bytes a load, side by side with its neighbours'
+    if contiguous == 2:  # a thread has the classes of few lanes: 4 bytes per load, side by side with its neighbours'
         width = max(1, 4 // itemsize)
     others += [(so, batches) for so, _, _ in strides]
     aligned = run % width == 0 and all(stride % width == 0 or size == 1 for stride, size in others)
@@ -135,7 +135,7 @@ def same_misalignment(view: View, *tensors: torch.Tensor) -> bool:
 def choose_tile(num_rows: int, num_classes: int, spatial: bool, itemsize: int, target: Target) -> LaunchConfig:
     """A row, or several short ones, on chip.
 
-    The mathematics of a row is done by every thread that has a part of it: few threads a row, and few rows a thread.
+    Every thread that has a part of a row does the mathematics of the row: few threads per row, and few rows per thread.
     """
     BLOCK_K, rows = power_of_2(num_classes), power_of_2(num_rows)
     if spatial:  # a thread has all classes of a lane

@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
 @triton.jit
 def layout_of(lanes, K, so, sk, si, gso, gsk, gsi, CONTIGUOUS: tl.constexpr, VEC: tl.constexpr):
     """The Layout, with what the compiler is to know. CONTIGUOUS: neighbours in memory are classes (1), lanes (2) or
-    neither (0). VEC: K and every stride but the classes' are multiples of it; across lanes, one a thread, it is no use.
+    neither (0). VEC: K and every stride but the classes' are multiples of it; of no use across lanes.
     """
     if CONTIGUOUS == 1:
         so, si, gso, gsi = multiple(so, VEC), multiple(si, VEC), multiple(gso, VEC), multiple(gsi, VEC)

@@ -49,7 +49,7 @@ ANL_DEVICE X warp_reduce(X x, const Merge& merge) {
   return x;
 }
 
-// Every thread gets the reduction over the CTA (whole warps, blockDim.y == 1). `shared` holds one X a warp; between two
+// Every thread gets the reduction over the CTA (whole warps, blockDim.y == 1). `shared` holds one X per warp; between two
 // uses of it stands a __syncthreads.
 template <class X, class Merge>
 ANL_DEVICE X block_reduce(X x, const Merge& merge, X* shared) {

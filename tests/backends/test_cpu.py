@@ -103,7 +103,7 @@ def test_nothing_outside_the_gradient_is_written(kernels, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @NAMES
 def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
-    """row_loss without a gradient, then row_grad: into other strides, scaled by a number a row."""
+    """row_loss without a gradient, then row_grad: into other strides, scaled by a number per row."""
     values, labels = helpers.batch(35, dtype)
     output = torch.linspace(-2, 3, 24, dtype=helpers.acc(dtype))
     true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="none", grad_output=output)
@@ -219,7 +219,7 @@ def test_every_statistic_of_a_nan_row_is_nan(kernels, classes):
 
 
 def test_logarithms_are_good_to_a_few_ulps(kernels):
-    """Of two classes: log(1 + e^-d)."""
+    """The losses of two classes: log(1 + e^-d)."""
     for dtype, relative in ((torch.float32, 5e-7), (torch.float64, 1e-15)):
         gaps = torch.linspace(0, 12, 5000, dtype=dtype)
         logits, labels = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(5000, dtype=torch.int64)

@@ -28,7 +28,7 @@ struct Permissions {
   bool wide_clusters = false;
 };
 
-// Registers are not known on the host: 64 a thread, unless a test says otherwise.
+// Registers are not known on the host: 64 per thread, unless a test says otherwise.
 struct KernelState {
   std::atomic<size_t> static_shared{0};  // the most that was seen so far: known once the kernel has run
   int registers = 64;

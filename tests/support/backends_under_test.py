@@ -132,7 +132,7 @@ def triton_plan(path):
             config = launch.LaunchConfig(16, launch.power_of_2(view.num_classes), 4)
             return passes.planned(rows.tile_kernel, view, config)
         classes = min(256, max(16, launch.power_of_2(view.num_classes // 3)))
-        lanes = 1 if view.lanes <= 6 else 16  # one row a program takes ways that several do not
+        lanes = 1 if view.lanes <= 6 else 16  # one row per program takes ways that several do not
         if path == "loop":
             return passes.planned(rows.loop_kernel, view, launch.LaunchConfig(lanes, classes, 4))
         p = passes.split(view, launch.LaunchConfig(lanes, classes, 4), group=1, programs=3)

@@ -124,9 +124,7 @@ def as_rows(z):
     return z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
-def loss(
-    z, y, terms, *, weight=None, ignore_index=-100, reduction="mean", entropy_weight=0.0, min_prob=1e-7
-):  # fmt: skip
+def loss(z, y, terms, *, weight=None, ignore_index=-100, reduction="mean", entropy_weight=0.0, min_prob=1e-7):
     """The whole loss: z as cross_entropy takes it, y integer labels of the shape that is left without the classes."""
     rows, labels = as_rows(z), y.reshape(-1).long()
     valid = labels != ignore_index

@@ -47,7 +47,7 @@ class Facts:
 
     @property
     def elements(self) -> float:
-        """Of a tile, a thread's share."""
+        """The part of a tile that one thread has."""
         threads = self.num_warps * (64 if self.target.startswith("gfx") else 32)
         return self.block_n * self.block_k / threads
 

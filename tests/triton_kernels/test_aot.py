@@ -139,7 +139,7 @@ def test_rows_move_by_16_bytes(facts):
 def test_rows_of_any_alignment_move_by_16_bytes_but_for_their_ends(facts):
     (f,) = [f for f in facts if f.scenario.startswith("gradient") and f.scenario.endswith("50257")]
     if f.target.startswith("gfx"):
-        pytest.skip("on AMD such rows are read an element at a time")
+        pytest.skip("on AMD such rows are read one element at a time")
     assert f.loads["128"] * 16 >= f.elements * 2 and f.stores["128"] * 16 >= f.elements * 2, described([f])
 
 

@@ -187,7 +187,7 @@ def test_long_rows_of_any_alignment(offset, dtype, classes, device):
 
 @pytest.mark.parametrize("classes, cut", [(37, False), (9001, True)])
 def test_the_width_that_rows_are_cut_by_is_that_of_one_row(classes, cut, device, monkeypatch):
-    """Of several rows a program, only the first would begin where it is said to."""
+    """Where a program has several rows, only the first would begin where it is said to."""
     launch_it, found = gradient.launch_first, []
 
     def recorded(kernel, grid, args, constexprs, config, device):

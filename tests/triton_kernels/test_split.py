@@ -88,9 +88,9 @@ CASES = {
     "gradient": lambda name, device: gradient_of(call_of(name), *batch(device)),
     "clamped": lambda name, device: gradient_of(call_of(name, "sum"), *batch(device, spread=9.0)),
     "inplace": lambda name, device: gradient_of(call_of(name, inplace=True), *batch(device, spread=9.0)),
-    "a loss a row": lambda name, device: coefficients_of(call_of(name, "none"), *batch(device, spread=9.0)),
+    "a loss per row": lambda name, device: coefficients_of(call_of(name, "none"), *batch(device, spread=9.0)),
     "statistics": lambda name, device: statistics_of(call_of(name), *batch(device, spread=9.0)),
-    "several rows a program": lambda name, device: gradient_of(call_of(name), *batch(device, 18, spread=9.0)),
+    "several rows per program": lambda name, device: gradient_of(call_of(name), *batch(device, 18, spread=9.0)),
     "bfloat16": lambda name, device: gradient_of(call_of(name), *batch(device, classes=96, dtype=torch.bfloat16)),
 }
 FEW = ("gradient", "inplace", "statistics")  # with the losses that differ from ANL-CE by what they sum up alone
@@ -243,7 +243,7 @@ H200 = launch.Target("cuda:90", 32, 132, 50 << 20)
         (1, 1 << 24, "split", "launches"),
         (3, 1 << 20, "split", "launches"),
         (16, 1 << 20, "split", "launches"),
-        (300, 1 << 20, "split", "launches"),  # a row a program would leave half of the device idle
+        (300, 1 << 20, "split", "launches"),  # one row per program would leave half of the device idle
         (8192, 131072, "split", "loop"),
     ],
 )
