@@ -11,13 +11,13 @@ from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
 from tiers import mainly
 
 from anl_kernels import layout
-from anl_kernels.row_math import NUM_STATS, StatField
+from anl_kernels.row_math import ANY_NEEDS, NUM_COEFS, NUM_STATS, CoefField, StatField
 
 TOP_GAP, VALID = StatField.TOP_GAP, StatField.VALID
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TARGET_CODES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-ALL_STATISTICS = 15
+ALL_STATISTICS = ANY_NEEDS
 
 
 @pytest.fixture(params=[b for b in backends_under_test.BACKENDS if b.name == "cpu"] or [None], ids=repr)
@@ -98,7 +98,7 @@ def test_coefficients_make_the_same_gradient_later(kernels, name, dtype):
     values, labels = helpers.batch(35, dtype)
     output = torch.linspace(-2, 3, 24, dtype=helpers.acc(dtype))
     true = helpers.truth(values, labels, EXPRESSIONS[name], reduction="none", grad_output=output)
-    coefs = nan(10, 24, dtype=helpers.acc(dtype))
+    coefs = nan(NUM_COEFS, 24, dtype=helpers.acc(dtype))
     _, loss = row_loss(kernels, EXPRESSIONS[name], values, labels, reduction="none", coefs=coefs)
     for strides in ((35, 1), (51, 1), (1, 24)):
         memory = nan(4000, dtype=dtype)
@@ -149,8 +149,8 @@ def test_gradients_are_rounded_to_the_nearest_number_of_half_precision(kernels, 
     wanted = torch.cat([near, tie, tie * (1 - 2**-20), tie * (1 + 2**-20)])
     wanted = wanted[wanted.isfinite()]
     logits = torch.zeros(len(wanted), classes, dtype=dtype)
-    coefs = torch.zeros(10, len(wanted))
-    coefs[1], coefs[3], coefs[8] = 1.0, wanted, wanted  # the sum of exps, what every class gets, what the target gets
+    coefs = torch.zeros(NUM_COEFS, len(wanted))
+    coefs[CoefField.INV_SUM], coefs[CoefField.B], coefs[CoefField.TARGET] = 1.0, wanted, wanted
     grad, labels = torch.full_like(logits, math.nan), torch.zeros(len(wanted), dtype=torch.int64)
     row_grad(kernels, EXPRESSIONS["ce"], logits, labels, grad, coefs, torch.ones(1), 0)
     assert torch.equal(grad, wanted.to(dtype).unsqueeze(1).expand_as(grad))
@@ -190,6 +190,7 @@ def test_statistics(kernels, dtype, classes):
         (height + w * l).where(above, zero).sum(1),
         w.where(above, zero).sum(1),
         top - oracle.take(z, y),
+        p.square().sum(1) - oracle.take(p, y) ** 2,
     ]
     relative, absolute = (1e-12, 1e-15) if dtype == torch.float64 else (3e-6, 1e-6)
     rounded = helpers.EPS[helpers.acc(dtype)] ** gamma  # the weight of a class with p = 1 but for a rounding
@@ -232,7 +233,7 @@ def test_a_sum_of_sixteen_terms(kernels):
         program(kernels, EXPRESSIONS["ce"] * 17)
 
 
-@pytest.mark.parametrize("needs", range(16))
+@pytest.mark.parametrize("needs", range(ANY_NEEDS + 1))
 def test_only_the_statistics_asked_for(kernels, needs):
     values, labels = helpers.rows_of_every_kind(20, torch.float32)
     tables = []
@@ -243,7 +244,7 @@ def test_only_the_statistics_asked_for(kernels, needs):
             table.data_ptr(),
         )  # fmt: skip
         tables.append(table)
-    fields = {1: (5, 7), 2: (6,), 4: (8, 9), 8: (10, 11)}
+    fields = {1: (5, 7), 2: (6,), 4: (8, 9), 8: (10, 11), 16: (StatField.OTHER_P2,)}
     always = [0, 1, 2, 3, 4, TOP_GAP, VALID]
     assert torch.equal(tables[0][always], tables[1][always])
     for bit, members in fields.items():
@@ -259,7 +260,7 @@ def test_column_sums(kernels, dtype, rows, classes):
     labels = torch.zeros(rows, dtype=torch.int64)
     if rows > 2:
         labels[1], values[1] = -100, math.nan
-    coefs, sums = nan(10, rows, dtype=helpers.acc(dtype)), nan(classes, dtype=torch.float64)
+    coefs, sums = nan(NUM_COEFS, rows, dtype=helpers.acc(dtype)), nan(classes, dtype=torch.float64)
     row_loss(kernels, EXPRESSIONS["ce"], values, labels, reduction="none", coefs=coefs)
     kernels.column_sums(
         CODES[dtype], (rows, classes, 1), values.data_ptr(), (classes, 1, 0), coefs.data_ptr(), sums.data_ptr()
@@ -287,7 +288,7 @@ def test_float64_sums_have_one_order_for_any_number_of_threads(kernels, transpos
     """Float32 would not show it."""
     values = torch.randn(3000, 40, generator=helpers.generator(0), dtype=torch.float64)
     logits = values.t().contiguous().t() if transposed else values
-    coefs, labels = nan(10, 3000, dtype=torch.float64), torch.arange(3000) % 40
+    coefs, labels = nan(NUM_COEFS, 3000, dtype=torch.float64), torch.arange(3000) % 40
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

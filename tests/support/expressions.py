@@ -23,6 +23,11 @@ EXPRESSIONS = {
     "agce": single("agce", a=1.0, q=2.0),
     "aul": single("aul", a=5.5, q=3.0),
     "ael": single("ael", a=2.5),
+    "mse": single("mse"),
+    "amse": single("amse", a=30.0),
+    "amse2.5": single("amse", a=2.5),
+    "jal_ce": ((1.0, "nce", {}), (1.0, "amse", {"a": 30.0})),
+    "jal_fl": ((1.0, "nfl", {"gamma": 0.5}), (1.0, "amse", {"a": 30.0})),
     "sce": ((0.5, "ce", {}), (1.5, "rce", {"floor": 1e-3})),
     "anl_ce": ((1.0, "nce", {}), (1.0, "nnce", {})),
     "anl_fl": ((5.0, "nfl", {"gamma": 0.5}), (2.0, "nnfl", {"gamma": 0.5})),
@@ -46,10 +51,12 @@ EXPRESSIONS = {
         (0.1, "agce", {"a": 1.0, "q": 2.0}),
         (0.05, "aul", {"a": 5.5, "q": 3.0}),
         (0.7, "ael", {"a": 2.5}),
+        (0.6, "mse", {}),
+        (0.3, "amse", {"a": 2.5}),
     ),
 }
-# On awkward shapes three stand for all: every kind of statistic is in one of them.
-REPRESENTATIVE = ("anl_ce", "anl_fl", "nce+rce")
+# On awkward shapes four stand for all: every kind of statistic is in one of them.
+REPRESENTATIVE = ("anl_ce", "anl_fl", "nce+rce", "jal_ce")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EPS = {
     torch.float32: 2.0**-24,
