@@ -81,6 +81,24 @@ def ael(z, y, a=2.5):
     return torch.exp(-at(z.softmax(1), y) / a)
 
 
+def mse(z, y):
+    p = z.softmax(1)
+    return p.square().sum(1) - 2 * at(p, y) + 1
+
+
+def amse(z, y, a=30.0):
+    p = z.softmax(1)
+    return (p.square().sum(1) - 2 * a * at(p, y) + a**2) / z.shape[1]
+
+
+def jal_ce(z, y, alpha=1.0, beta=1.0):
+    return alpha * nce(z, y) + beta * amse(z, y)
+
+
+def jal_fl(z, y, alpha=1.0, beta=1.0):
+    return alpha * nfl(z, y) + beta * amse(z, y)
+
+
 def anl_ce(z, y, alpha=1.0, beta=1.0):
     return alpha * nce(z, y) + beta * nnce(z, y)
 

@@ -1,6 +1,6 @@
 """The losses: each a frozen term, the formula written once in `value`, and beside it the public function.
 
-csrc/row_math.h and triton_kernels/math.py hold the same formulas with their partial derivatives. A new loss is a class
+csrc/terms.h and triton_kernels/row_math.py hold the same formulas with their partial derivatives. A new loss is a class
 and a function here, their names in `__all__`, the class in BUILT_IN, and those two.
 """
 
@@ -20,11 +20,13 @@ from .terms import Expression, Factor, RowLoss, Term, as_factor
 __all__ = [
     "AEL",
     "AGCE",
+    "AMSE",
     "AUL",
     "CE",
     "FL",
     "GCE",
     "MAE",
+    "MSE",
     "NCE",
     "NFL",
     "NNCE",
@@ -32,13 +34,17 @@ __all__ = [
     "RCE",
     "ael",
     "agce",
+    "amse",
     "anl_ce",
     "anl_fl",
     "aul",
     "cross_entropy",
     "focal",
     "gce",
+    "jal_ce",
+    "jal_fl",
     "mae",
+    "mse",
     "nce",
     "nfl",
     "nnce",
@@ -76,6 +82,13 @@ def pair(alpha, first, beta, second, *parameters) -> Expression:
     """alpha and beta times two terms of these classes, both with the same parameters."""
     alpha, beta = as_factor("alpha", alpha), as_factor("beta", beta)
     return Expression(((alpha, first(*parameters)), (beta, second(*parameters))))
+
+
+@cached
+def _unlike(alpha, first, beta, second, of_second, *of_first) -> Expression:
+    """alpha and beta times two terms of these classes, each with parameters of its own."""
+    alpha, beta = as_factor("alpha", alpha), as_factor("beta", beta)
+    return Expression(((alpha, first(*of_first)), (beta, second(of_second))))
 
 
 # ---- cross entropy and what is normalized of it
@@ -260,17 +273,12 @@ def rce(logits: Tensor, target: Tensor, *, floor: float = 1e-4, **options) -> Te
     return robust_loss(logits, target, _one(RCE, floor), **options)
 
 
-@cached
-def _sce(alpha, beta, floor) -> Expression:
-    return Expression(((as_factor("alpha", alpha), CE()), (as_factor("beta", beta), RCE(floor))))
-
-
 @_loss
 def sce(
     logits: Tensor, target: Tensor, *, alpha: float = 0.1, beta: float = 1.0, floor: float = 1e-4, **options
 ) -> Tensor:
     """Symmetric cross entropy: alpha CE + beta RCE. Wang et al., ICCV 2019 (CIFAR-10: 0.1, 1; CIFAR-100: 6, 0.1)."""
-    return robust_loss(logits, target, _sce(alpha, beta, floor), **options)
+    return robust_loss(logits, target, _unlike(alpha, CE, beta, RCE, floor), **options)
 
 
 # ---- between cross entropy and mean absolute error
@@ -380,8 +388,83 @@ def ael(logits: Tensor, target: Tensor, *, a: float = 2.5, **options) -> Tensor:
     return robust_loss(logits, target, _one(AEL, a), **options)
 
 
-# The built-in terms in the order of TermKind in csrc/row_math.h: a term's kind is its place.
-BUILT_IN = (CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL)
+# ---- squared errors
+
+
+@dataclass(frozen=True)
+class MSE(Term):
+    """Mean square error, to its usual scale (Brier score): sum_j (p_j - [j = y])^2. Brier, 1950."""
+
+    reads = ("target_log_prob", "other_p2")
+
+    def value(self, s):
+        return one_minus_exp(s.target_log_prob).square() + s.other_p2
+
+
+@_loss
+def mse(logits: Tensor, target: Tensor, **options) -> Tensor:
+    """Mean square error, to its usual scale (Brier score): sum_j (p_j - [j = y])^2. Brier, 1950.
+
+    Robust to symmetric noise: Ghosh et al., AAAI 2017.
+    """
+    return robust_loss(logits, target, _one(MSE), **options)
+
+
+@dataclass(frozen=True)
+class AMSE(Term):
+    """Asymmetric mean square error: (sum_j p_j^2 - 2 a p_y + a^2) / K, which is asymmetric for a > 1.
+
+    K: the classes that exist in the row. Wang et al., ICCV 2025 (arXiv 2507.17692).
+    """
+
+    a: float = 30.0
+    reads = ("target_log_prob", "other_p2", "num_classes")
+
+    def __post_init__(self):
+        self._check("a", 0.0)
+
+    @property
+    def parameters(self):
+        return (self.a, 0.0)
+
+    def value(self, s):
+        return ((self.a - 1.0 + one_minus_exp(s.target_log_prob)).square() + s.other_p2) / s.num_classes
+
+
+@_loss
+def amse(logits: Tensor, target: Tensor, *, a: float = 30.0, **options) -> Tensor:
+    """Asymmetric mean square error: (sum_j p_j^2 - 2 a p_y + a^2) / K. Wang et al., ICCV 2025 (arXiv 2507.17692)."""
+    return robust_loss(logits, target, _one(AMSE, a), **options)
+
+
+@_loss
+def jal_ce(
+    logits: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 1.0, a: float = 30.0, **options
+) -> Tensor:
+    """Joint asymmetric loss on cross entropy: alpha NCE + beta AMSE(a). Wang et al., ICCV 2025 (arXiv 2507.17692).
+
+    Published (alpha, beta, a): CIFAR-10 1, 1, 30; CIFAR-100 5, 1, 20; WebVision 50, 1, 30; Clothing-1M 5, 0.1, 5.
+    """
+    return robust_loss(logits, target, _unlike(alpha, NCE, beta, AMSE, a), **options)
+
+
+@_loss
+def jal_fl(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    a: float = 30.0,
+    gamma: float = 0.5,
+    **options,
+) -> Tensor:
+    """Joint asymmetric loss on the focal loss: alpha NFL(gamma) + beta AMSE(a). Wang et al., ICCV 2025."""
+    return robust_loss(logits, target, _unlike(alpha, NFL, beta, AMSE, a, gamma), **options)
+
+
+# The built-in terms in the order of TermKind in csrc/terms.h: a term's kind is its place.
+BUILT_IN = (CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE)
 for _kind, _term_class in enumerate(BUILT_IN):
     _term_class.kind = _kind
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 class Needs(enum.IntFlag):
-    """The sums of the second sweep over a row that a statistic is made of."""
+    """The sums over a row that a statistic is made of, besides those that every loss has."""
 
     ABOVE = 1
     ABOVE_MASS = 2
     FOCAL = 4
     FOCAL_ABOVE = 8
+    SQUARES = 16  # of the first sweep
 
 
 ANY_NEEDS = sum(Needs)
@@ -49,11 +50,15 @@ class StatField(enum.IntEnum):
     FOCAL_ABOVE_SUM = 10
     FOCAL_ABOVE_WEIGHT = 11  # W+ = sum_j I_j w_j
     TOP_GAP = 12  # max - z_y
-    VALID = 13  # 0 for an ignored row
+    OTHER_P2 = 13  # without the target, which would round the others away as p_y -> 1
+    VALID = 14  # 0 for an ignored row
 
 
 class CoefField(enum.IntEnum):
-    """Rows of the gradient's coefficients (NUM_COEFS, *rows): (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j."""
+    """Rows of the gradient's coefficients (NUM_COEFS, *rows).
+
+    (a + d I_j + square (p_j - max p)) p_j + b + c I_j + (bw + cw I_j) w_j
+    """
 
     MAX = 0
     INV_SUM = 1  # 1 / sum exp(z - max); 0 for an ignored row
@@ -63,8 +68,9 @@ class CoefField(enum.IntEnum):
     C = 5
     BW = 6
     CW = 7
-    TARGET = 8  # the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1
-    LOG_SUM = 9
+    SQUARE = 8
+    TARGET = 9  # the whole gradient at the target, where a p_y + ... + e would cancel as p_y -> 1
+    LOG_SUM = 10
 
 
 class SliceField(enum.IntEnum):
@@ -74,6 +80,7 @@ class SliceField(enum.IntEnum):
     TAIL = 1  # exp(z_j - max)
     GAP = 2  # max - z_j
     COUNT = 3  # 1
+    SQUARES = 4  # exp(z_j - max)^2
 
 
 class SliceSecond(enum.IntEnum):
@@ -105,6 +112,11 @@ _SUMS_OF = {
 def second_fields(needs: int) -> list[int]:
     """The second sums that statistics of `needs` are made of."""
     return [int(field) for need, fields in _SUMS_OF.items() if needs & need for field in fields]
+
+
+def first_fields(needs: int) -> list[int]:
+    """Of the NUM_MERGED that slices are merged by, those that statistics of `needs` are made of."""
+    return [field for field in range(NUM_MERGED) if field != SliceField.SQUARES or needs & Needs.SQUARES]
 
 
 # Labels of a slice's rows: the target is a class of another slice; the row counts nowhere and is not read.
@@ -146,6 +158,13 @@ declare(
         Needs.FOCAL_ABOVE,
         focal=True,
         formula=lambda s: (s.above * (s.focal_clamp_height + s.focal_weight * s.log_prob)).sum(-1),
+    ),
+    Statistic(
+        "other_p2",
+        "sum_{j != y} p_j^2",
+        StatField.OTHER_P2,
+        Needs.SQUARES,
+        formula=lambda s: s.prob.scatter(-1, s.label, 0.0).square().sum(-1),
     ),
     Statistic(
         "above_count",
@@ -193,6 +212,11 @@ def target_focal_weight(s: Statistics) -> Tensor:
     return (-torch.expm1(s.target_log_prob.detach())) ** s.gamma
 
 
+@derived_statistic("other_p2", "target_log_prob", doc="sum_j p_j^2")
+def sum_p2(s: Statistics) -> Tensor:
+    return s.other_p2 + s.target_prob.square()
+
+
 @derived_statistic("above_mass", "target_log_prob", doc="P without the target's own part")
 def other_above_mass(s: Statistics) -> Tensor:
     return s.above_mass - s.target_above * s.target_prob
@@ -224,9 +248,11 @@ class TableStatistics(Statistics):
 # ---- sums over slices of the classes
 
 
-def first_terms(x: Tensor) -> list[Tensor]:
-    """What a class adds to each of the first sums, in SliceField's order after the max; x = z_j - max."""
-    return [x.exp(), -x, torch.ones_like(x)]
+def first_terms(x: Tensor, call: Call) -> list[Tensor]:
+    """What a class adds to each of the first sums, in SliceField's order after the max; x = z_j - max. Without the
+    squares where none are needed."""
+    e = x.exp()
+    return [e, -x, torch.ones_like(x), e * e] if call.needs & Needs.SQUARES else [e, -x, torch.ones_like(x)]
 
 
 def second_terms(l: Tensor, call: Call) -> list[Tensor]:
@@ -249,6 +275,7 @@ def merged(parts: Tensor) -> Tensor:
     below = torch.where(largest == -math.inf, 0.0, high - largest)
     sums = list(parts.unbind(1))
     sums[SliceField.TAIL] = sums[SliceField.TAIL] * torch.exp(-below)
+    sums[SliceField.SQUARES] = sums[SliceField.SQUARES] * torch.exp(-2.0 * below)
     sums[SliceField.GAP] = sums[SliceField.GAP] + count * below
     sums = [added(x) for x in sums]
     sums[SliceField.MAX] = high
@@ -286,6 +313,8 @@ def table_of_sums(first: Tensor, second: Tensor | None, call: Call) -> Tensor:
     rows[StatField.NEG_LOG_SUM] = first[SliceField.COUNT] * log_sum + first[SliceField.GAP] - l
     rows[StatField.TOP_GAP] = first[SliceField.MAX] - first[TARGET_LOGIT] + poison
     rows[StatField.VALID] = 1.0
+    if call.needs & Needs.SQUARES:
+        rows[StatField.OTHER_P2] = first[SliceField.SQUARES] * torch.exp(-2.0 * log_sum)
     if second is None:
         return rows
     with_target = [x + of_y + poison for x, of_y in zip(second, second_terms(l, call))]
@@ -342,8 +371,13 @@ def coefficients(table: Tensor, partials: Tensor, call: Call, dtype: torch.dtype
     a = a_above - by_mass
     slope = torch.where(above > 0, a_above, a)
     at_target = common + above_part - (1.0 - above) * by_mass + constants - slope * missing
+    square = 2.0 * partials[StatField.OTHER_P2]
+    if needs & Needs.SQUARES:
+        squares, top = table[StatField.OTHER_P2], torch.exp(-table[StatField.LOG_SUM])
+        a, a_above = a + square * (top - squares), a_above + square * (top - squares)
+        at_target = at_target - square * squares * log_prob.exp()
     # In the order of CoefField.
-    fields = (*softmax_coefs(table), a, -f_S, a_above, f_U, -f_F, f_G, at_target, table[StatField.LOG_SUM])
+    fields = (*softmax_coefs(table), a, -f_S, a_above, f_U, -f_F, f_G, square, at_target, table[StatField.LOG_SUM])
     return torch.stack(fields).to(dtype)
 
 
@@ -353,7 +387,10 @@ def class_gradient(call: Call, z: Tensor, coefs: Tensor) -> Tensor:
     x = z.to(coefs.dtype) - coefs[CoefField.MAX]
     above = x > log_sum + math.log(call.min_prob)
     b, bw = coefs[CoefField.B], coefs[CoefField.BW]
-    grad = torch.where(above, coefs[CoefField.A_ABOVE], coefs[CoefField.A]) * (x.exp() * coefs[CoefField.INV_SUM])
+    p, slope = x.exp() * coefs[CoefField.INV_SUM], torch.where(above, coefs[CoefField.A_ABOVE], coefs[CoefField.A])
+    if call.needs & Needs.SQUARES:
+        slope = slope + coefs[CoefField.SQUARE] * (p - coefs[CoefField.INV_SUM])
+    grad = slope * p
     grad = grad + torch.where(above, b + coefs[CoefField.C], b)
     if call.needs & ANY_FOCAL:
         w = (-torch.expm1(x - log_sum)).clamp(min=0.0) ** (call.gamma or 0.0)

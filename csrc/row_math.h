@@ -3,7 +3,7 @@
 // For a row of logits z with target y: lse = logsumexp(z), l_j = z_j - lse, p_j = exp(l_j), T = -log(min_prob),
 // I_j = [l_j > -T], w_j = (1 - p_j)^gamma (held constant under differentiation, as the authors do).
 //
-//   dL/dz_j = (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j + e [j = y]
+//   dL/dz_j = (a + d I_j + square (p_j - max p)) p_j + b + c I_j + (bw + cw I_j) w_j + e [j = y]
 //
 // A traversal sweeps a row once for FirstSums, makes RowStatistics of them, sweeps it again for SecondSums where a loss
 // needs those, calls evaluate (terms.h), and writes GradientRow::at of every class. It owns loops and memory; the
@@ -29,7 +29,7 @@
 namespace anl {
 
 // What a loss reads besides the sums that every loss has. anl_kernels/statistics.py finds the bits of a loss.
-enum Needs : unsigned { NEED_ABOVE = 1, NEED_ABOVE_MASS = 2, NEED_FOCAL = 4, NEED_FOCAL_ABOVE = 8 };
+enum Needs : unsigned { NEED_ABOVE = 1, NEED_ABOVE_MASS = 2, NEED_FOCAL = 4, NEED_FOCAL_ABOVE = 8, NEED_SQUARES = 16 };
 
 constexpr int MAX_TERMS = 16;
 
@@ -51,7 +51,7 @@ ANL_HD bool needs_second(const Program& prog) {
   return prog.needs & (NEED_ABOVE | NEED_ABOVE_MASS | NEED_FOCAL | NEED_FOCAL_ABOVE);
 }
 // Kernels are compiled lean and full: lean ones leave out the sums, and the parts of a gradient, that few losses read.
-ANL_HD bool needs_full(const Program& prog) { return needs_focal(prog); }
+ANL_HD bool needs_full(const Program& prog) { return needs_focal(prog) || prog.needs & NEED_SQUARES; }
 
 // ---- sums over the classes of a row, the target left out -----------------------------------------------------------
 //
@@ -63,7 +63,8 @@ enum FirstSum : int {
   GAP,    // anchor - z_j
   COUNT,  // 1 per class that exists (logit > -inf)
   LEAN_FIRST_SUMS,
-  NUM_FIRST_SUMS = LEAN_FIRST_SUMS
+  SQUARES = LEAN_FIRST_SUMS,  // exp(z_j - anchor)^2
+  NUM_FIRST_SUMS
 };
 
 enum SecondSum : int {
@@ -92,7 +93,10 @@ struct FirstSums {
     add_gap<MASKED>(x);
   }
   // Its two halves, for callers that mask some of their classes: what is -inf adds nothing to the sums of exps.
-  ANL_HD void add_exp(V e) { of[TAIL] += e; }
+  ANL_HD void add_exp(V e) {
+    of[TAIL] += e;
+    if constexpr (FULL) of[SQUARES] += e * e;
+  }
   template <bool MASKED>
   ANL_HD void add_gap(V x) {
     if constexpr (MASKED) {
@@ -108,6 +112,7 @@ struct FirstSums {
   ANL_HD void rebase(V by) {
     const V shrink = M::exp(-by);
     of[TAIL] *= shrink;
+    if constexpr (FULL) of[SQUARES] *= shrink * shrink;
     of[GAP] += of[COUNT] * by;
   }
 
@@ -165,6 +170,8 @@ struct RowStatistics {
   V target_prob;      // p_y
   V classes;          // how many exist besides the target
   V neg_log_sum;      // -l_j
+  V squares;          // p_j^2; 0 in a lean kernel
+  V below_top;        // max p - squares, exact as another class's p -> 1; 0 in a lean kernel
   V second[NUM_SECOND_SUMS];  // zeros where no sweep made them; BELOW_MASS divided by the sum of exps
 
   // The same numbers in another arithmetic.
@@ -172,7 +179,7 @@ struct RowStatistics {
   ANL_HD RowStatistics<N> as() const {
     using W = typename N::V;
     RowStatistics<N> s = {W(x_y),         W(log_sum), W(target_log_prob), W(target_tail),
-                          W(target_prob), W(classes), W(neg_log_sum)};
+                          W(target_prob), W(classes), W(neg_log_sum),     W(squares), W(below_top)};
     for (int i = 0; i < NUM_SECOND_SUMS; ++i) s.second[i] = W(second[i]);
     return s;
   }
@@ -193,6 +200,11 @@ ANL_HD void set_first_sums(RowStatistics<M>& s, typename M::V x_y, const A (&sum
   s.target_prob = e_y / total;
   s.classes = V(sum[COUNT]);
   s.neg_log_sum = V(sum[COUNT] * A(s.log_sum) + sum[GAP]);
+  s.squares = s.below_top = M::set(0.0);
+  if constexpr (SIZE > SQUARES) {
+    s.squares = V(sum[SQUARES]) / (total * total);
+    s.below_top = (V(sum[TAIL] - sum[SQUARES]) + e_y) / (total * total);
+  }
   for (V& x : s.second) x = M::set(0.0);
 }
 
@@ -261,8 +273,8 @@ struct SecondSweep {
 // Fields of the statistics (NUM_STATS, N) that a loss written in Python sees.
 enum StatField : int {
   STAT_MAX, STAT_LOG_SUM, STAT_TARGET_LOG_PROB, STAT_NUM_CLASSES, STAT_NEG_LOG_SUM, STAT_ABOVE_SUM, STAT_ABOVE_MASS,
-  STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_TOP_GAP, STAT_VALID,
-  NUM_STATS
+  STAT_ABOVE_COUNT, STAT_FOCAL_SUM, STAT_FOCAL_WEIGHT, STAT_FOCAL_ABOVE_SUM, STAT_FOCAL_ABOVE_WEIGHT, STAT_TOP_GAP, STAT_OTHER_P2,
+  STAT_VALID, NUM_STATS
 };
 
 // The statistics over all classes; NaN for those that no sweep was asked for, and for a NaN row.
@@ -289,6 +301,7 @@ ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typen
   out[STAT_FOCAL_ABOVE_SUM] = focal ? s.second[FOCAL_ABOVE_SUM] + I_y * focal_height : absent;
   out[STAT_FOCAL_ABOVE_WEIGHT] = focal ? s.second[FOCAL_ABOVE_WEIGHT] + I_y * w_y : absent;
   out[STAT_TOP_GAP] = -s.x_y;
+  out[STAT_OTHER_P2] = prog.needs & NEED_SQUARES ? s.squares : absent;
   out[STAT_VALID] = one;
 }
 
@@ -296,7 +309,7 @@ ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typen
 ANL_HD void ignored_statistics(double num_classes, const Program& prog, double (&out)[NUM_STATS]) {
   const double K = num_classes, log_k = log(K), T = prog.clamp_height, w = pow(1.0 - 1.0 / K, prog.gamma);
   const double values[NUM_STATS] = {0.0, log_k, -log_k, K, K * log_k, K * (T - log_k), 1.0, K, K * w * log_k,
-                                    K * w, K * (prog.focal_clamp_height - w * log_k), K * w, 0.0, 0.0};
+                                    K * w, K * (prog.focal_clamp_height - w * log_k), K * w, 0.0, (K - 1.0) / (K * K), 0.0};
   for (int i = 0; i < NUM_STATS; ++i) out[i] = values[i];
 }
 
@@ -305,7 +318,8 @@ ANL_HD void ignored_statistics(double num_classes, const Program& prog, double (
 // Fields of the gradient's coefficients (NUM_COEFS, N), from which it can be made later: those of COEF_A to COEF_TARGET
 // scale with the loss.
 enum CoefField : int {
-  COEF_MAX, COEF_INV_SUM, COEF_A, COEF_B, COEF_A_ABOVE, COEF_C, COEF_BW, COEF_CW, COEF_TARGET, COEF_LOG_SUM, NUM_COEFS
+  COEF_MAX, COEF_INV_SUM, COEF_A, COEF_B, COEF_A_ABOVE, COEF_C, COEF_BW, COEF_CW, COEF_SQUARE, COEF_TARGET, COEF_LOG_SUM,
+  NUM_COEFS
 };
 
 // What the gradient of a class can depend on besides exp(z_j - max); a traversal compiles in what may occur.
@@ -315,12 +329,13 @@ enum GradientPart : unsigned {
   FOCAL_OFFSET = 4,    // (1 - p_j)^gamma
   MISSING_CLASSES = 8, // it may not exist
   EXTRA_SLOPE = 16,    // something that the traversal adds to what multiplies p_j
+  SQUARE_SLOPE = 32,   // p_j^2
   CLAMPED = CLAMPED_SLOPE | CLAMPED_OFFSET,
 };
 
 // The parts of a lean kernel, and of a full one whose loss needs_focal or does not.
 constexpr unsigned LEAN_PARTS = CLAMPED | MISSING_CLASSES;
-constexpr unsigned FULL_PARTS = LEAN_PARTS, FOCAL_PARTS = FULL_PARTS | FOCAL_OFFSET;
+constexpr unsigned FULL_PARTS = LEAN_PARTS | SQUARE_SLOPE, FOCAL_PARTS = FULL_PARTS | FOCAL_OFFSET;
 
 // dL/dz_j of a row for every class but the target.
 template <class M>
@@ -331,6 +346,7 @@ struct GradientRow {
   V slope, slope_above;   // multiplies e_j, which is p_j over `norm` of gradient_row
   V offset, offset_above;
   V weight, weight_above; // FOCAL_OFFSET: multiplies (1 - p_j)^gamma
+  V square;               // SQUARE_SLOPE: multiplies (e_j - 1) e_j
   V missing;              // of a class that does not exist: 0, or NaN in a NaN row
   V target;               // the whole gradient at the target
   double gamma;
@@ -338,7 +354,7 @@ struct GradientRow {
   // A row that is not read: every logit stands for 0 here.
   static ANL_HD GradientRow constant(V value) {
     const V zero = M::set(0.0);
-    return {zero, zero, zero, zero, value, value, zero, zero, value, value, 1.0};
+    return {zero, zero, zero, zero, value, value, zero, zero, zero, value, value, 1.0};
   }
 
   // The class with x = z_j - max; e: class_exp(x), or what was kept of it. With FOCAL_OFFSET p_j is made anew, norm is 1.
@@ -353,6 +369,7 @@ struct GradientRow {
       e = M::class_exp_and_rest(x - log_sum, rest);
       b += (above ? weight_above : weight) * focal_weight<M>(rest, gamma);
     }
+    if constexpr (PARTS & SQUARE_SLOPE) a += square * (e - M::set(1.0));
     const V value = e * a + b;
     return PARTS & MISSING_CLASSES ? (x == M::set(-__builtin_inf()) ? missing : value) : value;
   }
@@ -378,7 +395,7 @@ struct GradientRow {
   template <class N>
   ANL_HD GradientRow<N> as() const {
     return {N::set(log_sum), N::set(threshold), N::set(slope), N::set(slope_above), N::set(offset), N::set(offset_above),
-            N::set(weight), N::set(weight_above), N::set(missing), N::set(target), gamma};
+            N::set(weight), N::set(weight_above), N::set(square), N::set(missing), N::set(target), gamma};
   }
 };
 
@@ -392,12 +409,15 @@ ANL_HD GradientRow<M> gradient_row(const Program& prog, const typename M::V (&c)
   GradientRow<M> g;
   g.log_sum = c[COEF_LOG_SUM];
   g.threshold = c[COEF_LOG_SUM] - M::set(prog.clamp_height);
-  g.slope = c[COEF_A] * scale + nan_or_0;
-  g.slope_above = c[COEF_A_ABOVE] * scale + nan_or_0;
+  // a is that of p_j = max p = 1 / sum; the slope that of e_j = 1.
+  const V to_one = c[COEF_SQUARE] * (norm - c[COEF_INV_SUM]);
+  g.slope = (c[COEF_A] + to_one) * scale + nan_or_0;
+  g.slope_above = (c[COEF_A_ABOVE] + to_one) * scale + nan_or_0;
   g.offset = b + nan_or_0;
   g.offset_above = b + c[COEF_C] * factor + nan_or_0;
   g.weight = bw;
   g.weight_above = bw + c[COEF_CW] * factor;
+  g.square = c[COEF_SQUARE] * scale * norm;
   g.missing = nan_or_0;
   g.target = c[COEF_TARGET] * factor + nan_or_0;
   g.gamma = prog.gamma;

@@ -5,12 +5,12 @@
 
 namespace anl {
 
-enum TermKind : int { CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, NUM_TERM_KINDS };
+enum TermKind : int { CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE, NUM_TERM_KINDS };
 
-// f's partials by the statistics over all classes, and a without the part that P makes.
+// f's partials by the statistics over all classes, and a without the parts that P and the others' squares make.
 template <class M>
 struct Partials {
-  typename M::V a, S, U, P, F, G;
+  typename M::V a, S, U, P, F, G, Q;
 };
 
 // Adds factor * term to the loss and its partials. Without FULL, terms for which a program needs_full are left out.
@@ -101,6 +101,16 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
       f.a += v * p / M::set(p0);
       break;
     }
+    case MSE:
+    case AMSE: {  // sum_j p_j^2 - 2 a p + a^2 = (a - p)^2 + sum_{j != y} p_j^2, over K in AMSE; a is 1 in MSE
+      if constexpr (!FULL) break;
+      const bool mean = prog.kind[t] == AMSE;
+      const V r = mean ? k / (s.classes + M::set(1.0)) : k, gap = mean ? M::set(p0 - 1.0) + tail : tail;
+      loss += r * (gap * gap + s.squares);
+      f.a += M::set(2.0) * r * p * gap;
+      f.Q += r;
+      break;
+    }
   }
 }
 
@@ -112,20 +122,22 @@ ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, ty
   const V zero = M::set(0.0), one = M::set(1.0);
   const V w_y = focal_weight<M>(s.target_tail, prog.gamma);
   V loss = zero;
-  Partials<M> f = {zero, zero, zero, zero, zero, zero};
+  Partials<M> f = {zero, zero, zero, zero, zero, zero, zero};
   for (int t = 0; t < prog.num_terms; ++t) add_term<M, FULL>(prog, t, s, w_y, loss, f);
 
   const V below_y = s.target_log_prob > M::set(-prog.clamp_height) ? zero : one;
   const V below = s.second[BELOW_MASS] + below_y * s.target_prob;  // 1 - P
-  g[COEF_A_ABOVE] = f.a + below * f.P;
+  const V square = M::set(2.0) * f.Q;
+  g[COEF_A_ABOVE] = f.a + below * f.P + square * s.below_top;
   g[COEF_A] = g[COEF_A_ABOVE] - f.P;
   g[COEF_B] = -f.S;
   g[COEF_C] = f.U;
   g[COEF_BW] = -f.F;
   g[COEF_CW] = f.G;
+  g[COEF_SQUARE] = square;
   // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
   g[COEF_TARGET] = s.classes * f.S - s.second[ABOVE_COUNT] * f.U + s.second[FOCAL_WEIGHT] * f.F -
-                   s.second[FOCAL_ABOVE_WEIGHT] * f.G - f.a * s.target_tail + (below - below_y) * s.target_prob * f.P;
+                   s.second[FOCAL_ABOVE_WEIGHT] * f.G - f.a * s.target_tail + (below - below_y) * s.target_prob * f.P - square * s.squares * s.target_prob;
   return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
 }
 

@@ -268,6 +268,7 @@ def test_every_gamma(backend, gamma, dtype):
         helpers.single("aul", a=6.3, q=1.5),
         helpers.single("ael", a=0.5),
         helpers.single("ael", a=5.0),
+        helpers.single("amse", a=0.5),
     ],
     ids=lambda terms: "-".join(map(str, (terms[0][1], *terms[0][2].values()))),
 )

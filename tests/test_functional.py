@@ -31,6 +31,16 @@ FUNCTIONS = {
     "agce": [({}, single("agce", a=0.6, q=0.6)), ({"a": 6.0, "q": 1.5}, single("agce", a=6.0, q=1.5))],
     "aul": [({}, single("aul", a=5.5, q=3.0)), ({"a": 6.3, "q": 1.5}, single("aul", a=6.3, q=1.5))],
     "ael": [({}, single("ael", a=2.5)), ({"a": 5.0}, single("ael", a=5.0))],
+    "mse": [({}, single("mse"))],
+    "amse": [({}, single("amse", a=30.0)), ({"a": 1.0}, single("amse", a=1.0))],
+    "jal_ce": [
+        ({}, ((1.0, "nce", {}), (1.0, "amse", {"a": 30.0}))),
+        ({"alpha": 5.0, "beta": 0.1, "a": 5.0}, ((5.0, "nce", {}), (0.1, "amse", {"a": 5.0}))),
+    ],
+    "jal_fl": [
+        ({}, ((1.0, "nfl", {"gamma": 0.5}), (1.0, "amse", {"a": 30.0}))),
+        ({"alpha": 5.0, "a": 20.0, "gamma": 2.0}, ((5.0, "nfl", {"gamma": 2.0}), (1.0, "amse", {"a": 20.0}))),
+    ],
     "anl_ce": [
         ({}, ((1.0, "nce", {}), (1.0, "nnce", {}))),
         ({"alpha": 5.0, "beta": 2.0}, ((5.0, "nce", {}), (2.0, "nnce", {}))),
@@ -106,6 +116,19 @@ def test_cross_entropy_is_torchs(one_backend, reduction, shape):
         )
         theirs = differentiate(F.cross_entropy, logits, target, reduction=reduction, **keywords)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@THERE
+def test_mse_is_torchs(one_backend):
+    """A stranger's check: the sum over the classes, K times the mean that torch takes."""
+    logits = helpers.randn(6, 5, generator=helpers.generator(0), dtype=torch.float64)
+    target = helpers.randint(5, (6,), generator=helpers.generator(1))
+
+    def theirs(logits, target):
+        return 5 * F.mse_loss(logits.softmax(1), F.one_hot(target, 5).to(logits))
+
+    ours = differentiate(ak.mse, logits, target, backend=one_backend.name)
+    torch.testing.assert_close(ours, differentiate(theirs, logits, target), rtol=1e-12, atol=1e-14)
 
 
 @THERE
@@ -281,7 +304,7 @@ def test_a_clamp_just_below_a_uniform_row_is_none():
     torch.testing.assert_close(ak.nnce(logits, target, min_prob=0.2499).item(), 0.75)
 
 
-@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL"])
+@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL", "AMSE"])
 def test_a_term_and_its_function_have_the_same_defaults(name):
     function = getattr(ak, "focal" if name == "FL" else name.lower())
     own = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name not in SHARED}

@@ -16,6 +16,7 @@ import anl_kernels as ak
 from anl_kernels.cli import timing
 from anl_kernels.cli.timing import Run, profile
 from anl_kernels.linear import chunks as chunking
+from anl_kernels.row_math import NUM_STATS
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -107,7 +108,7 @@ def test_backward_hands_out_the_memory_of_the_gradients():
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_what_waits_for_backward(dtype):
-    """The gradients, in the dtypes that they will have; with recompute 13 numbers per row. No chunk is kept."""
+    """The gradients, in the dtypes that they will have; with recompute the table of statistics. No chunk is kept."""
     rows, classes, width = 400, 300, 64
     hidden, weight, bias, target = problem(dtype, rows, classes, width, ignored=False)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -118,7 +119,7 @@ def test_what_waits_for_backward(dtype):
             loss = ak.linear_robust_loss(*leaves[:2], target, ak.NCE(), **keywords)
         held = sum(event.nbytes() for event in seen.kineto_results.events() if event.name() == "[memory]")
         del loss
-        expected = 13 * 8 * rows if recompute else sum(x.nbytes for x in leaves)
+        expected = NUM_STATS * 8 * rows if recompute else sum(x.nbytes for x in leaves)
         assert expected <= held <= expected + 16 * rows + 8 * classes, recompute
 
 

@@ -162,14 +162,14 @@ SLICE_ELEMENTS = 1 << 22  # of logits at a time
 
 def slice_stats(call: Call, logits: Tensor, target: Tensor, lse: Tensor | None) -> Tensor:
     num_sums = NUM_FIRST_SUMS if lse is None else NUM_SECOND_SUMS
-    result = torch.empty((num_sums, *target.shape), dtype=torch.float64, device=logits.device)
+    result = torch.zeros((num_sums, *target.shape), dtype=torch.float64, device=logits.device)
     step = max(1, SLICE_ELEMENTS // max(1, logits[:1].numel()))
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
         z, y = logits.detach()[rows], target[rows].unsqueeze(1)
         z = z.to(acc_dtype(z.dtype)).masked_fill(y == IGNORED, 0.0)
         other = torch.ones_like(z, dtype=torch.bool).scatter(1, y.clamp(min=0), y < 0) & (z != -math.inf)
-        sums = _first_sums(z, other) if lse is None else _second_sums(call, z, other, lse[:, rows].unsqueeze(2))
+        sums = _first_sums(call, z, other) if lse is None else _second_sums(call, z, other, lse[:, rows].unsqueeze(2))
         for field, value in enumerate(sums):
             result[field, rows] = value
     return result
@@ -181,9 +181,9 @@ def slice_stats_for(name: str, call: Call, logits: Tensor, target: Tensor, lse: 
     return slice_stats(call, logits, target, lse)
 
 
-def _first_sums(z: Tensor, other: Tensor) -> list[Tensor]:
+def _first_sums(call: Call, z: Tensor, other: Tensor) -> list[Tensor]:
     high = z.amax(1, keepdim=True)
-    terms = first_terms(torch.where(other, z - high, 0.0))
+    terms = first_terms(torch.where(other, z - high, 0.0), call)
     sums = [high.squeeze(1), *(torch.where(other, x, 0.0).sum(1, dtype=torch.float64) for x in terms)]
     # Where the largest is NaN or +inf, a class at -inf would hide it from the sums.
     sums[SliceField.GAP] += torch.where(sums[SliceField.MAX] < math.inf, 0.0, math.nan)
@@ -201,7 +201,7 @@ def uniform_row(classes: int, min_prob: float, gamma: float) -> tuple[float, ...
     call = Call(needs=ANY_NEEDS, min_prob=min_prob, gamma=gamma)
     zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
     others = classes - 1.0
-    first = torch.stack((zero, *(others * term for term in first_terms(zero)), zero, one))
+    first = torch.stack((zero, *(others * term for term in first_terms(zero, call)), zero, one))
     second = others * torch.stack(second_terms(-math.log(classes) * one, call))
     table = table_of_sums(first, second, call)
     table[StatField.VALID] = 0.0

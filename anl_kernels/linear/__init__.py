@@ -54,8 +54,8 @@ def linear_robust_loss(
         class_weight: (K,), the `weight` of robust_loss: a factor for the rows of each class.
         ignore_index: rows with this label are left out; their input is not read. (On a GPU, where to count them would
             wait for it, they stay in the products as zeros.)
-        recompute: False: the gradient is made in forward, where the loss allows. True: forward keeps 13 numbers per
-            row, and backward makes the logits again, a fourth product. None: False, but for float16, where a
+        recompute: False: the gradient is made in forward, where the loss allows. True: forward keeps the statistics of
+            each row, and backward makes the logits again, a fourth product. None: False, but for float16, where a
             GradScaler's factor must come before rounding.
         class_group: weight and bias are this rank's contiguous slice of the classes, (K_r, D) and (K_r,); input, target
             and class_weight are the same on all ranks. The gradient by input is that of all classes, the same on every

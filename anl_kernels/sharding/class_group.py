@@ -1,9 +1,9 @@
 """Classes split over processes: each rank of `class_group` has a contiguous slice of them, and the same targets.
 
 One packed all-gather carries the first sums of every rank's slice, a second one what needs the lse of the whole row,
-and only for losses that read it: 48 bytes per row and rank, then at most 56, whatever the number of classes. Every rank
-merges them in the ranks' order, so all have the same statistics and the same loss, to the bit; the gradient is local.
-Before them goes a fixed header, by which all ranks find out if their calls do not fit together.
+and only for losses that read it: 48 bytes per row and rank (56 with the squares), then at most 56, whatever K. Every
+rank merges them in the ranks' order, so all have the same statistics and the same loss, to the bit; the gradient is
+local. Before them goes a fixed header, by which all ranks find out if their calls do not fit together.
 
 The entropy term adds one number per row in backward, and one per class over `batch_group`.
 """
@@ -24,7 +24,7 @@ from ..backends import Backend
 from ..call import Call
 from ..derivatives import is_dual, is_usual
 from ..layout import acc_dtype, bad_label, check_inputs, is_concrete, overwritten, refuse_leaf, resolved
-from ..row_math import coefficients, softmax_coefs
+from ..row_math import coefficients, first_fields, softmax_coefs
 from . import slices
 
 ONLY_ONCE = (
@@ -167,7 +167,11 @@ def row_table(backend: Backend, call: Call, shard: ClassShard, target: Tensor, t
 
     first = slices.merged(sweep(slices.first_sums))
     if shard.group is not None:
-        first = slices.merged(gathered(first, shard.group))
+        fields = first_fields(call.needs)
+        parts = gathered(first[fields], shard.group)
+        every = parts.new_zeros((len(parts), *first.shape))
+        every[:, fields] = parts
+        first = slices.merged(every)
     second = None
     fields = slices.second_fields(call.needs)
     if fields:

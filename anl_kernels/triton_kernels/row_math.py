@@ -17,10 +17,10 @@ from .scalar_math import INF, exp, expm1, focal_weight, log1p, number, one_minus
 
 # Terms, by the numbers that terms.py gives them.
 CE, NCE, NNCE, FL, NFL, NNFL = (tl.constexpr(i) for i in range(6))
-MAE, RCE, GCE, AGCE, AUL, AEL = (tl.constexpr(i) for i in range(6, 12))
+MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE = (tl.constexpr(i) for i in range(6, 14))
 
 # Bits of NEEDS, and those that a second sweep is made for. Write `ABOVE & NEEDS`: the interpreter knows no other order.
-ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = (tl.constexpr(1 << i) for i in range(4))
+ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE, SQUARES = (tl.constexpr(1 << i) for i in range(5))
 ANY_ABOVE, ANY_FOCAL, IN_SECOND_SWEEP = (tl.constexpr(bits) for bits in (3, 12, 15))
 
 
@@ -36,6 +36,7 @@ class FirstSums(NamedTuple):
     tail: tl.tensor  # exp(z_j - max)
     gap: tl.tensor  # max - z_j, where z_j > -inf
     count: tl.tensor  # 1, where z_j > -inf
+    squares: tl.tensor  # exp(z_j - max)^2; 0 where NEEDS does not ask for it
 
 
 class SecondSums(NamedTuple):
@@ -51,8 +52,8 @@ class SecondSums(NamedTuple):
 
 
 # For each field: how those of two parts of a row become one, and the bits of NEEDS that ask for it.
-FIRST_FOLDS = tl.constexpr(("about", "min", "sum", "sum", "sum"))
-FIRST_BITS = tl.constexpr((0, 0, 0, 0, 0))
+FIRST_FOLDS = tl.constexpr(("about", "min", "sum", "sum", "sum", "sum"))
+FIRST_BITS = tl.constexpr((0, 0, 0, 0, 0, SQUARES))
 SECOND_FOLDS = tl.constexpr(("sum",) * len(SecondSums._fields))
 SECOND_BITS = tl.constexpr((ANY_ABOVE, ABOVE_MASS, ANY_ABOVE, FOCAL, FOCAL, FOCAL_ABOVE, FOCAL_ABOVE))
 NUM_FIRST, NUM_SECOND = tl.constexpr(len(FirstSums._fields)), tl.constexpr(len(SecondSums._fields))
@@ -67,18 +68,24 @@ def first_of_tile(z, x, e, base, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
     if CAREFUL:
         below = tl.where(z != -INF, x, 0.0)
     tail, gap = last_sum(e), -last_sum(below)
+    squares = tl.zeros_like(tail)
+    if SQUARES & NEEDS:
+        squares = last_sum(e * e)
     if CAREFUL:
         low, count = base + last_min(below), last_sum(tl.where(z != -INF, 1.0, 0.0).to(x.dtype))
     else:
         low, count = last_min(z), tl.full(base.shape, z.shape[len(z.shape) - 1], x.dtype)
-    return FirstSums(base, low, tail, gap, count)
+    return FirstSums(base, low, tail, gap, count, squares)
 
 
 @triton.jit
-def _about(f, high):
+def _about(f, high, NEEDS: tl.constexpr):
     """FirstSums about a larger maximum."""
     fall = tl.where(f.count > 0.0, f.max - high, 0.0)  # a lane without classes has max = -inf
-    return FirstSums(high, f.low, f.tail * exp(fall), f.gap - f.count * fall, f.count)
+    shrink, squares = exp(fall), f.squares
+    if SQUARES & NEEDS:
+        squares *= shrink * shrink
+    return FirstSums(high, f.low, f.tail * shrink, f.gap - f.count * fall, f.count, squares)
 
 
 @triton.jit
@@ -86,7 +93,7 @@ def add_first(f, z, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
     """FirstSums `f` with the logits z, [BLOCK_N, LANES, classes]; CAREFUL: first_of_tile. Every lane has a maximum of
     its own, to which it rescales what it has when that rises: one exp per class, and one per lane and block."""
     high = tl.maximum(f.max, tl.max(z, 2))
-    f = _about(f, high)
+    f = _about(f, high, NEEDS)
     base = tl.where(high == -INF, 0.0, high)  # a lane without classes
     x = z - base[:, :, None]
     tile = first_of_tile(z, x, exp(x), base, NEEDS, CAREFUL)
@@ -97,7 +104,7 @@ def add_first(f, z, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
 def merged_first(f, z_y, NEEDS: tl.constexpr):
     """[BLOCK_N, LANES] -> [BLOCK_N, 1], about the row's maximum, which may be the target."""
     high = tl.maximum(by_row(tl.max(f.max, 1)), z_y)
-    return FirstSums(*merged(_about(f, high), FIRST_FOLDS, FIRST_BITS, NEEDS))
+    return FirstSums(*merged(_about(f, high, NEEDS), FIRST_FOLDS, FIRST_BITS, NEEDS))
 
 
 @triton.jit
@@ -156,17 +163,20 @@ class RowStatistics(NamedTuple):
     target_tail: tl.tensor  # 1 - p_y, from the sum without the target: exact as p_y -> 1
     target_prob: tl.tensor  # p_y
     neg_log_sum: tl.tensor  # sum_{j != y} -l_j
+    squares: tl.tensor  # sum_{j != y} p_j^2
+    below_top: tl.tensor  # max p - squares, exact as another class's p -> 1
     second: tl.tensor  # SecondSums
 
 
-NUM_STATS = tl.constexpr(5 + len(SecondSums._fields) + 2)
+NUM_STATS = tl.constexpr(5 + len(SecondSums._fields) + 3)
 
 
 @triton.jit
 def uniform_if(ignored, f, K):
     """FirstSums, of an ignored row those of a uniform one: any loss is finite there."""
     others, gap = K - 1.0, tl.where(ignored, 0.0, f.gap)
-    return FirstSums(f.max, f.low, tl.where(ignored, others, f.tail), gap, tl.where(ignored, others, f.count))
+    tail, count = tl.where(ignored, others, f.tail), tl.where(ignored, others, f.count)
+    return FirstSums(f.max, f.low, tail, gap, count, tl.where(ignored, others, f.squares))
 
 
 @triton.jit
@@ -181,7 +191,8 @@ def row_statistics(f, z_y, c):
     above_sum, zero = f.count * (c.clamp_height - log_sum) - f.gap, tl.zeros_like(f.gap)
     second = SecondSums(above_sum, zero, f.count, zero, zero, zero, zero)
     tail, prob, neg_log_sum = f.tail / total, e_y / total, f.count * log_sum + f.gap
-    return RowStatistics(f, x_y, log_sum, x_y - log_sum, tail, prob, neg_log_sum, second)
+    squares, below_top = f.squares / (total * total), ((f.tail - f.squares) + e_y) / (total * total)
+    return RowStatistics(f, x_y, log_sum, x_y - log_sum, tail, prob, neg_log_sum, squares, below_top, second)
 
 
 @triton.jit
@@ -209,15 +220,18 @@ def all_statistics(s, known, ignored, c, NEEDS: tl.constexpr):
             if equal(_SECOND[i], "below_mass"):
                 value = 1.0 - value.to(tl.float64)  # the mass above: RCE takes p_y from it again
         fields += (value,)
-    return *fields, poison - s.x_y, tl.where(ignored, 0.0, 1.0)
+    squares = poison + float("nan")
+    if SQUARES & NEEDS:
+        squares = s.squares + poison
+    return *fields, poison - s.x_y, squares, tl.where(ignored, 0.0, 1.0)
 
 
 # ---- terms
 
 
 class Partials(NamedTuple):
-    """A loss and its partials by the statistics over all classes; a without the part that P makes. Of a term: what it
-    does not touch is -0.0, the number that adds nothing at all, so that no instruction is made of it."""
+    """A loss and its partials by the statistics over all classes; a without the parts that P and the others' squares
+    make. Of a term: what it does not touch is -0.0, which adds nothing at all, so that no instruction is made of it."""
 
     loss: tl.tensor
     a: tl.tensor
@@ -226,6 +240,7 @@ class Partials(NamedTuple):
     P: tl.tensor = -0.0
     F: tl.tensor = -0.0
     G: tl.tensor = -0.0
+    Q: tl.tensor = -0.0
 
 
 _SUMS, _ALWAYS = tl.constexpr(("sum",) * len(Partials._fields)), tl.constexpr((0,) * len(Partials._fields))
@@ -284,10 +299,15 @@ def _term(s, c, numbers, i: tl.constexpr, KIND: tl.constexpr):
         lead = k * exp(p1 * tl.log(p0 - 1.0))
         ratio = p1 * log1p(tail / (p0 - 1.0))
         f = Partials(lead * expm1(ratio) / p1, lead * exp(ratio) / ((p0 - 1.0) + tail) * p)
-    else:  # exp(-p / a)
-        tl.static_assert(KIND == AEL)
+    elif KIND == AEL:  # exp(-p / a)
         v = k * exp(-p / p0)
         f = Partials(v, v * p / p0)
+    else:  # sum_j p_j^2 - 2 a p + a^2 = (a - p)^2 + sum_{j != y} p_j^2, over K in AMSE; a is 1 in MSE
+        tl.static_assert(KIND == MSE or KIND == AMSE)
+        r, gap = k, tail
+        if KIND == AMSE:
+            r, gap = k / (s.first.count + 1.0), p0 - 1.0 + tail
+        f = Partials(r * (gap * gap + s.squares), 2.0 * r * p * gap, Q=r)
     return f
 
 
@@ -295,8 +315,8 @@ def _term(s, c, numbers, i: tl.constexpr, KIND: tl.constexpr):
 
 
 class GradCoefs(NamedTuple):
-    """dL/dz_j = (a + d I_j) p_j + b + c I_j + (bw + cw I_j) w_j for j != y, p_j = exp(z_j - max) inv_sum. The order is
-    CoefField's in csrc/row_math.h."""
+    """dL/dz_j = (a + d I_j + square (p_j - max p)) p_j + b + c I_j + (bw + cw I_j) w_j for j != y,
+    p_j = exp(z_j - max) inv_sum. The order is CoefField's in csrc/row_math.h."""
 
     max: tl.tensor
     inv_sum: tl.tensor  # 0: an ignored row; NaN: a NaN row
@@ -306,6 +326,7 @@ class GradCoefs(NamedTuple):
     c: tl.tensor
     bw: tl.tensor
     cw: tl.tensor
+    square: tl.tensor
     target: tl.tensor  # the whole gradient at j = y
     log_sum: tl.tensor
 
@@ -313,15 +334,15 @@ class GradCoefs(NamedTuple):
 NUM_COEFS = tl.constexpr(len(GradCoefs._fields))
 INV_SUM = tl.constexpr(GradCoefs._fields.index("inv_sum"))
 # For each field: the bits of NEEDS with which it is read, and whether it is proportional to the loss.
-COEF_BITS = tl.constexpr((0, 0, 0, 0, ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, 0, IN_SECOND_SWEEP))
-_IS_LINEAR = tl.constexpr((0, 0, 1, 1, 1, 1, 1, 1, 1, 0))
+COEF_BITS = tl.constexpr((0, 0, 0, 0, ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, SQUARES, 0, IN_SECOND_SWEEP))
+_IS_LINEAR = tl.constexpr((0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0))
 
 
 @triton.jit
 def evaluate(s, known, ignored, c, numbers, KINDS: tl.constexpr, NEEDS: tl.constexpr):
     """The loss of a row and its GradCoefs. A NaN row is NaN in all of them."""
     zero, second = s.target_tail - s.target_tail, s.second
-    f = Partials(zero, zero, zero, zero, zero, zero, zero)
+    f = Partials(zero, zero, zero, zero, zero, zero, zero, zero)
     for t in tl.static_range(len(KINDS)):
         f = Partials(*folded(f, _term(s, c, numbers, 4 + 3 * t, KINDS[t]), _SUMS, _ALWAYS, NEEDS))
     # At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
@@ -338,9 +359,13 @@ def evaluate(s, known, ignored, c, numbers, KINDS: tl.constexpr, NEEDS: tl.const
         target += second.focal_weight * f.F
     if FOCAL_ABOVE & NEEDS:
         target -= second.focal_above_weight * f.G
+    square = 2.0 * f.Q
+    if SQUARES & NEEDS:
+        a_above += square * s.below_top
+        target -= square * s.squares * s.target_prob
     inv_sum = tl.where(known, exp(-s.log_sum), tl.where(ignored, 0.0, float("nan")))
     m, a = s.first.max, a_above - f.P
-    return f.loss, GradCoefs(m, inv_sum, a, -f.S, a_above, f.U, -f.F, f.G, target, s.log_sum)
+    return f.loss, GradCoefs(m, inv_sum, a, -f.S, a_above, f.U, -f.F, f.G, square, target, s.log_sum)
 
 
 @triton.jit
@@ -363,6 +388,7 @@ class GradientRow(NamedTuple):
     slope_above: tl.tensor
     offset_above: tl.tensor
     weight_above: tl.tensor
+    square: tl.tensor  # multiplies (e_j - 1) e_j
     threshold: tl.tensor  # z_j - max above which I_j = 1
     inv_sum: tl.tensor
     poison: tl.tensor  # of a class that does not exist: 0; NaN in a NaN row
@@ -374,7 +400,8 @@ def gradient_row(g, inv_sum, c):
     """GradientRow from a row's GradCoefs and exp(-log_sum)."""
     slope, slope_above, poison = g.a * inv_sum, g.a_above * inv_sum, g.inv_sum - g.inv_sum
     offset_above, weight_above, threshold = g.b + g.c, g.bw + g.cw, g.log_sum - c.clamp_height
-    return GradientRow(g, slope, slope_above, offset_above, weight_above, threshold, inv_sum, poison, c.gamma)
+    square = g.square * inv_sum * inv_sum
+    return GradientRow(g, slope, slope_above, offset_above, weight_above, square, threshold, inv_sum, poison, c.gamma)
 
 
 @triton.jit
@@ -391,4 +418,6 @@ def gradient(x, e, r, NEEDS: tl.constexpr):
         if FOCAL_ABOVE & NEEDS:
             weight = tl.where(above, r.weight_above, weight)
         offset += weight * focal_weight(one_minus_exp(x - r.coefs.log_sum, e * r.inv_sum), r.gamma)
+    if SQUARES & NEEDS:
+        slope += r.square * (e - 1.0)
     return e * slope + offset

@@ -22,6 +22,7 @@ from tiers import mainly, thorough
 import anl_kernels as ak
 from anl_kernels.backends import cuda
 from anl_kernels.call import Call
+from anl_kernels.row_math import NUM_COEFS
 
 pytestmark = pytest.mark.skipif(not cuda_on_host.build.compiler(), reason="needs g++ on Linux and the source tree")
 
@@ -211,7 +212,8 @@ def test_labels_changed_between_forward_and_backward_touch_their_own_rows_alone(
 
 @pytest.mark.parametrize("argument", ["logits", "target", "weight", "grad", "coefs", "grad_output"])
 def test_a_tensor_without_memory_is_refused_by_name(module, argument):
-    x, target, coefs, output = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), torch.ones(10, 4), torch.ones(4)
+    x, target = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    coefs, output = torch.ones(NUM_COEFS, 4), torch.ones(4)
     given = dict(logits=x, target=target, weight=torch.ones(6), grad=x.clone(), coefs=coefs, grad_output=output)
     given[argument] = torch._efficientzerotensor(given[argument].shape, dtype=given[argument].dtype)
     x, target, weight, grad, coefs, output = given.values()
@@ -249,7 +251,7 @@ def test_a_batch_without_rows(module):
     assert ak.anl_ce(logits, target, backend="cuda", reduction="sum", entropy_weight=1.0) == 0
     assert ak.anl_ce(logits, target, backend="cuda", reduction="none").shape == (0,)
     for shape in ((0, 10), (0, 10, 4), (3, 10, 0)):  # as where other processes have rows
-        assert torch.equal(cuda.column_sums(torch.empty(shape), torch.empty(10, 0)), torch.zeros(10).double())
+        assert torch.equal(cuda.column_sums(torch.empty(shape), torch.empty(NUM_COEFS, 0)), torch.zeros(10).double())
 
 
 def test_scaling_by_one_writes_nothing(module):
@@ -275,7 +277,7 @@ COLUMN_LAYOUTS = {**helpers.LAYOUTS, "in_several_runs": in_several_runs}
 def test_column_sums(device, classes, layout):
     """Rows in several chunks, one of which is ignored and NaN."""
     values = torch.randn(132, classes, generator=helpers.generator(0), device="cpu") * 3
-    coefs = torch.zeros(10, len(values), device="cpu")
+    coefs = torch.zeros(NUM_COEFS, len(values), device="cpu")
     coefs[0], coefs[1] = values.amax(1), 1 / (values - values.amax(1, keepdim=True)).exp().sum(1)
     expected = values.double().softmax(1)[1:].sum(0)
     values[0], coefs[:2, 0] = math.nan, 0.0

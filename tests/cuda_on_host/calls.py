@@ -19,15 +19,16 @@ LIBC = ctypes.CDLL(None)
 LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 SIZES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
-CE, NCE, NNCE, NFL, NNFL, RCE = 0, 1, 2, 4, 5, 7
-ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = 1, 2, 4, 8
+CE, NCE, NNCE, NFL, NNFL, RCE, AMSE = 0, 1, 2, 4, 5, 7, 13
+ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE, SQUARES = 1, 2, 4, 8, 16
 LOSSES = {  # terms, gamma, needs
     "anl_ce": ([(NCE, 1.0, 0.0, 0.0), (NNCE, 1.0, 0.0, 0.0)], 0.0, ABOVE),
     "anl_fl": ([(NFL, 1.0, 0.0, 0.0), (NNFL, 1.0, 0.0, 0.0)], 0.5, FOCAL | FOCAL_ABOVE),
     "nce+rce": ([(NCE, 1.0, 0.0, 0.0), (RCE, 1.0, 9.2, 0.0)], 0.0, ABOVE | ABOVE_MASS),
+    "jal_ce": ([(NCE, 1.0, 0.0, 0.0), (AMSE, 1.0, 30.0, 0.0)], 0.0, SQUARES),
     "ce": ([(CE, 1.0, 0.0, 0.0)], 0.0, 0),
 }
-ALL_NEEDS = 15
+ALL_NEEDS, NUM_STATS, NUM_COEFS = 31, 15, 11
 # name: (device of host_devices.cpp, rows, classes, pixels or 0, dtypes). Sizes choose the kernel: on the small devices
 # 64 classes are few, a thousand fill a CTA.
 CASES = {
@@ -100,7 +101,7 @@ class Case:
         self.fill_target(self.labels())
         self.values = encode(self.logits(), dtype)
         self.weight = self.numbers(self.classes)
-        self.coefs = self.new("coefs", 10 * self.rows, SIZES[self.acc])
+        self.coefs = self.new("coefs", NUM_COEFS * self.rows, SIZES[self.acc])
         self.scratch = []
         self.digest = hashlib.sha256()
 
@@ -165,7 +166,7 @@ class Case:
 
     def stats(self, gamma):
         logits, _ = self.fresh()
-        table = Buffer(13 * self.rows * 8)
+        table = Buffer(NUM_STATS * self.rows * 8)
         self.kernels.row_stats(
             self.dtype, self.shape, logits.address, self.strides, self.target.address, 0, -100, 1e-7, gamma, ALL_NEEDS,
             table.address, self.where(),

@@ -163,6 +163,7 @@ MUTANTS = [
     (MATH, "g.missing = nan_or_0;", "g.missing = M::set(0.0);", MASKED_NAN),
     (MATH, "s.second[BELOW_MASS] *= mass_scale;", "", CLAMP),
     (MATH, "of[GAP] += of[COUNT] * by;", "", STRETCHES),
+    (MATH, "of[SQUARES] *= shrink * shrink;", "of[SQUARES] *= shrink;", STRETCHES),
     # ---- tensors to pointers
     (
         "anl_kernels/backends/cpu.py",

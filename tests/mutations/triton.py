@@ -64,7 +64,8 @@ MUTANTS = [
     # the gradient from coefficients
     (GRADIENT, "((log_q - entropy.center) - entropy.lost)", "(log_q - entropy.center)",
      "tests/triton_kernels/test_gradient.py -k nearly_equal"),
-    (MATH, "ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, 0, IN", "ABOVE_MASS, ABOVE, FOCAL, FOCAL, 0, IN",
+    (MATH, "squares *= shrink * shrink", "squares *= shrink", "tests/test_conformance.py -k 'triton-loop and mse'"),
+    (MATH, "ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, SQ", "ABOVE_MASS, ABOVE, FOCAL, FOCAL, SQ",
      "tests/triton_kernels/test_gradient.py -k 'formula and float32 and 10-8'"),
     (GRADIENT, "log_q is None and config.BLOCK_N == 1 and not", "log_q is None and not",
      "tests/triton_kernels/test_gradient.py -k width"),

@@ -151,17 +151,24 @@ class Traffic:
 
 
 def check_traffic(ranks):
-    """A fixed header, one all-gather of 48 bytes per row, one more for what needs the second sweep; whatever K is."""
+    """A fixed header, one all-gather of 48 bytes per row (56 with the squares), one more for what needs the second
+    sweep; whatever K is."""
     group, rows = ranks.groups[4], 11
     target = torch.arange(rows)
     for classes in (48, 4800):
         sizes = (classes // 2, classes // 4, classes // 4, 0)
         values = torch.randn(rows, classes, generator=helpers.generator(0)).split(sizes, 1)[ranks.rank]
-        for loss, second in ((ak.NCE(), 0), (ak.NNCE(), 16), (ak.RCE(), 24), (ak.NFL() + ak.NNFL(), 32)):
+        for loss, *numbers in (
+            (ak.NCE(), 48),
+            (ak.MSE(), 56),
+            (ak.NNCE(), 48, 16),
+            (ak.RCE(), 48, 24),
+            (ak.NFL() + ak.NNFL(), 48, 32),
+        ):
             with Traffic() as forward:
                 result = ak.robust_loss(values.clone().requires_grad_(), target, loss, class_group=group)
             header, *rest = forward.calls
-            assert header == 80 and rest == [48 * rows, second * rows][: 2 if second else 1], forward.calls
+            assert header == 80 and rest == [number * rows for number in numbers], forward.calls
             with Traffic() as backward:
                 result.backward()
             assert backward.calls == []

@@ -23,6 +23,11 @@ EXPRESSIONS = {
     "agce": single("agce", a=1.0, q=2.0),
     "aul": single("aul", a=5.5, q=3.0),
     "ael": single("ael", a=2.5),
+    "mse": single("mse"),
+    "amse": single("amse", a=30.0),
+    "amse2.5": single("amse", a=2.5),
+    "jal_ce": ((1.0, "nce", {}), (1.0, "amse", {"a": 30.0})),
+    "jal_fl": ((1.0, "nfl", {"gamma": 0.5}), (1.0, "amse", {"a": 30.0})),
     "sce": ((0.5, "ce", {}), (1.5, "rce", {"floor": 1e-3})),
     "anl_ce": ((1.0, "nce", {}), (1.0, "nnce", {})),
     "anl_fl": ((5.0, "nfl", {"gamma": 0.5}), (2.0, "nnfl", {"gamma": 0.5})),
@@ -46,10 +51,12 @@ EXPRESSIONS = {
         (0.1, "agce", {"a": 1.0, "q": 2.0}),
         (0.05, "aul", {"a": 5.5, "q": 3.0}),
         (0.7, "ael", {"a": 2.5}),
+        (0.6, "mse", {}),
+        (0.3, "amse", {"a": 2.5}),
     ),
 }
-# On awkward shapes three stand for all: every kind of statistic is in one of them.
-REPRESENTATIVE = ("anl_ce", "anl_fl", "nce+rce")
+# On awkward shapes four stand for all: every kind of statistic is in one of them.
+REPRESENTATIVE = ("anl_ce", "anl_fl", "nce+rce", "jal_ce")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EPS = {
     torch.float32: 2.0**-24,
@@ -63,11 +70,16 @@ def dtype_id(value):
     return str(value).replace("torch.", "") if isinstance(value, torch.dtype) else None
 
 
+def term(name, **parameters):
+    """The package's term of this name: "eps_ce" is EpsCE."""
+    from anl_kernels.losses import BUILT_IN
+
+    return {t.__name__.lower(): t for t in BUILT_IN}[name.replace("_", "")](**parameters)
+
+
 def expression(terms):
     """The package's expression for the oracle's terms."""
-    import anl_kernels as ak
-
-    parts = [coefficient * getattr(ak, name.upper())(**parameters) for coefficient, name, parameters in terms]
+    parts = [coefficient * term(name, **parameters) for coefficient, name, parameters in terms]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -78,6 +90,6 @@ def row_loss_expression(terms):
     """The same through RowLoss: every term's `value`, differentiated by autograd instead of by hand."""
     import anl_kernels as ak
 
-    built = [(c, getattr(ak, name.upper())(**parameters)) for c, name, parameters in terms]
+    built = [(c, term(name, **parameters)) for c, name, parameters in terms]
     gammas = {p["gamma"] for _, _, p in terms if "gamma" in p}
-    return ak.RowLoss(lambda s: sum(c * term.value(s) for c, term in built), gamma=gammas.pop() if gammas else None)
+    return ak.RowLoss(lambda s: sum(c * t.value(s) for c, t in built), gamma=gammas.pop() if gammas else None)

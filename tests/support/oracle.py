@@ -85,7 +85,17 @@ def ael(z, y, min_prob, a=2.5):
     return torch.exp(-take(F.softmax(z, 1), y) / a)
 
 
-TERMS = {f.__name__: f for f in (ce, nce, nnce, fl, nfl, nnfl, mae, rce, gce, agce, aul, ael)}
+def mse(z, y, min_prob):
+    """Brier 1950, the sum over the classes."""
+    return (F.softmax(z, 1) - one_hot(y, z.shape[1], z.dtype)).square().sum(1)
+
+
+def amse(z, y, min_prob, a=30.0):
+    """Wang et al. 2025: the mean over the classes, the label's one being a."""
+    return (F.softmax(z, 1) - a * one_hot(y, z.shape[1], z.dtype)).square().mean(1)
+
+
+TERMS = {f.__name__: f for f in (ce, nce, nnce, fl, nfl, nnfl, mae, rce, gce, agce, aul, ael, mse, amse)}
 
 
 def sum_of_terms(z, y, terms, min_prob):
@@ -200,6 +210,10 @@ def _exact_value(terms, z, z_fixed, y, min_prob):
             return ((a - p[y]) ** q - (a - 1) ** q) / q
         if name == "ael":
             return mp.exp(-p[y] / mp.mpf(2.5 if a is None else a))
+        if name in ("mse", "amse"):
+            hot = mp.mpf(1 if name == "mse" else 30 if a is None else a)
+            squares = mp.fsum((p[k] - (hot if k == y else 0)) ** 2 for k in range(len(z)))
+            return squares if name == "mse" else squares / len(z)
         raise KeyError(name)
 
     return mp.fsum(mp.mpf(coefficient) * value(name, **parameters) for coefficient, name, parameters in terms)

@@ -11,6 +11,7 @@ sys.path.insert(0, sys.argv[1])
 import _cpu
 import torch
 
+NUM_KINDS, ANY_NEEDS, NUM_STATS, NUM_COEFS = 14, 31, 15, 11  # of csrc/terms.h and csrc/row_math.h
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 CLASSES = [2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 129, 2047, 2048, 2049, 4097, 150001]
 LAYOUTS = ("rows", "padded", "transposed", "spatial", "channels_last", "strided")
@@ -55,11 +56,12 @@ def one_call():
     classes, rows = shape[1], shape[0] * shape[2]
     target = torch.randint(0, classes, (rows,))
     target[torch.rand(rows) < 0.2] = -100
-    kinds = random.sample(range(12), random.choice([1, 2, 3]))
+    kinds = random.sample(range(NUM_KINDS), random.choice([1, 2, 3]))
     gamma = random.choice([0, 0.5, 1, 2, 0.7])
-    program = _cpu.Program([(kind, 1.5, 5.5, 1.5) for kind in kinds], 1e-7, gamma, random.randrange(16))
-    weight, coefs, loss = torch.rand(classes, dtype=acc), torch.empty(10, rows, dtype=acc), torch.empty(rows, dtype=acc)
-    stats, sums = torch.empty(13, rows, dtype=torch.float64), torch.empty(classes, dtype=torch.float64)
+    program = _cpu.Program([(kind, 1.5, 5.5, 1.5) for kind in kinds], 1e-7, gamma, random.randint(0, ANY_NEEDS))
+    weight, coefs = torch.rand(classes, dtype=acc), torch.empty(NUM_COEFS, rows, dtype=acc)
+    loss, stats = torch.empty(rows, dtype=acc), torch.empty(NUM_STATS, rows, dtype=torch.float64)
+    sums = torch.empty(classes, dtype=torch.float64)
     log_q, scale, output = torch.randn(classes, dtype=acc), torch.rand(1, dtype=acc), torch.rand(rows, dtype=acc)
     grad = torch.empty_like(x)
     grad_strides = geometry(grad)[1]
@@ -70,7 +72,8 @@ def one_call():
         random.choice([0, weight.data_ptr()]), random.choice([0, 1, 2]), loss.data_ptr(), coefs.data_ptr(), True,
     )  # fmt: skip
     assert bad == -1
-    _cpu.row_stats(code, shape, logits, strides, *labels, -100, 1e-7, gamma, random.randrange(16), stats.data_ptr())
+    needs = random.randint(0, ANY_NEEDS)
+    _cpu.row_stats(code, shape, logits, strides, *labels, -100, 1e-7, gamma, needs, stats.data_ptr())
     _cpu.column_sums(code, shape, logits, strides, coefs.data_ptr(), sums.data_ptr())
     entropy = random.choice([(0, 0), (log_q.data_ptr(), scale.data_ptr())])
     into, into_strides = random.choice([(grad.data_ptr(), grad_strides), (logits, strides)])

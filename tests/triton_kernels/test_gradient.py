@@ -18,8 +18,8 @@ from anl_kernels.triton_kernels.row_math import NUM_COEFS
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # NumPy's, in NaN rows
 MIN_PROB = 1e-7
 T = -math.log(MIN_PROB)
-MAX, INV_SUM, A, B, A_ABOVE, C, BW, CW, TARGET, LOG_SUM = range(NUM_COEFS.value)
-NEEDS = (0, 1, 3, 4, 8, 15)
+MAX, INV_SUM, A, B, A_ABOVE, C, BW, CW, SQUARE, TARGET, LOG_SUM = range(NUM_COEFS.value)
+NEEDS = (0, 1, 3, 4, 8, 16, 31)
 
 
 class Case:
@@ -43,6 +43,7 @@ class Case:
             coefs[A_ABOVE] = coefs[A]
         coefs[BW] = coefs[BW] if needs & 4 else 0.0
         coefs[CW] = coefs[CW] if needs & 8 else 0.0
+        coefs[SQUARE] = coefs[SQUARE] if needs & 16 else 0.0
         coefs[:, ignored] = math.nan  # nothing of an ignored row is looked at but this
         coefs[INV_SUM, ignored] = 0.0
         coefs[INV_SUM, bad] = math.nan
@@ -55,13 +56,13 @@ class Case:
         z, coefs = self.values.double(), self.coefs.double()
         if factor is not None:
             coefs[A:LOG_SUM] *= factor.double()
-        high, inv_sum, a, b, a_above, c, bw, cw, target, log_sum = coefs[:, :, None]
+        high, inv_sum, a, b, a_above, c, bw, cw, square, target, log_sum = coefs[:, :, None]
         x = z - high
         p, above = torch.exp(x) * inv_sum, x > log_sum - T
         w = (-torch.expm1(x - log_sum).clamp(max=0.0)) ** self.gamma if self.needs & 12 else torch.zeros_like(p)
         w = torch.nan_to_num(w)
-        grad = torch.where(above, a_above, a) * p + b + c * above + (bw + cw * above) * w
-        size = (a.abs() + a_above.abs()) * p + b.abs() + c.abs() + (bw.abs() + cw.abs()) * w
+        grad = (torch.where(above, a_above, a) + square * (p - inv_sum)) * p + b + c * above + (bw + cw * above) * w
+        size = (a.abs() + a_above.abs() + square.abs() * inv_sum) * p + b.abs() + c.abs() + (bw.abs() + cw.abs()) * w
         label = self.labels.clamp(0)[:, None]
         grad.scatter_(1, label, target)
         size.scatter_(1, label, target.abs())

@@ -26,8 +26,8 @@ def sweep_kernel(Logits_ptr, Grad_ptr, Target_ptr, K, BLOCK_K: tl.constexpr):
     v = tiles.layout_of(1, K, 0, 1, 0, 0, 1, 0, 1, 1)
     row = tiles.rows_of(tl.program_id(0), v, Logits_ptr, Grad_ptr, Target_ptr, -100, 1)
     zero = tl.zeros([1, 1], tl.float32)
-    f = FirstSums(zero, zero, zero, zero, zero + (K - 2).to(tl.float32))
-    g = GradCoefs(zero, zero + 1.0, zero, zero + 1.0, zero, zero, zero, zero, zero, zero)
+    f = FirstSums(zero, zero, zero, zero, zero + (K - 2).to(tl.float32), zero)
+    g = GradCoefs(zero, zero + 1.0, zero, zero + 1.0, zero, zero, zero, zero, zero, zero, zero)
     r = gradient_row(g, zero + 1.0, Constants(1e-7, 0.5, 16.0, 16.0))
     rows.gradient_sweep(row, v, 0, BLOCK_K, f, r, 0, 1, BLOCK_K)
 
@@ -49,7 +49,7 @@ def call_of(criterion, reduction="mean"):
 def test_statistics_of_an_ignored_row_are_a_uniform_rows(way, device):
     logits = torch.zeros(2, 33, device=device)
     logits[1] = math.nan
-    call = call_of(ak.NFL() + ak.NNFL() + ak.RCE())
+    call = call_of(ak.NFL() + ak.NNFL() + ak.RCE() + ak.MSE())
     with WAYS[way].in_use():
         table = backend.row_stats(call, logits, torch.tensor([3, -100], device=device))
     assert table[StatField.VALID].tolist() == [1.0, 0.0]
