@@ -10,22 +10,10 @@ import torch
 from helpers import EXPRESSIONS, dtype_id
 
 import anl_kernels as ak
+from anl_kernels.losses import BUILT_IN
 from anl_kernels.statistics import STATISTICS, derived_statistic
 
-TERMS = [
-    ak.CE(),
-    ak.NCE(),
-    ak.NNCE(),
-    ak.FL(),
-    ak.NFL(),
-    ak.NNFL(),
-    ak.MAE(),
-    ak.RCE(),
-    ak.GCE(),
-    ak.AGCE(),
-    ak.AUL(),
-    ak.AEL(),
-]
+TERMS = [term() for term in BUILT_IN]
 
 
 # ---- partials by hand == autograd of f

@@ -11,12 +11,13 @@ from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
 from tiers import mainly
 
 from anl_kernels import layout
+from anl_kernels.row_math import NUM_STATS, StatField
 
+TOP_GAP, VALID = StatField.TOP_GAP, StatField.VALID
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TARGET_CODES = {torch.int64: 0, torch.int32: 1, torch.int16: 2, torch.uint8: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 ALL_STATISTICS = 15
-KINDS = dict(ce=0, nce=1, nnce=2, fl=3, nfl=4, nnfl=5, mae=6, rce=7, gce=8, agce=9, aul=10, ael=11)
 
 
 @pytest.fixture(params=[b for b in backends_under_test.BACKENDS if b.name == "cpu"] or [None], ids=repr)
@@ -31,21 +32,11 @@ def kernels(request, cpu):
 
 
 def program(kernels, terms, min_prob=1e-7):
-    parameters = {
-        "rce": lambda p: (-math.log(p["floor"]), 0.0),
-        "gce": lambda p: (p["q"], 0.0),
-        "agce": lambda p: (p["a"], p["q"]),
-        "aul": lambda p: (p["a"], p["q"]),
-        "ael": lambda p: (p["a"], 0.0),
-    }
-    built = [
-        (KINDS[name], coefficient, *parameters.get(name, lambda p: (0.0, 0.0))(p)) for coefficient, name, p in terms
-    ]
-    gammas = {p["gamma"] for _, _, p in terms if "gamma" in p} or {0.0}
-    needs = 0
-    for _, name, _ in terms:
-        needs |= {"nnce": 1, "rce": 3, "nfl": 4, "nnfl": 8}.get(name, 0)
-    return kernels.Program(built, min_prob, gammas.pop(), needs)
+    loss, built = helpers.expression(terms), []
+    for factor, name, parameters in terms:
+        term = helpers.term(name, **parameters)
+        built.append((term.kind, factor, *term.parameters))
+    return kernels.Program(built, min_prob, loss.gamma or 0.0, loss.needs)
 
 
 def nan(*shape, dtype):
@@ -138,7 +129,7 @@ def test_every_number_of_half_precision_is_read(kernels, dtype, classes):
     """As the largest of a row of equal numbers."""
     values = BITS.view(dtype)
     logits, labels = values.unsqueeze(1).repeat(1, classes), torch.zeros(len(values), dtype=torch.int64)
-    table = nan(13, len(values), dtype=torch.float64)
+    table = nan(NUM_STATS, len(values), dtype=torch.float64)
     kernels.row_stats(
         CODES[dtype], (*logits.shape, 1), logits.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.0, 0,
         table.data_ptr(),
@@ -171,13 +162,13 @@ def test_statistics(kernels, dtype, classes):
     """Every field of row_stats against its definition, in float64."""
     values, labels = helpers.batch(classes, dtype)
     gamma, min_prob = 0.7, 1e-7
-    table = nan(13, 24, dtype=torch.float64)
+    table = nan(NUM_STATS, 24, dtype=torch.float64)
     kernels.row_stats(
         CODES[dtype], (24, classes, 1), values.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, min_prob, gamma,
         ALL_STATISTICS, table.data_ptr(),
     )  # fmt: skip
     valid = labels != -100
-    assert torch.equal(table[12], valid.double())
+    assert torch.equal(table[VALID], valid.double())
     assert table[:, ~valid].isfinite().all()
     z, y, got = values[valid].double(), labels[valid], table[:, valid]
     l = z.log_softmax(1)
@@ -198,6 +189,7 @@ def test_statistics(kernels, dtype, classes):
         w.where(exists, zero).sum(1),
         (height + w * l).where(above, zero).sum(1),
         w.where(above, zero).sum(1),
+        top - oracle.take(z, y),
     ]
     relative, absolute = (1e-12, 1e-15) if dtype == torch.float64 else (3e-6, 1e-6)
     rounded = helpers.EPS[helpers.acc(dtype)] ** gamma  # the weight of a class with p = 1 but for a rounding
@@ -208,13 +200,13 @@ def test_statistics(kernels, dtype, classes):
 
 @pytest.mark.parametrize("classes", [9, 40])
 def test_every_statistic_of_a_nan_row_is_nan(kernels, classes):
-    logits, table = torch.randn(3, classes, generator=helpers.generator(0)), nan(13, 3, dtype=torch.float64)
+    logits, table = torch.randn(3, classes, generator=helpers.generator(0)), nan(NUM_STATS, 3, dtype=torch.float64)
     logits[1, 5], labels = math.nan, torch.zeros(3, dtype=torch.int64)
     kernels.row_stats(
         0, (3, classes, 1), logits.data_ptr(), (classes, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.5, ALL_STATISTICS,
         table.data_ptr(),
     )  # fmt: skip
-    assert table[:12, 1].isnan().all() and table[12, 1] == 1
+    assert table[:VALID, 1].isnan().all() and table[VALID, 1] == 1
     assert table[:, [0, 2]].isfinite().all()
 
 
@@ -223,7 +215,7 @@ def test_logarithms_are_good_to_a_few_ulps(kernels):
     for dtype, relative in ((torch.float32, 5e-7), (torch.float64, 1e-15)):
         gaps = torch.linspace(0, 12, 5000, dtype=dtype)
         logits, labels = torch.stack([torch.zeros_like(gaps), -gaps], 1), torch.zeros(5000, dtype=torch.int64)
-        table = nan(13, 5000, dtype=torch.float64)
+        table = nan(NUM_STATS, 5000, dtype=torch.float64)
         kernels.row_stats(
             CODES[dtype], (5000, 2, 1), logits.data_ptr(), (2, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.0, 0,
             table.data_ptr(),
@@ -245,14 +237,14 @@ def test_only_the_statistics_asked_for(kernels, needs):
     values, labels = helpers.rows_of_every_kind(20, torch.float32)
     tables = []
     for asked in (needs, ALL_STATISTICS):
-        table = torch.zeros(13, len(labels), dtype=torch.float64)
+        table = torch.zeros(NUM_STATS, len(labels), dtype=torch.float64)
         kernels.row_stats(
             0, (len(labels), 20, 1), values.data_ptr(), (20, 1, 0), labels.data_ptr(), 0, -100, 1e-7, 0.5, asked,
             table.data_ptr(),
         )  # fmt: skip
         tables.append(table)
     fields = {1: (5, 7), 2: (6,), 4: (8, 9), 8: (10, 11)}
-    always = [0, 1, 2, 3, 4, 12]
+    always = [0, 1, 2, 3, 4, TOP_GAP, VALID]
     assert torch.equal(tables[0][always], tables[1][always])
     for bit, members in fields.items():
         for field in members:

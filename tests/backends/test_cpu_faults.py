@@ -15,10 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import anl_kernels as ak
 from anl_kernels.backends import cpu as backend
 from anl_kernels.call import Call
+from anl_kernels.row_math import NUM_STATS, StatField
 
 ISAS = [b.isa for b in backends_under_test.BACKENDS if b.name == "cpu"]
 ANL_CE = ((1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0))
 ROWS, CLASSES, FEW = 64, 40, 7  # FEW: of them a vector holds pixels, not classes
+VALID = StatField.VALID
 NO_CLASSES = [CLASSES, 2**40, -7, -(2**62), 2**63 - 1]
 
 
@@ -107,7 +109,7 @@ def test_a_label_that_is_none_when_it_is_used_makes_its_row_nan(kernels, layout,
 def test_statistics_of_a_label_that_is_none_when_it_is_used_are_nan(kernels, layout):
     logits, memory = logits_of(layout), Overwritten(torch.float64)
     shape, strides = ak.layout.shape_and_strides(logits)
-    table, expected = (torch.zeros(13 * ROWS + 16, dtype=torch.float64) for _ in range(2))
+    table, expected = (torch.zeros(NUM_STATS * ROWS + 16, dtype=torch.float64) for _ in range(2))
     memory.results = table
     labels = table.view(torch.int64)[:ROWS].copy_(memory.target)
     for where, target in ((table[16:], labels), (expected[16:], memory.target)):
@@ -115,10 +117,10 @@ def test_statistics_of_a_label_that_is_none_when_it_is_used_are_nan(kernels, lay
             0, shape, logits.data_ptr(), strides, target.data_ptr(), 0, -100, 1e-7, 0.5, 15, where.data_ptr()
         )
         assert bad == -1
-    table, expected = (t[16:].view(13, ROWS) for t in (table, expected))
+    table, expected = (t[16:].view(NUM_STATS, ROWS) for t in (table, expected))
     assert torch.equal(table[:, :16], expected[:, :16])
-    assert table[:12, 16:].isnan().all()
-    assert (table[12] == 1).all()
+    assert table[:VALID, 16:].isnan().all()
+    assert (table[VALID] == 1).all()
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -334,7 +336,7 @@ def test_no_rows_need_no_memory(cpu):
 
 def test_the_module_refuses_null_pointers_by_name(cpu):
     x, y, loss = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
-    coefs, table = torch.ones(10, 4), torch.zeros(13, 4, dtype=torch.float64)
+    coefs, table = torch.ones(10, 4), torch.zeros(NUM_STATS, 4, dtype=torch.float64)
     shape, strides, at = (4, 6, 1), (6, 1, 0), torch.Tensor.data_ptr
 
     def row_loss(x, y, loss, reduction):

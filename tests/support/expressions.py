@@ -63,11 +63,16 @@ def dtype_id(value):
     return str(value).replace("torch.", "") if isinstance(value, torch.dtype) else None
 
 
+def term(name, **parameters):
+    """The package's term of this name: "eps_ce" is EpsCE."""
+    from anl_kernels.losses import BUILT_IN
+
+    return {t.__name__.lower(): t for t in BUILT_IN}[name.replace("_", "")](**parameters)
+
+
 def expression(terms):
     """The package's expression for the oracle's terms."""
-    import anl_kernels as ak
-
-    parts = [coefficient * getattr(ak, name.upper())(**parameters) for coefficient, name, parameters in terms]
+    parts = [coefficient * term(name, **parameters) for coefficient, name, parameters in terms]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -78,6 +83,6 @@ def row_loss_expression(terms):
     """The same through RowLoss: every term's `value`, differentiated by autograd instead of by hand."""
     import anl_kernels as ak
 
-    built = [(c, getattr(ak, name.upper())(**parameters)) for c, name, parameters in terms]
+    built = [(c, term(name, **parameters)) for c, name, parameters in terms]
     gammas = {p["gamma"] for _, _, p in terms if "gamma" in p}
-    return ak.RowLoss(lambda s: sum(c * term.value(s) for c, term in built), gamma=gammas.pop() if gammas else None)
+    return ak.RowLoss(lambda s: sum(c * t.value(s) for c, t in built), gamma=gammas.pop() if gammas else None)
