@@ -1,6 +1,6 @@
 """The losses: each a frozen term, the formula written once in `value`, and beside it the public function.
 
-csrc/row_math.h and triton_kernels/math.py hold the same formulas with their partial derivatives. A new loss is a class
+csrc/terms.h and triton_kernels/row_math.py hold the same formulas with their partial derivatives. A new loss is a class
 and a function here, their names in `__all__`, the class in BUILT_IN, and those two.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .functional import cached, robust_loss
-from .statistics import one_minus_exp
+from .statistics import derived_statistic, one_minus_exp
 from .terms import Expression, Factor, RowLoss, Term, as_factor
 
 __all__ = [
@@ -30,12 +30,14 @@ __all__ = [
     "NNCE",
     "NNFL",
     "RCE",
+    "EpsCE",
     "ael",
     "agce",
     "anl_ce",
     "anl_fl",
     "aul",
     "cross_entropy",
+    "eps_ce",
     "focal",
     "gce",
     "mae",
@@ -380,8 +382,44 @@ def ael(logits: Tensor, target: Tensor, *, a: float = 2.5, **options) -> Tensor:
     return robust_loss(logits, target, _one(AEL, a), **options)
 
 
-# The built-in terms in the order of TermKind in csrc/row_math.h: a term's kind is its place.
-BUILT_IN = (CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL)
+# ---- epsilon-softmax
+
+
+@derived_statistic("top_gap", doc="1 where z_y is the row's maximum, tied or not, else 0", constant=True)
+def target_is_top(s):
+    return (s.top_gap == 0.0).to(s.top_gap.dtype)
+
+
+@dataclass(frozen=True)
+class EpsCE(Term):
+    """Cross entropy on epsilon-softmax: -log((p_y + m [y is the top]) / (1 + m)). Wang et al., NeurIPS 2024."""
+
+    m: float = 1e5
+    reads = ("target_log_prob", "target_is_top")
+
+    def __post_init__(self):
+        self._check("m", 0.0)
+
+    @property
+    def parameters(self):
+        return (self.m, math.log1p(self.m))
+
+    def value(self, s):  # p + m = (1 + m) (1 - (1 - p) / (1 + m))
+        missing = one_minus_exp(s.target_log_prob) / (1.0 + self.m)
+        return torch.where(s.target_is_top > 0, -torch.log1p(-missing), math.log1p(self.m) - s.target_log_prob)
+
+
+@_loss
+def eps_ce(logits: Tensor, target: Tensor, *, m: float = 1e5, **options) -> Tensor:
+    """Cross entropy on epsilon-softmax: -log((p_y + m [y is the top]) / (1 + m)). Wang et al., NeurIPS 2024.
+
+    y is the top where no logit is above z_y. Published as alpha EpsCE(m) + 2 beta MAE().
+    """
+    return robust_loss(logits, target, _one(EpsCE, m), **options)
+
+
+# The built-in terms in the order of TermKind in csrc/terms.h: a term's kind is its place.
+BUILT_IN = (CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, EpsCE)
 for _kind, _term_class in enumerate(BUILT_IN):
     _term_class.kind = _kind
 

@@ -31,6 +31,7 @@ FUNCTIONS = {
     "agce": [({}, single("agce", a=0.6, q=0.6)), ({"a": 6.0, "q": 1.5}, single("agce", a=6.0, q=1.5))],
     "aul": [({}, single("aul", a=5.5, q=3.0)), ({"a": 6.3, "q": 1.5}, single("aul", a=6.3, q=1.5))],
     "ael": [({}, single("ael", a=2.5)), ({"a": 5.0}, single("ael", a=5.0))],
+    "eps_ce": [({}, single("eps_ce", m=1e5)), ({"m": 3.0}, single("eps_ce", m=3.0))],
     "anl_ce": [
         ({}, ((1.0, "nce", {}), (1.0, "nnce", {}))),
         ({"alpha": 5.0, "beta": 2.0}, ((5.0, "nce", {}), (2.0, "nnce", {}))),
@@ -281,9 +282,9 @@ def test_a_clamp_just_below_a_uniform_row_is_none():
     torch.testing.assert_close(ak.nnce(logits, target, min_prob=0.2499).item(), 0.75)
 
 
-@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL"])
+@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL", "EpsCE"])
 def test_a_term_and_its_function_have_the_same_defaults(name):
-    function = getattr(ak, "focal" if name == "FL" else name.lower())
+    function = getattr(ak, {"FL": "focal", "EpsCE": "eps_ce"}.get(name, name.lower()))
     own = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name not in SHARED}
     assert getattr(ak, name)() == getattr(ak, name)(*list(own.values())[2:])
 

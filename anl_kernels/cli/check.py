@@ -52,7 +52,7 @@ def named(function: str) -> Loss:
     return Loss(name, getattr(ak, function), getattr(formulas, function))
 
 
-FUNCTIONS = "cross_entropy nce nnce focal nfl nnfl mae rce sce gce agce aul ael anl_ce anl_fl".split()
+FUNCTIONS = "cross_entropy nce nnce focal nfl nnfl mae rce sce gce agce aul ael eps_ce anl_ce anl_fl".split()
 LOSSES = [
     *map(named, FUNCTIONS),
     Loss("2 NCE + 3 RCE + AGCE", 2 * ak.NCE() + 3 * ak.RCE() + ak.AGCE(), sum_of_three),

@@ -17,7 +17,7 @@ from .scalar_math import INF, exp, expm1, focal_weight, log1p, number, one_minus
 
 # Terms, by the numbers that terms.py gives them.
 CE, NCE, NNCE, FL, NFL, NNFL = (tl.constexpr(i) for i in range(6))
-MAE, RCE, GCE, AGCE, AUL, AEL = (tl.constexpr(i) for i in range(6, 12))
+MAE, RCE, GCE, AGCE, AUL, AEL, EPS_CE = (tl.constexpr(i) for i in range(6, 13))
 
 # Bits of NEEDS, and those that a second sweep is made for. Write `ABOVE & NEEDS`: the interpreter knows no other order.
 ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE = (tl.constexpr(1 << i) for i in range(4))
@@ -284,10 +284,13 @@ def _term(s, c, numbers, i: tl.constexpr, KIND: tl.constexpr):
         lead = k * exp(p1 * tl.log(p0 - 1.0))
         ratio = p1 * log1p(tail / (p0 - 1.0))
         f = Partials(lead * expm1(ratio) / p1, lead * exp(ratio) / ((p0 - 1.0) + tail) * p)
-    else:  # exp(-p / a)
-        tl.static_assert(KIND == AEL)
+    elif KIND == AEL:  # exp(-p / a)
         v = k * exp(-p / p0)
         f = Partials(v, v * p / p0)
+    else:  # -log((p + m [y is the top]) / (1 + m)); p1 = log(1 + m)
+        tl.static_assert(KIND == EPS_CE)
+        top = s.x_y == 0.0
+        f = Partials(k * tl.where(top, -log1p(-tail / (p0 + 1.0)), p1 - l), k * tl.where(top, p / (p + p0), 1.0))
     return f
 
 

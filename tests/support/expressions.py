@@ -23,6 +23,8 @@ EXPRESSIONS = {
     "agce": single("agce", a=1.0, q=2.0),
     "aul": single("aul", a=5.5, q=3.0),
     "ael": single("ael", a=2.5),
+    "eps_ce": single("eps_ce", m=1e5),
+    "eps_ce3": single("eps_ce", m=3.0),
     "sce": ((0.5, "ce", {}), (1.5, "rce", {"floor": 1e-3})),
     "anl_ce": ((1.0, "nce", {}), (1.0, "nnce", {})),
     "anl_fl": ((5.0, "nfl", {"gamma": 0.5}), (2.0, "nnfl", {"gamma": 0.5})),
@@ -33,6 +35,7 @@ EXPRESSIONS = {
     "nce+agce": ((1.0, "nce", {}), (4.0, "agce", {"a": 6.0, "q": 1.5})),
     "nce+aul": ((1.0, "nce", {}), (4.0, "aul", {"a": 6.3, "q": 1.5})),
     "nce+ael": ((1.0, "nce", {}), (4.0, "ael", {"a": 5.0})),
+    "eps_ce+mae": ((0.01, "eps_ce", {"m": 1e5}), (10.0, "mae", {})),
     "everything": (
         (0.1, "ce", {}),
         (1.0, "nce", {}),
@@ -46,6 +49,7 @@ EXPRESSIONS = {
         (0.1, "agce", {"a": 1.0, "q": 2.0}),
         (0.05, "aul", {"a": 5.5, "q": 3.0}),
         (0.7, "ael", {"a": 2.5}),
+        (0.2, "eps_ce", {"m": 3.0}),
     ),
 }
 # On awkward shapes three stand for all: every kind of statistic is in one of them.
