@@ -223,7 +223,7 @@ def anl_fl(
 
 @dataclass(frozen=True)
 class MAE(Term):
-    """Mean absolute error, to its usual scale: 1 - p_y."""
+    """Mean absolute error, to its usual scale: 1 - p_y. Ghosh et al., AAAI 2017."""
 
     def value(self, s):
         return one_minus_exp(s.target_log_prob)
@@ -231,7 +231,7 @@ class MAE(Term):
 
 @_loss
 def mae(logits: Tensor, target: Tensor, **options) -> Tensor:
-    """Mean absolute error, to its usual scale: 1 - p_y."""
+    """Mean absolute error, to its usual scale: 1 - p_y. Ghosh et al., AAAI 2017."""
     return robust_loss(logits, target, _one(MAE), **options)
 
 

@@ -282,13 +282,6 @@ def test_a_clamp_just_below_a_uniform_row_is_none():
     torch.testing.assert_close(ak.nnce(logits, target, min_prob=0.2499).item(), 0.75)
 
 
-@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL", "EpsCE"])
-def test_a_term_and_its_function_have_the_same_defaults(name):
-    function = getattr(ak, {"FL": "focal", "EpsCE": "eps_ce"}.get(name, name.lower()))
-    own = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name not in SHARED}
-    assert getattr(ak, name)() == getattr(ak, name)(*list(own.values())[2:])
-
-
 def test_what_is_kept_is_bounded():
     expression = 2 * ak.NCE() + ak.MAE()
     known = [inspect.getclosurevars(f).nonlocals["known"] for f in (losses._one, losses.pair)]
