@@ -31,9 +31,13 @@ CLASSICS = (losses.CE,)  # losses that need no source
 source_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source tree")
 
 
-def plain(name):
-    """EpsCE, EPS_CE and eps_ce are one name."""
-    return name.replace("_", "").lower()
+def snake(term):
+    """EpsCE is eps_ce as a function and in the tests, EPS_CE in C++ and Triton."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", term.__name__).lower()
+
+
+def function_of(term):
+    return FUNCTIONS.get(term.__name__, snake(term))
 
 
 @cache
@@ -87,16 +91,6 @@ def parameters_of(term):
     return {field.name: field.default for field in dataclasses.fields(term)}
 
 
-def function_of(term):
-    """The name of its public function."""
-    names = {plain(name): name for name in losses.__all__ if name.islower()}
-    return FUNCTIONS.get(term.__name__) or names.get(plain(term.__name__))
-
-
-def oracle_name(term):
-    return {plain(name): name for name in oracle.TERMS}.get(plain(term.__name__))
-
-
 def own_parameters(function):
     """The parameters of a loss's function, without logits, target and the keywords that all share."""
     shared = inspect.signature(ak.robust_loss).parameters
@@ -109,26 +103,23 @@ def problem():
 
 
 def kind_in_cpp(term):
-    kinds = [plain(name) for name in enumerators("csrc/terms.h", "TermKind")]
-    if kinds[term.kind : term.kind + 1] != [plain(term.__name__)]:
-        return f"csrc/terms.h: TermKind needs {term.__name__} at place {term.kind}, as in BUILT_IN of losses.py"
+    if list(enumerators("csrc/terms.h", "TermKind"))[term.kind : term.kind + 1] != [snake(term).upper()]:
+        return f"csrc/terms.h: TermKind needs {snake(term).upper()} at place {term.kind}, as BUILT_IN of losses.py"
 
 
 def case_in_cpp(term):
-    cases = re.findall(r"case (\w+):", text_of("csrc/terms.h"))
-    if plain(term.__name__) not in map(plain, cases):
-        return "csrc/terms.h: add_term needs a case for it"
+    if f"case {snake(term).upper()}:" not in text_of("csrc/terms.h"):
+        return f"csrc/terms.h: add_term needs a case {snake(term).upper()}"
 
 
 def number_in_triton(term):
-    numbers = {plain(name): value for name, value in vars(triton_names()).items() if isinstance(value, int)}
-    if numbers.get(plain(term.__name__)) != term.kind:
-        return f"{TRITON}: the constant of this name must be {term.kind}"
+    if vars(triton_names()).get(snake(term).upper()) != term.kind:
+        return f"{TRITON}: the constant {snake(term).upper()} must be {term.kind}"
 
 
 def branch_in_triton(term):
-    if plain(term.__name__) not in map(plain, triton_branches()):
-        return f"{TRITON}: _term needs a branch for it"
+    if snake(term).upper() not in triton_branches():
+        return f"{TRITON}: _term needs a branch for {snake(term).upper()}"
 
 
 def reads(term):
@@ -142,26 +133,27 @@ def reads(term):
 
 
 def formula_in_oracle(term):
-    if oracle_name(term) is None:
-        return "tests/support/oracle.py: a function with the paper's formula, and its name in TERMS"
-    known = list(inspect.signature(oracle.TERMS[oracle_name(term)]).parameters)[3:]
+    if snake(term) not in oracle.TERMS:
+        return f"tests/support/oracle.py: a function {snake(term)} with the paper's formula, and its name in TERMS"
+    known = list(inspect.signature(oracle.TERMS[snake(term)]).parameters)[3:]
     if missing := parameters_of(term).keys() - set(known):
-        return f"tests/support/oracle.py: {oracle_name(term)} needs the parameters {missing}"
+        return f"tests/support/oracle.py: {snake(term)} needs the parameters {missing}"
 
 
 def formula_in_mpmath(term):
-    (z, y), name, parameters = problem(), oracle_name(term) or term.__name__, parameters_of(term)
-    terms = ((1.0, name, parameters),)
+    (z, y), terms = problem(), ((1.0, snake(term), parameters_of(term)),)
     try:
         exact = [float(oracle._exact_value(terms, row, row, int(label), 1e-7)) for row, label in zip(z.tolist(), y)]
     except KeyError:
-        return "tests/support/oracle.py: its formula in _exact_value, in mpmath"
-    if oracle_name(term) and not torch.allclose(oracle.row_losses(z, y, terms), torch.tensor(exact).double()):
+        return f'tests/support/oracle.py: the formula of "{snake(term)}" in _exact_value, in mpmath'
+    if formula_in_oracle(term):
+        return
+    if not torch.allclose(oracle.row_losses(z, y, terms), torch.tensor(exact).double()):
         return "tests/support/oracle.py: its formula in mpmath is another than the one in PyTorch"
 
 
 def formula_of_check(term):
-    name = function_of(term) or term.__name__
+    name = function_of(term)
     if not hasattr(formulas, name):
         return f"anl_kernels/formulas.py: {name}(z, y, parameters), for `python -m anl_kernels check`"
     defaults = own_parameters(getattr(formulas, name))
@@ -171,18 +163,18 @@ def formula_of_check(term):
 
 def expression_of_its_own(term):
     alone = [terms[0][1] for terms in helpers.EXPRESSIONS.values() if len(terms) == 1]
-    if plain(term.__name__) not in map(plain, alone):
+    if snake(term) not in alone:
         return "tests/support/expressions.py: an entry of EXPRESSIONS that is this loss alone"
 
 
 def part_of_everything(term):
-    if plain(term.__name__) not in [plain(name) for _, name, _ in helpers.EXPRESSIONS["everything"]]:
+    if snake(term) not in [name for _, name, _ in helpers.EXPRESSIONS["everything"]]:
         return 'tests/support/expressions.py: a part of "everything" in EXPRESSIONS'
 
 
 def public(term):
     if not {term.__name__, function_of(term)} <= set(losses.__all__):
-        return "losses.py: the class and a function beside it, both in __all__"
+        return f"losses.py: the class and {function_of(term)} beside it, both in __all__"
     function = getattr(losses, function_of(term))
     if own_parameters(function) != parameters_of(term):
         return f"losses.py: {function_of(term)} needs the parameters and defaults {parameters_of(term)}"
@@ -331,6 +323,13 @@ def test_triton_has_the_same_coefficients():
     triton = triton_names()
     assert fields_of(triton.GradCoefs) == names(row_math.CoefField)
     assert len(triton.COEF_BITS) == len(triton._IS_LINEAR) == triton.NUM_COEFS == row_math.NUM_COEFS
+
+
+@source_tree
+def test_the_sanitizers_table_has_as_many_statistics():
+    """What calls.py, which runs without PyTorch, says of it."""
+    numbers = re.search(r"ALL_NEEDS, NUM_STATS = (\d+), (\d+)", text_of("tests/cuda_on_host/calls.py")).groups()
+    assert list(map(int, numbers)) == [row_math.ANY_NEEDS, row_math.NUM_STATS], "tests/cuda_on_host/calls.py"
 
 
 def test_triton_s_table_has_as_many_statistics():
