@@ -123,6 +123,7 @@ def test_a_target_is_the_top_only_if_no_logit_is_larger(backend, dtype, layout):
         assert torch.equal(seen.pop().reshape(-1).bool().cpu(), is_top)
 
 
+@pytest.mark.few(dtype=[torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_linear_head_s_target_is_the_top_only_if_no_logit_is_larger(one_backend, dtype):
     values, labels, is_top = near_ties(40, dtype)
