@@ -81,28 +81,6 @@ def test_certain_rows(backend):
 
 # ---- the target and the top
 
-TOPS = (1.0, -1.0, 0.1, 300.0, -300.0, 2.0**-6)
-
-
-def next_below(x):
-    """The next smaller number of x's dtype, for x other than 0."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return (x.view(bits) - x.sign().to(bits)).view(x.dtype)
-
-
-def near_ties(classes, dtype):
-    """Logits and labels: of rows whose target is tied with the largest logit, and of rows where it is one ulp below.
-
-    And which are tied.
-    """
-    top = torch.tensor(TOPS, dtype=torch.float64).to(dtype)
-    values = (top.view(-1, 1).double() - 1 - helpers.rand(len(TOPS), classes, generator=helpers.generator(0))).to(dtype)
-    values, rows = values.repeat(2, 1), torch.arange(2 * len(TOPS))
-    labels = torch.where(rows % 2 == 0, 1, classes - 2)  # before the top, and after it
-    values[:, 4] = top.repeat(2)
-    values[rows, labels] = torch.cat([top, next_below(top)])
-    return values, labels, rows < len(TOPS)
-
 
 @pytest.mark.few(layout=["rows"], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
@@ -111,7 +89,7 @@ def test_a_target_is_the_top_only_if_no_logit_is_larger(backend, dtype, layout):
     terms, seen = EXPRESSIONS["eps_ce3"], []
     spy = ak.RowLoss(lambda s: seen.append(s.target_is_top) or s.target_log_prob)
     for classes in backend.few((7, 40, 5000), 2):
-        values, labels, is_top = near_ties(classes, dtype)
+        values, labels, is_top = helpers.near_ties(classes, dtype)
         logits, target = helpers.lay_out(layout, values, labels)
         for criterion in (helpers.expression(terms), helpers.row_loss_expression(terms)):
             for recompute in (False, True):
@@ -126,7 +104,7 @@ def test_a_target_is_the_top_only_if_no_logit_is_larger(backend, dtype, layout):
 @pytest.mark.few(dtype=[torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_linear_head_s_target_is_the_top_only_if_no_logit_is_larger(one_backend, dtype):
-    values, labels, is_top = near_ties(40, dtype)
+    values, labels, is_top = helpers.near_ties(40, dtype)
     given = values, torch.eye(40, dtype=dtype), labels
     values, weight, labels = (helpers.moved(x, one_backend.device) for x in given)
     for criterion in (ak.EpsCE(3.0), helpers.row_loss_expression(EXPRESSIONS["eps_ce3"])):
