@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from .call import checked_call
 from .functional import robust_loss
-from .losses import NCE, NFL, NNCE, NNFL, pair
+from .losses import NCE, NFL, NNCE, NNFL
+from .losses.functions import pair
 from .terms import Algebra, Expression, Factor, as_factor
 
 # The keywords of robust_loss that are attributes, with their defaults, in the order of checked_call.

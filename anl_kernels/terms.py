@@ -1,6 +1,6 @@
 """Terms that add and scale: the algebra of losses, and `RowLoss`, any function of a row's statistics.
 
-The built-in terms are in losses.py. Each is a frozen value: `value(s)` is f(statistics), one number per row, in
+The built-in terms are in losses/. Each is a frozen value: `value(s)` is f(statistics), one number per row, in
 differentiable PyTorch; `kind` and `parameters` are what the kernels know the term by.
 """
 

@@ -5,7 +5,7 @@
 
 namespace anl {
 
-enum TermKind : int { CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE, NUM_TERM_KINDS };
+enum TermKind : int { CE, NCE, NNCE, FL, NFL, NNFL, MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE, EPS_CE, NUM_TERM_KINDS };
 
 // f's partials by the statistics over all classes, and a without the parts that P and the others' squares make.
 template <class M>
@@ -109,6 +109,12 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
       loss += r * (gap * gap + s.squares);
       f.a += M::set(2.0) * r * p * gap;
       f.Q += r;
+      break;
+    }
+    case EPS_CE: {  // -log((p + m [y is the top]) / (1 + m)); p0 = m, p1 = log(1 + m)
+      const auto top = s.x_y == zero;
+      loss += k * (top ? -M::log1p(-tail / M::set(p0 + 1.0)) : M::set(p1) - l);
+      f.a += top ? k * p / (p + M::set(p0)) : k;
       break;
     }
   }

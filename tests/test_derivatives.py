@@ -24,6 +24,7 @@ KEEPS = {
 LOSSES = {
     "anl_ce": lambda: expression(ANL_CE),
     "anl_fl+rce": lambda: ak.NFL() + 2 * ak.NNFL() + 0.3 * ak.RCE(),
+    "eps_ce": lambda: ak.EpsCE(3.0),
     "row_loss": lambda: ak.RowLoss(lambda s: (s.lse - s.target_logit).square() / s.neg_log_sum + s.above_sum.log()),
 }
 # A gradient by parameters, from a loss as a function of them; each is wrong if the loss is differentiated but once.

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from helpers import THERE, single
 
 import anl_kernels as ak
-from anl_kernels import functional, losses
+from anl_kernels import functional
 from anl_kernels.call import checked_call
+from anl_kernels.losses import functions
 
 # function -> (its own parameters, the oracle's terms for them)
 FUNCTIONS = {
@@ -41,6 +42,7 @@ FUNCTIONS = {
         ({}, ((1.0, "nfl", {"gamma": 0.5}), (1.0, "amse", {"a": 30.0}))),
         ({"alpha": 5.0, "a": 20.0, "gamma": 2.0}, ((5.0, "nfl", {"gamma": 2.0}), (1.0, "amse", {"a": 20.0}))),
     ],
+    "eps_ce": [({}, single("eps_ce", m=1e5)), ({"m": 3.0}, single("eps_ce", m=3.0))],
     "anl_ce": [
         ({}, ((1.0, "nce", {}), (1.0, "nnce", {}))),
         ({"alpha": 5.0, "beta": 2.0}, ((5.0, "nce", {}), (2.0, "nnce", {}))),
@@ -304,16 +306,9 @@ def test_a_clamp_just_below_a_uniform_row_is_none():
     torch.testing.assert_close(ak.nnce(logits, target, min_prob=0.2499).item(), 0.75)
 
 
-@pytest.mark.parametrize("name", ["FL", "NFL", "NNFL", "RCE", "GCE", "AGCE", "AUL", "AEL", "AMSE"])
-def test_a_term_and_its_function_have_the_same_defaults(name):
-    function = getattr(ak, "focal" if name == "FL" else name.lower())
-    own = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name not in SHARED}
-    assert getattr(ak, name)() == getattr(ak, name)(*list(own.values())[2:])
-
-
 def test_what_is_kept_is_bounded():
     expression = 2 * ak.NCE() + ak.MAE()
-    known = [inspect.getclosurevars(f).nonlocals["known"] for f in (losses._one, losses.pair)]
+    known = [inspect.getclosurevars(f).nonlocals["known"] for f in (functions.one, functions.pair)]
     for k in range(2 * functional.CACHE_SIZE + 7):
         expression(LOGITS, TARGET, ignore_index=-1 - k)
         ak.gce(LOGITS, TARGET, q=1 + k / 1024)
@@ -367,7 +362,7 @@ def test_many_classes_without_a_clamp():
 
 def test_nothing_of_the_caller_s_is_kept():
     """A loss is kept by its numbers; one with a function or a tensor is not kept at all."""
-    kept = inspect.getclosurevars(losses.pair).nonlocals["known"]
+    kept = inspect.getclosurevars(functions.pair).nonlocals["known"]
     before = len(kept)
     ak.anl_ce(LOGITS, TARGET, alpha=torch.tensor(2.5))
     assert len(kept) == before

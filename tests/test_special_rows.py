@@ -7,9 +7,11 @@ import helpers
 import oracle
 import pytest
 import torch
-from helpers import EXPRESSIONS, REPRESENTATIVE, dtype_id
+from helpers import DTYPES, EXPRESSIONS, REPRESENTATIVE, dtype_id
 from modes import run
 from tiers import mainly
+
+import anl_kernels as ak
 
 pytestmark = pytest.mark.variants
 
@@ -18,7 +20,7 @@ MOST = pytest.mark.parametrize("name", mainly(REPRESENTATIVE, EXPRESSIONS))  # b
 
 # ---- confident rows: float64 itself cancels there, 120 digits do not
 
-CONFIDENT = ("ce", "nce", "fl", "nfl", "mae", "rce", "gce", "agce", "aul", "anl_ce", "anl_fl", "nce+rce")
+CONFIDENT = ("ce", "nce", "fl", "nfl", "mae", "rce", "gce", "agce", "aul", "eps_ce", "anl_ce", "anl_fl", "nce+rce")
 
 
 @pytest.mark.few(name=["anl_ce", "nfl"])
@@ -75,6 +77,39 @@ def test_certain_rows(backend):
         assert abs(loss.item() - losses.sum()) <= 3e-6 * losses.sum() + smallest, name
         allowed = 3e-6 * (grads.abs().amax(1, keepdim=True) + 10 * missing) + smallest  # 10: RCE is -log(floor) p_j
         assert (error <= allowed).all(), name
+
+
+# ---- the target and the top
+
+
+@pytest.mark.few(layout=["rows"], dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "spatial", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_target_is_the_top_only_if_no_logit_is_larger(backend, dtype, layout):
+    terms, seen = EXPRESSIONS["eps_ce3"], []
+    spy = ak.RowLoss(lambda s: seen.append(s.target_is_top) or s.target_log_prob)
+    for classes in backend.few((7, 40, 5000), 2):
+        values, labels, is_top = helpers.near_ties(classes, dtype)
+        logits, target = helpers.lay_out(layout, values, labels)
+        for criterion in (helpers.expression(terms), helpers.row_loss_expression(terms)):
+            for recompute in (False, True):
+                keywords = dict(reduction="sum", recompute=recompute, backend=backend.name)
+                helpers.check(logits, target, terms, criterion, **keywords)
+            loss, _ = helpers.calculate(logits, target, criterion, reduction="none", backend=backend.name)
+            assert torch.equal(loss.reshape(-1) < 0.5, is_top)  # at most log(4 / 3), at least log 4
+        helpers.calculate(logits, target, spy, backend=backend.name)
+        assert torch.equal(seen.pop().reshape(-1).bool().cpu(), is_top)
+
+
+@pytest.mark.few(dtype=[torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_linear_head_s_target_is_the_top_only_if_no_logit_is_larger(one_backend, dtype):
+    values, labels, is_top = helpers.near_ties(40, dtype)
+    given = values, torch.eye(40, dtype=dtype), labels
+    values, weight, labels = (helpers.moved(x, one_backend.device) for x in given)
+    for criterion in (ak.EpsCE(3.0), helpers.row_loss_expression(EXPRESSIONS["eps_ce3"])):
+        loss = ak.linear_robust_loss(values, weight, labels, criterion, reduction="none", backend=one_backend.name)
+        assert torch.equal(loss.cpu() < 0.5, is_top)
 
 
 # ---- rows that are no numbers

@@ -147,6 +147,8 @@ def test_a_criterion_is_an_expression(wrong):
         lambda: ak.RowLoss(lambda s: s.focal_sum, gamma=torch.nan),
         lambda: ak.AEL(a=0.0),
         lambda: ak.AMSE(a=0.0),
+        lambda: ak.EpsCE(m=0.0),
+        lambda: ak.EpsCE(m=torch.inf),
         lambda: ak.AGCE(a=1.0, q=0.0),
         lambda: ak.AUL(a=0.5, q=3.0),
         lambda: ak.AUL(a=5.5, q=0.0),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import anl_kernels as ak
 
-from .. import formulas, registry, trust
+from .. import formulas, losses, registry, trust
 from . import workloads
 from .common import progress, table
 
@@ -52,11 +52,8 @@ def named(function: str) -> Loss:
     return Loss(name, getattr(ak, function), getattr(formulas, function))
 
 
-FUNCTIONS = (
-    "cross_entropy nce nnce focal nfl nnfl mae rce sce gce agce aul ael mse amse jal_ce jal_fl anl_ce anl_fl".split()
-)
 LOSSES = [
-    *map(named, FUNCTIONS),
+    *(named(function) for function in losses.__all__ if hasattr(formulas, function)),
     Loss("2 NCE + 3 RCE + AGCE", 2 * ak.NCE() + 3 * ak.RCE() + ak.AGCE(), sum_of_three),
     Loss("ANL-CE, entropy", ak.anl_ce, formulas.anl_ce, ENTROPY),
     Loss("RowLoss", 1.0 * ak.RowLoss(user_written), same_as_user_written),

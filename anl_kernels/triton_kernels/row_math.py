@@ -17,7 +17,7 @@ from .scalar_math import INF, exp, expm1, focal_weight, log1p, number, one_minus
 
 # Terms, by the numbers that terms.py gives them.
 CE, NCE, NNCE, FL, NFL, NNFL = (tl.constexpr(i) for i in range(6))
-MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE = (tl.constexpr(i) for i in range(6, 14))
+MAE, RCE, GCE, AGCE, AUL, AEL, MSE, AMSE, EPS_CE = (tl.constexpr(i) for i in range(6, 15))
 
 # Bits of NEEDS, and those that a second sweep is made for. Write `ABOVE & NEEDS`: the interpreter knows no other order.
 ABOVE, ABOVE_MASS, FOCAL, FOCAL_ABOVE, SQUARES = (tl.constexpr(1 << i) for i in range(5))
@@ -302,12 +302,15 @@ def _term(s, c, numbers, i: tl.constexpr, KIND: tl.constexpr):
     elif KIND == AEL:  # exp(-p / a)
         v = k * exp(-p / p0)
         f = Partials(v, v * p / p0)
-    else:  # sum_j p_j^2 - 2 a p + a^2 = (a - p)^2 + sum_{j != y} p_j^2, over K in AMSE; a is 1 in MSE
-        tl.static_assert(KIND == MSE or KIND == AMSE)
+    elif KIND == MSE or KIND == AMSE:  # (a - p)^2 + sum_{j != y} p_j^2, over K in AMSE; a is 1 in MSE
         r, gap = k, tail
         if KIND == AMSE:
             r, gap = k / (s.first.count + 1.0), p0 - 1.0 + tail
         f = Partials(r * (gap * gap + s.squares), 2.0 * r * p * gap, Q=r)
+    else:  # -log((p + m [y is the top]) / (1 + m)); p1 = log(1 + m)
+        tl.static_assert(KIND == EPS_CE)
+        top = s.x_y == 0.0
+        f = Partials(k * tl.where(top, -log1p(-tail / (p0 + 1.0)), p1 - l), k * tl.where(top, p / (p + p0), 1.0))
     return f
 
 

@@ -18,6 +18,7 @@ ENTROPY = 'tests/backends/test_gradient_pass.py -k "nearly_alike and cpu"'
 HALVES = 'tests/backends/test_cpu.py -k "half_precision and (float16 or bfloat16)"'
 AUTOGRAD = "tests/test_autograd.py tests/test_inplace.py tests/test_training_loops.py -k avx512"
 FAULTS = "tests/backends/test_cpu_faults.py"
+TOP = 'tests/test_special_rows.py -k "the_top_only and cpu"'
 
 MUTANTS = [
     # ---- rows whose classes lie side by side
@@ -151,6 +152,7 @@ MUTANTS = [
         "f.a += r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l) / F;",
         LOWEST,
     ),
+    (TERMS, "const auto top = s.x_y == zero;", "const auto top = s.x_y > M::set(-1e-8);", TOP),
     (TERMS, "(below - below_y) * s.target_prob * f.P", "below * s.target_prob * f.P", CLAMP),
     (
         MATH,

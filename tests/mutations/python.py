@@ -22,8 +22,8 @@ TERMS = (
     "equal_terms or identity or long_sum or another_f or confident or numbers_scale or learned_factor'"
 )
 FUNCTIONAL = (
-    "tests/test_functional.py -k 'same_defaults or keyword_s_value or refused or l1_penalty or bounded or just_below "
-    "or clamp_is_checked or kept'"
+    "tests/test_functional.py tests/test_family.py -k 'public or keyword_s_value or refused or l1_penalty or bounded "
+    "or just_below or clamp_is_checked or kept'"
 )
 REGISTRY = "tests/test_registry.py -k 'chosen_anew or is_named'"
 MODULES = "tests/test_modules.py"
@@ -36,6 +36,7 @@ SETUP = "tests/test_setup.py -k 'extensions or architectures'"
 TRUST = "tests/test_trust.py"
 ASKED = "tests/test_unusual_tensors.py -k asked"
 VMAP = "tests/test_autograd.py -k 'test_vmap and cpu'"
+TOP = "tests/test_special_rows.py"
 TABLE = "tests/test_benchmarks.py -k line_of"
 
 MUTANTS = [
@@ -244,7 +245,13 @@ MUTANTS = [
     ),
     # terms
     ("anl_kernels/terms.py", "if not (low < value < math.inf or", "if not (low < value or", TERMS),
-    ("anl_kernels/losses.py", "    a: float = 0.6\n", "    a: float = 6.0\n", FUNCTIONAL),
+    ("anl_kernels/losses/robust.py", "    a: float = 0.6\n", "    a: float = 6.0\n", FUNCTIONAL),
+    (
+        "anl_kernels/losses/robust.py",
+        "(s.top_gap == 0.0)",
+        "(s.top_gap < 1e-8)",
+        f"{TOP} -k 'the_top_only and reference'",
+    ),
     ("anl_kernels/terms.py", "not (s.focal and gamma is None)", "not s.focal", TERMS),
     (
         "anl_kernels/terms.py",

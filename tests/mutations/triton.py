@@ -37,6 +37,7 @@ MUTANTS = [
     (MATH, "base + last_min(below)", "last_min(below)",
      "tests/triton_kernels/test_rows.py -k low_logits"),
     (MATH, "others, gap = K - 1.0,", "others, gap = K * 1.0,", "tests/triton_kernels/test_rows.py"),
+    (MATH, "top = s.x_y == 0.0", "top = s.x_y > -1e-8", "tests/test_special_rows.py -k 'the_top_only and triton'"),
     (MATH, "f.gap - f.count * fall", "f.gap", "tests/test_conformance.py -k 'anl_ce and triton-loop'"),
     (FOLDS, "value = by_row(tl.min(f[i], 1))", "value = by_row(tl.max(f[i], 1))",
      "tests/test_conformance.py -k 'nnce and triton-loop'"),

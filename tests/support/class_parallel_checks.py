@@ -38,6 +38,9 @@ def check_every_loss(ranks):
     for size, group in ranks.members():
         for name in EXPRESSIONS:
             compare(group, ranks.rank, SIZES[size][1], values, target, expression(EXPRESSIONS[name]))
+        for dtype in helpers.DTYPES:  # the top in one slice, the target perhaps in another
+            tied, labels, _ = helpers.near_ties(CLASSES, dtype)
+            compare(group, ranks.rank, SIZES[size][1], tied, labels, expression(EXPRESSIONS["eps_ce3"]))
 
 
 def check_every_kind(ranks):

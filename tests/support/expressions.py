@@ -28,6 +28,8 @@ EXPRESSIONS = {
     "amse2.5": single("amse", a=2.5),
     "jal_ce": ((1.0, "nce", {}), (1.0, "amse", {"a": 30.0})),
     "jal_fl": ((1.0, "nfl", {"gamma": 0.5}), (1.0, "amse", {"a": 30.0})),
+    "eps_ce": single("eps_ce", m=1e5),
+    "eps_ce3": single("eps_ce", m=3.0),
     "sce": ((0.5, "ce", {}), (1.5, "rce", {"floor": 1e-3})),
     "anl_ce": ((1.0, "nce", {}), (1.0, "nnce", {})),
     "anl_fl": ((5.0, "nfl", {"gamma": 0.5}), (2.0, "nnfl", {"gamma": 0.5})),
@@ -38,6 +40,7 @@ EXPRESSIONS = {
     "nce+agce": ((1.0, "nce", {}), (4.0, "agce", {"a": 6.0, "q": 1.5})),
     "nce+aul": ((1.0, "nce", {}), (4.0, "aul", {"a": 6.3, "q": 1.5})),
     "nce+ael": ((1.0, "nce", {}), (4.0, "ael", {"a": 5.0})),
+    "eps_ce+mae": ((0.01, "eps_ce", {"m": 1e5}), (10.0, "mae", {})),
     "everything": (
         (0.1, "ce", {}),
         (1.0, "nce", {}),
@@ -53,6 +56,7 @@ EXPRESSIONS = {
         (0.7, "ael", {"a": 2.5}),
         (0.6, "mse", {}),
         (0.3, "amse", {"a": 2.5}),
+        (0.2, "eps_ce", {"m": 3.0}),
     ),
 }
 # On awkward shapes four stand for all: every kind of statistic is in one of them.

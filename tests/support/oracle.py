@@ -95,7 +95,13 @@ def amse(z, y, min_prob, a=30.0):
     return (F.softmax(z, 1) - a * one_hot(y, z.shape[1], z.dtype)).square().mean(1)
 
 
-TERMS = {f.__name__: f for f in (ce, nce, nnce, fl, nfl, nnfl, mae, rce, gce, agce, aul, ael, mse, amse)}
+def eps_ce(z, y, min_prob, m=1e5):
+    """Wang et al. 2024: m is added to the p of the top, and all are divided by their sum. A tied target is the top."""
+    top = take(z, y) == z.amax(1)
+    return torch.where(top, -((take(F.softmax(z, 1), y) + m) / (1 + m)).log(), ce(z, y, min_prob) + math.log(1 + m))
+
+
+TERMS = {f.__name__: f for f in (ce, nce, nnce, fl, nfl, nnfl, mae, rce, gce, agce, aul, ael, mse, amse, eps_ce)}
 
 
 def sum_of_terms(z, y, terms, min_prob):
@@ -177,7 +183,7 @@ def _exact_value(terms, z, z_fixed, y, min_prob):
     def focal(gamma):
         return [(1 - x) ** mp.mpf(gamma) for x in p_fixed]
 
-    def value(name, gamma=0.5, floor_=1e-4, q=None, a=None, **rest):
+    def value(name, gamma=0.5, floor_=1e-4, q=None, a=None, m=None, **rest):
         floor_ = rest.get("floor", floor_)
         if name == "ce":
             return -log_p[y]
@@ -214,6 +220,10 @@ def _exact_value(terms, z, z_fixed, y, min_prob):
             hot = mp.mpf(1 if name == "mse" else 30 if a is None else a)
             squares = mp.fsum((p[k] - (hot if k == y else 0)) ** 2 for k in range(len(z)))
             return squares if name == "mse" else squares / len(z)
+        if name == "eps_ce":
+            m = mp.mpf(1e5 if m is None else m)
+            top = z_fixed[y] == max(z_fixed)  # not of the moved logits: which class is the top is held constant
+            return -mp.log((p[y] + m * top) / (1 + m))
         raise KeyError(name)
 
     return mp.fsum(mp.mpf(coefficient) * value(name, **parameters) for coefficient, name, parameters in terms)

@@ -146,6 +146,29 @@ def away_from_clamp(values, min_prob=1e-7):
     return values
 
 
+TOPS = (1.0, -1.0, 0.1, 300.0, -300.0, 2.0**-6)
+
+
+def next_below(x):
+    """The next smaller number of x's dtype, for x other than 0."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.view(bits) - x.sign().to(bits)).view(x.dtype)
+
+
+def near_ties(classes, dtype):
+    """Logits and labels: of rows whose target is tied with the largest logit, and of rows where it is one ulp below.
+
+    And which are tied.
+    """
+    top = torch.tensor(TOPS, dtype=torch.float64).to(dtype)
+    values = (top.view(-1, 1).double() - 1 - torch.rand(len(TOPS), classes, generator=generator(0))).to(dtype)
+    values, rows = values.repeat(2, 1), torch.arange(2 * len(TOPS))
+    labels = torch.where(rows % 2 == 0, 1, classes - 2)  # before the top, and after it
+    values[:, 4] = top.repeat(2)
+    values[rows, labels] = torch.cat([top, next_below(top)])
+    return values, labels, rows < len(TOPS)
+
+
 # ---- layouts: (values (N, K)) -> the same numbers, seen as a tensor of that layout; what lies outside the view is NaN
 
 
