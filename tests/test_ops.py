@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import anl_kernels as ak
 from anl_kernels import ops
+from anl_kernels.row_math import ANY_NEEDS
 
 pytestmark = pytest.mark.unpoisoned
 CASES = {
@@ -199,7 +200,7 @@ def terms_of(name):
 def operator_calls(dtype, shape):
     """operator, arguments: every operator of the package, as the package calls it."""
     logits, target = problem(dtype, shape)
-    needs, gamma, weight = 15, 0.5, torch.linspace(0.5, 2, shape[1])
+    needs, gamma, weight = ANY_NEEDS, 0.5, torch.linspace(0.5, 2, shape[1])
     for reduction in ("mean", "none"):
         numbers = (terms_of("anl_fl"), 1e-7, gamma, needs, -100, reduction, "cpu", True)
         yield ops.row_loss, (logits.clone().requires_grad_(), target, weight, *numbers)
@@ -250,7 +251,7 @@ def test_fakes_know_shapes_dtypes_and_strides(cpu):
             with mode:
                 logits = torch.zeros(shape)
                 target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
-                results.append(ops.row_stats(logits, target, 1e-7, 0.5, 15, -100, True, "cpu", True))
+                results.append(ops.row_stats(logits, target, 1e-7, 0.5, ANY_NEEDS, -100, True, "cpu", True))
         assert [(x.shape, x.dtype) for x in results[0]] == [(x.shape, x.dtype) for x in results[1]]
     for dtype in (torch.float32, torch.float64, torch.float16):
         with FakeTensorMode():

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import anl_kernels as ak
 from anl_kernels.backends import cpu as backend
 from anl_kernels.call import Call
-from anl_kernels.row_math import NUM_COEFS, NUM_STATS, StatField
+from anl_kernels.row_math import ANY_NEEDS, NUM_COEFS, NUM_STATS, StatField
 
 ISAS = [b.isa for b in backends_under_test.BACKENDS if b.name == "cpu"]
 ANL_CE = ((1, 1.0, 0.0, 0.0), (2, 1.0, 0.0, 0.0))
@@ -37,7 +37,9 @@ def kernels(request, cpu):
 
 def call(**changes):
     """What the backend's functions read of a checked call."""
-    values = dict(terms=ANL_CE, min_prob=1e-7, gamma=None, needs=15, ignore_index=-100, reduction="none", inplace=False)
+    values = dict(
+        terms=ANL_CE, min_prob=1e-7, gamma=None, needs=ANY_NEEDS, ignore_index=-100, reduction="none", inplace=False
+    )
     return Call(**{**values, **changes})
 
 
@@ -114,7 +116,7 @@ def test_statistics_of_a_label_that_is_none_when_it_is_used_are_nan(kernels, lay
     labels = table.view(torch.int64)[:ROWS].copy_(memory.target)
     for where, target in ((table[16:], labels), (expected[16:], memory.target)):
         bad = kernels.row_stats(
-            0, shape, logits.data_ptr(), strides, target.data_ptr(), 0, -100, 1e-7, 0.5, 15, where.data_ptr()
+            0, shape, logits.data_ptr(), strides, target.data_ptr(), 0, -100, 1e-7, 0.5, ANY_NEEDS, where.data_ptr()
         )
         assert bad == -1
     table, expected = (t[16:].view(NUM_STATS, ROWS) for t in (table, expected))
