@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "terms.h"
 
 namespace anl {
@@ -64,6 +66,19 @@ auto by_storage(DType dtype, F f) {
     case FLOAT16: return f(Stored<H>());
     default: return f(Stored<B>());
   }
+}
+
+// Whether a call takes the kernels that make what few losses read. Float64 always does: fewer to compile.
+inline bool takes_full(const Call& call) { return call.dtype == FLOAT64 || needs_full(call.program); }
+
+// f(Stored<S>(), FULL) for the kernel that a call takes.
+template <class H, class B, class F>
+auto by_variant(const Call& call, F f) {
+  return by_storage<H, B>(call.dtype, [&](auto s) {
+    if constexpr (!std::is_same_v<decltype(s), Stored<double>>)
+      if (!takes_full(call)) return f(s, std::false_type());
+    return f(s, std::true_type());
+  });
 }
 
 ANL_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

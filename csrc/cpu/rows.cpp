@@ -301,17 +301,14 @@ double run(const Call& call) {
   return total;
 }
 
-template <class S>
-double run(const Call& call) {
-  if (call.op != Op::COLUMN_SUMS) return needs_full(call.program) ? run<S, true>(call) : run<S, false>(call);
-  column_sums<S>(call);
-  return 0.0;
-}
-
 }  // namespace
 
 double rows_entry(const Call& call) {
-  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) { return run<typename decltype(s)::type>(call); });
+  if (call.op != Op::COLUMN_SUMS)
+    return by_variant<half_t, bfloat16_t>(
+        call, [&](auto s, auto full) { return run<typename decltype(s)::type, decltype(full)::value>(call); });
+  by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) { column_sums<typename decltype(s)::type>(call); });
+  return 0.0;
 }
 
 }  // namespace ANL_ISA

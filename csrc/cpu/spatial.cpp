@@ -371,10 +371,8 @@ double run(const Call& call) {
 }  // namespace
 
 double spatial_entry(const Call& call) {
-  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) {
-    using S = typename decltype(s)::type;
-    return needs_full(call.program) ? run<S, true>(call) : run<S, false>(call);
-  });
+  return by_variant<half_t, bfloat16_t>(
+      call, [&](auto s, auto full) { return run<typename decltype(s)::type, decltype(full)::value>(call); });
 }
 
 }  // namespace ANL_ISA

@@ -7,13 +7,6 @@
 namespace anl {
 namespace gpu {
 
-// f(Stored<S>(), FULL): the storage type, and whether the kernel makes what few losses read.
-template <class F>
-cudaError_t by_variant(const Call& call, F f) {
-  return by_storage<half_t, bfloat16_t>(
-      call.dtype, [&](auto s) { return needs_full(call.program) ? f(s, std::true_type()) : f(s, std::false_type()); });
-}
-
 // ---- labels --------------------------------------------------------------------------------------------------------
 
 enum class Label { LIVE, IGNORED, BAD };  // BAD: outside [0, K), its row is NaN

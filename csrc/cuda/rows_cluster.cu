@@ -348,7 +348,7 @@ cudaError_t widest_rows_cluster(const Limits& limits, int& cluster) {
 }
 
 cudaError_t launch_cluster(Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto full) {
+  return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
     using S = typename decltype(s)::type;
     if constexpr (sizeof(S) == 8)
       return cudaErrorInvalidValue;

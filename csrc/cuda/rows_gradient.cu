@@ -145,7 +145,7 @@ Plan plan_gradient(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_gradient(const Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto full) {
+  return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
     return launch_variant<typename decltype(s)::type, decltype(full)::value>(p, stream);
   });
 }

@@ -306,7 +306,7 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
 template <class T>
 int64_t scratch_bytes(const Call& call, int64_t parts) {
   const int64_t rows = rows_of(call);
-  return needs_full(call.program) ? Scratch<T, true>::bytes(rows, parts) : Scratch<T, false>::bytes(rows, parts);
+  return takes_full(call) ? Scratch<T, true>::bytes(rows, parts) : Scratch<T, false>::bytes(rows, parts);
 }
 
 }  // namespace
@@ -340,7 +340,7 @@ Plan plan_split(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_split(const Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto full) {
+  return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
     return launch_variant<typename decltype(s)::type, decltype(full)::value>(p, stream);
   });
 }

@@ -264,7 +264,7 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   plan.kernel = Kernel::SPATIAL;
   plan.cluster = 1;
   plan.threads = int(pixels * groups);
-  const bool full = needs_full(call.program);
+  const bool full = takes_full(call);
   const int64_t scratch = plan.threads * (wide ? exchanged_bytes<double>(full) : exchanged_bytes<float>(full));
   const int64_t used = groups > 1 ? scratch : 0;
   const bool staged = call.op != Op::GRAD && !wide && used + pixels * pixel_bytes <= room;
@@ -276,7 +276,7 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
 }
 
 cudaError_t launch_spatial(const Params& p, cudaStream_t stream) {
-  return by_variant(p.call, [&](auto s, auto full) {
+  return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
     return launch_variant<typename decltype(s)::type, decltype(full)::value>(p, stream);
   });
 }
