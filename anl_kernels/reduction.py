@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .row_math import StatField, TableStatistics
+from .row_math import StatField
+from .statistics import Statistics
 
 
 def world_size(group) -> int:
@@ -106,6 +107,26 @@ def batch_entropy(sums: Tensor, count: Tensor, call: Call, classes: int | None =
     if call.reduction == "sum":
         entropy = torch.where(count > 0, entropy, 0.0)
     return entropy, log_q, count
+
+
+class TableStatistics(Statistics):
+    """Statistics from the kernels' table; those that `needs` does not cover are not in it."""
+
+    def __init__(self, table: Tensor, min_prob: float, gamma: float | None, needs: int):
+        super().__init__(min_prob, gamma)
+        self._table = table
+        self._needs = needs
+
+    def _make(self, statistic):
+        if statistic.needs & ~self._needs:
+            raise RuntimeError(
+                f"the loss reads {statistic.name}, which it did not when it was made: name what f reads, "
+                "RowLoss(f, needs=[...])"
+            )
+        value = self._table[statistic.field]
+        if statistic.name == "lse":  # max is a constant: the derivative by lse is that by log_sum
+            return self._table[StatField.MAX].detach() + value
+        return value
 
 
 def loss_of_table(

@@ -222,29 +222,6 @@ def other_above_mass(s: Statistics) -> Tensor:
     return s.above_mass - s.target_above * s.target_prob
 
 
-# ---- the table
-
-
-class TableStatistics(Statistics):
-    """Statistics from the kernels' table; those that `needs` does not cover are not in it."""
-
-    def __init__(self, table: Tensor, min_prob: float, gamma: float | None, needs: int):
-        super().__init__(min_prob, gamma)
-        self._table = table
-        self._needs = needs
-
-    def _make(self, statistic):
-        if statistic.needs & ~self._needs:
-            raise RuntimeError(
-                f"the loss reads {statistic.name}, which it did not when it was made: name what f reads, "
-                "RowLoss(f, needs=[...])"
-            )
-        value = self._table[statistic.field]
-        if statistic.name == "lse":  # max is a constant: the derivative by lse is that by log_sum
-            return self._table[StatField.MAX].detach() + value
-        return value
-
-
 # ---- sums over slices of the classes
 
 

@@ -8,41 +8,18 @@
 // A traversal sweeps a row once for FirstSums, makes RowStatistics of them, sweeps it again for SecondSums where a loss
 // needs those, calls evaluate (terms.h), and writes GradientRow::at of every class. It owns loops and memory; the
 // formulas stand here, and those of the losses in terms.h.
-//
-// Everything is written over a policy M: M::V is a number or a vector of them (one row or one class per lane), with
-// M::set, exp, log, log1p, expm1, sqrt for the mathematics of a row, and for every class
-//   class_exp(x)                    exp, as fast as it is accurate enough for a sum or a gradient
-//   class_exp_and_rest(l, rest)     exp(l), and 1 - exp(l) without cancellation, for l <= 0
-//   add_where(mask, sum, x)         sum += x where mask
-// A mask is what a comparison of two V gives and `mask ? V : V` takes; M::negate(mask) is its opposite.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define ANL_HD __host__ __device__ __forceinline__
-#else
-#define ANL_HD inline __attribute__((always_inline))
-#endif
+#include "policy.h"
+#include "program.h"
 
 namespace anl {
 
-// What a loss reads besides the sums that every loss has. anl_kernels/statistics.py finds the bits of a loss.
+// What a loss reads besides the sums that every loss has. anl_kernels/row_math.py has the same bits.
 enum Needs : unsigned { NEED_ABOVE = 1, NEED_ABOVE_MASS = 2, NEED_FOCAL = 4, NEED_FOCAL_ABOVE = 8, NEED_SQUARES = 16 };
-
-constexpr int MAX_TERMS = 16;
-
-// A weighted sum of terms, and the one clamp and one focal exponent they share.
-struct Program {
-  int num_terms;
-  int kind[MAX_TERMS];
-  double factor[MAX_TERMS], p0[MAX_TERMS], p1[MAX_TERMS];
-  double min_prob, gamma;
-  double clamp_height;        // T = -log(min_prob)
-  double focal_clamp_height;  // A = (1 - min_prob)^gamma T
-  unsigned needs;
-};
 
 ANL_HD bool needs_mass(const Program& prog) { return prog.needs & NEED_ABOVE_MASS; }
 ANL_HD bool needs_focal(const Program& prog) { return prog.needs & (NEED_FOCAL | NEED_FOCAL_ABOVE); }
@@ -144,18 +121,6 @@ struct SecondSums {
     of[BELOW_MASS] = tail;
   }
 };
-
-// x^gamma for x >= 0. The published exponents avoid the logarithm.
-template <class M>
-ANL_HD typename M::V focal_weight(typename M::V x, double gamma) {
-  using V = typename M::V;
-  if (gamma == 0.5) return M::sqrt(x);
-  if (gamma == 0.0) return M::set(1.0);
-  if (gamma == 1.0) return x;
-  if (gamma == 2.0) return x * x;
-  const V zero = M::set(0.0);
-  return x > zero ? M::exp(M::set(gamma) * M::log(x)) : zero;
-}
 
 // ---- a row between its sweeps ---------------------------------------------------------------------------------------
 
@@ -300,7 +265,7 @@ ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typen
   const V focal_height = M::set(prog.focal_clamp_height) + w_y * l;
   out[STAT_FOCAL_ABOVE_SUM] = focal ? s.second[FOCAL_ABOVE_SUM] + I_y * focal_height : absent;
   out[STAT_FOCAL_ABOVE_WEIGHT] = focal ? s.second[FOCAL_ABOVE_WEIGHT] + I_y * w_y : absent;
-  out[STAT_TOP_GAP] = -s.x_y;
+  out[STAT_TOP_GAP] = poison - s.x_y;
   out[STAT_OTHER_P2] = prog.needs & NEED_SQUARES ? s.squares : absent;
   out[STAT_VALID] = one;
 }

@@ -2,7 +2,7 @@
 
     python tests/mutants.py [--only TEXT] [--list] [--again] [--jobs N] [--write FILE]
 
-The mutants are in tests/mutations, one module a language; the memory orders of CUDA's kernels have a program of their
+The mutants are in tests/mutations, one module per language; the memory orders of CUDA's kernels have a program of their
 own (cuda_on_host/mutate_barriers.py). Each is applied to a copy of the sources, with the compiled modules built anew
 where it is C++, and its tests run there until one fails. Outcomes are kept by content in build/mutants.json, so that
 only what changed is run again. A survivor is an error unless the mutant says why nothing can notice it.
@@ -88,9 +88,9 @@ def test_files(tests):
 
 
 def all_mutants():
-    from mutations import cpu, cuda, python, triton
+    from mutations import cpu, cuda, heads, python, triton
 
-    return [Mutant(*mutant) for module in (python, cpu, cuda, triton) for mutant in module.MUTANTS]
+    return [Mutant(*mutant) for module in (python, heads, cpu, cuda, triton) for mutant in module.MUTANTS]
 
 
 class Copy:

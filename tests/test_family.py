@@ -324,7 +324,7 @@ def test_triton_has_the_same_sums():
 def test_triton_has_the_same_coefficients():
     triton = triton_names()
     assert fields_of(triton.GradCoefs) == names(row_math.CoefField)
-    assert len(triton.COEF_BITS) == len(triton._IS_LINEAR) == triton.NUM_COEFS == row_math.NUM_COEFS
+    assert len(triton.COEF_BITS) == len(triton.IS_LINEAR) == triton.NUM_COEFS == row_math.NUM_COEFS
 
 
 @source_tree

@@ -11,8 +11,9 @@ from torch import Tensor
 from .folds import asked
 from .launch import cdiv, choose_gradient, launch_first, same_misalignment, target_of, view_of
 from .memory import multiple, stored
-from .row_math import COEF_BITS, INV_SUM, NUM_COEFS, GradCoefs, gradient, gradient_row, scaled
+from .row_math import COEF_BITS, INV_SUM, NUM_COEFS, GradCoefs, gradient, gradient_row
 from .scalar_math import INF, constants, exp, runtime_numbers
+from .tiles import scaled
 
 
 class Row(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .folds import asked, by_row, equal, folded, lane_sum, last_min, last_sum, merged
+from .folds import asked, equal, folded, lane_sum, last_min, last_sum
 from .scalar_math import INF, exp, expm1, focal_weight, log1p, number, one_minus_exp
 
 # Terms, by the numbers that terms.py gives them.
@@ -79,32 +79,13 @@ def first_of_tile(z, x, e, base, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
 
 
 @triton.jit
-def _about(f, high, NEEDS: tl.constexpr):
+def about(f, high, NEEDS: tl.constexpr):
     """FirstSums about a larger maximum."""
     fall = tl.where(f.count > 0.0, f.max - high, 0.0)  # a lane without classes has max = -inf
     shrink, squares = exp(fall), f.squares
     if SQUARES & NEEDS:
         squares *= shrink * shrink
     return FirstSums(high, f.low, f.tail * shrink, f.gap - f.count * fall, f.count, squares)
-
-
-@triton.jit
-def add_first(f, z, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
-    """FirstSums `f` with the logits z, [BLOCK_N, LANES, classes]; CAREFUL: first_of_tile. Every lane has a maximum of
-    its own, to which it rescales what it has when that rises: one exp per class, and one per lane and block."""
-    high = tl.maximum(f.max, tl.max(z, 2))
-    f = _about(f, high, NEEDS)
-    base = tl.where(high == -INF, 0.0, high)  # a lane without classes
-    x = z - base[:, :, None]
-    tile = first_of_tile(z, x, exp(x), base, NEEDS, CAREFUL)
-    return FirstSums(*folded(f, tile, FIRST_FOLDS, FIRST_BITS, NEEDS))
-
-
-@triton.jit
-def merged_first(f, z_y, NEEDS: tl.constexpr):
-    """[BLOCK_N, LANES] -> [BLOCK_N, 1], about the row's maximum, which may be the target."""
-    high = tl.maximum(by_row(tl.max(f.max, 1)), z_y)
-    return FirstSums(*merged(_about(f, high, NEEDS), FIRST_FOLDS, FIRST_BITS, NEEDS))
 
 
 @triton.jit
@@ -193,12 +174,6 @@ def row_statistics(f, z_y, c):
     tail, prob, neg_log_sum = f.tail / total, e_y / total, f.count * log_sum + f.gap
     squares, below_top = f.squares / (total * total), ((f.tail - f.squares) + e_y) / (total * total)
     return RowStatistics(f, x_y, log_sum, x_y - log_sum, tail, prob, neg_log_sum, squares, below_top, second)
-
-
-@triton.jit
-def with_second(s, second):
-    """RowStatistics with the second sweep's sums."""
-    return RowStatistics(*s[:-1], second)
 
 
 @triton.jit
@@ -338,7 +313,7 @@ NUM_COEFS = tl.constexpr(len(GradCoefs._fields))
 INV_SUM = tl.constexpr(GradCoefs._fields.index("inv_sum"))
 # For each field: the bits of NEEDS with which it is read, and whether it is proportional to the loss.
 COEF_BITS = tl.constexpr((0, 0, 0, 0, ABOVE_MASS, ABOVE, FOCAL, FOCAL_ABOVE, SQUARES, 0, IN_SECOND_SWEEP))
-_IS_LINEAR = tl.constexpr((0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0))
+IS_LINEAR = tl.constexpr((0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0))
 
 
 @triton.jit
@@ -369,18 +344,6 @@ def evaluate(s, known, ignored, c, numbers, KINDS: tl.constexpr, NEEDS: tl.const
     inv_sum = tl.where(known, exp(-s.log_sum), tl.where(ignored, 0.0, float("nan")))
     m, a = s.first.max, a_above - f.P
     return f.loss, GradCoefs(m, inv_sum, a, -f.S, a_above, f.U, -f.F, f.G, square, target, s.log_sum)
-
-
-@triton.jit
-def scaled(g, factor):
-    """GradCoefs of `factor` times the loss."""
-    fields = ()
-    for i in tl.static_range(NUM_COEFS):
-        value = g[i]
-        if _IS_LINEAR[i]:
-            value *= factor
-        fields += (value,)
-    return GradCoefs(*fields)
 
 
 class GradientRow(NamedTuple):

@@ -6,23 +6,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .folds import folded, merged, no_sums
+from .folds import by_row, folded, merged, no_sums
 from .row_math import (
     ANY_FOCAL,
+    FIRST_BITS,
     FIRST_FOLDS,
     IN_SECOND_SWEEP,
     SECOND_BITS,
     SECOND_FOLDS,
     FirstSums,
     SecondSums,
-    add_first,
+    about,
     first_of_tile,
     gradient_row,
-    merged_first,
     row_statistics,
     second_of_tile,
     uniform_if,
-    with_second,
 )
 from .scalar_math import INF, constants, exp
 from .tiles import (
@@ -32,6 +31,7 @@ from .tiles import (
     load_tile,
     rows_of,
     target_logit,
+    with_second,
     without_target,
     write_gradient,
     write_results,
@@ -41,6 +41,25 @@ from .tiles import (
 
 # Parameters that are not compiled in.
 NUMBERS = ["lanes", "K", "num_rows", "so", "sk", "si", "gso", "gsk", "gsi", "ignore_index"]
+
+
+@triton.jit
+def add_first(f, z, NEEDS: tl.constexpr, CAREFUL: tl.constexpr):
+    """FirstSums `f` with the logits z, [BLOCK_N, LANES, classes]; CAREFUL: first_of_tile. Every lane has a maximum of
+    its own, to which it rescales what it has when that rises: one exp per class, and one per lane and block."""
+    high = tl.maximum(f.max, tl.max(z, 2))
+    f = about(f, high, NEEDS)
+    base = tl.where(high == -INF, 0.0, high)  # a lane without classes
+    x = z - base[:, :, None]
+    tile = first_of_tile(z, x, exp(x), base, NEEDS, CAREFUL)
+    return FirstSums(*folded(f, tile, FIRST_FOLDS, FIRST_BITS, NEEDS))
+
+
+@triton.jit
+def merged_first(f, z_y, NEEDS: tl.constexpr):
+    """[BLOCK_N, LANES] -> [BLOCK_N, 1], about the row's maximum, which may be the target."""
+    high = tl.maximum(by_row(tl.max(f.max, 1)), z_y)
+    return FirstSums(*merged(about(f, high, NEEDS), FIRST_FOLDS, FIRST_BITS, NEEDS))
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -31,14 +31,21 @@ from .row_math import (
     FirstSums,
     SecondSums,
     gradient_row,
-    merged_first,
     row_statistics,
     uniform_if,
-    with_second,
 )
-from .rows import NUMBERS, first_sweep, gradient_sweep, needs_second_sweep, second_sweep
+from .rows import NUMBERS, first_sweep, gradient_sweep, merged_first, needs_second_sweep, second_sweep
 from .scalar_math import constants, exp
-from .tiles import Outputs, layout_of, rows_of, target_logit, write_results, write_statistics, write_target_gradient
+from .tiles import (
+    Outputs,
+    layout_of,
+    rows_of,
+    target_logit,
+    with_second,
+    write_results,
+    write_statistics,
+    write_target_gradient,
+)
 
 # Fields of a part: FirstSums, z_y, SecondSums, whether the second sweep was made.
 _Z_Y = tl.constexpr(NUM_FIRST.value)

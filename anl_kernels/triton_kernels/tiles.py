@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .memory import load_label, multiple, stored
-from .row_math import NUM_COEFS, NUM_STATS, all_statistics, evaluate, gradient, scaled
+from .row_math import IS_LINEAR, NUM_COEFS, NUM_STATS, GradCoefs, RowStatistics, all_statistics, evaluate, gradient
 from .scalar_math import INF
 
 
@@ -49,6 +49,24 @@ class Outputs(NamedTuple):
     Loss_ptr: tl.tensor
     Table_ptr: tl.tensor  # (NUM_COEFS, rows) coefficients, or (NUM_STATS, rows) statistics
     num_rows: tl.tensor
+
+
+@triton.jit
+def scaled(g, factor):
+    """GradCoefs of `factor` times the loss."""
+    fields = ()
+    for i in tl.static_range(NUM_COEFS):
+        value = g[i]
+        if IS_LINEAR[i]:
+            value *= factor
+        fields += (value,)
+    return GradCoefs(*fields)
+
+
+@triton.jit
+def with_second(s, second):
+    """RowStatistics with the second sweep's sums."""
+    return RowStatistics(*s[:-1], second)
 
 
 @triton.jit

@@ -143,9 +143,9 @@ class Rows {
   void first_sweep(int i) {
     first_sums(i);
     RowState<FULL>& s = state_[i];
-    const double z_y = double(load_one(rows_.logits(row_[i]) + y_[i])), gap = s.first.of[GAP];
-    // NaN and +inf leave a NaN gap; a row whose target does not exist is NaN by definition.
-    s.x_y = gap != gap || z_y == -INF || z_y != z_y ? NaN : z_y - s.max;
+    const double z_y = double(load_one(rows_.logits(row_[i]) + y_[i]));
+    // A row whose target does not exist is NaN by definition; one with a NaN or +inf is by its TAIL.
+    s.x_y = z_y == -INF ? NaN : z_y - s.max;
   }
 
   // Second sweep of the row in slot i: of blocks with classes on both sides of the clamp, and for the focal sums.

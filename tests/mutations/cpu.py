@@ -22,7 +22,7 @@ TOP = 'tests/test_special_rows.py -k "the_top_only and cpu"'
 
 MUTANTS = [
     # ---- rows whose classes lie side by side
-    (ROWS, "s.x_y = gap != gap || z_y == -INF || z_y != z_y ? NaN", "s.x_y = z_y != z_y ? NaN", MASKED_NAN),
+    (ROWS, "s.x_y = z_y == -INF ? NaN : z_y - s.max", "s.x_y = z_y - s.max", MASKED_NAN),
     (ROWS, "      s.first.add(first);", "      if (block.max != -INF) s.first.add(first);", SLICES),
     (ROWS, "block.second.set_all_below(first.of[TAIL]);", "block.second.set_all_below(0.0);", BELOW),
     (ROWS, "block.first.of[GAP], x_max - sweep.threshold);", "block.first.of[GAP], -sweep.threshold);", STRETCHES),
