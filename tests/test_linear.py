@@ -40,7 +40,7 @@ def test_every_loss(name):
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_call(dtype, chunks, kind):
-    for name in helpers.REPRESENTATIVE:
+    for name in helpers.EVERY_STATISTIC:
         compare(dtype, name, kind, chunks)
     compare(dtype, "anl_fl", kind, chunks, build=row_loss_expression)
     compare(dtype, "anl_ce", kind, chunks, bias=False)
@@ -57,7 +57,7 @@ def test_every_backend(one_fused, chunks):
 def test_the_reference_keeps_the_logits(kind):
     hidden, weight, bias, target = problem(torch.float64)
     hidden = clean(hidden, target)
-    for name in helpers.REPRESENTATIVE:
+    for name in helpers.EVERY_STATISTIC:
         exact = truth(hidden, weight, bias, target, EXPRESSIONS[name], **KINDS[kind])
         got = fused(hidden, weight, bias, target, expression(EXPRESSIONS[name]), backend="reference", **KINDS[kind])
         for ours, true in zip(got, exact):

@@ -49,8 +49,8 @@ class Backend(Protocol):
 
         Returns:
             Without lse (NUM_FIRST_SUMS, N, ...), of the classes that exist (logit > -inf); the max is -inf if none
-            does; max - z_j sums to NaN where a logit is NaN or +inf. With it (NUM_SECOND_SUMS, N, ...), where the sums
-            that call.needs does not ask for are not specified.
+            does; max - z_j sums to NaN where a logit is NaN or +inf. With it (NUM_SECOND_SUMS, N, ...). Sums that
+            call.needs does not ask for are not specified.
         """
 
     def row_grad(

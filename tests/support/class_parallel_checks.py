@@ -50,7 +50,7 @@ def check_every_kind(ranks):
         for size, group in ranks.members():
             for sizes in SIZES[size]:
                 for keywords in KINDS.values():
-                    for name in helpers.REPRESENTATIVE:
+                    for name in helpers.EVERY_STATISTIC:
                         compare(group, ranks.rank, sizes, values, target, expression(EXPRESSIONS[name]), **keywords)
                 criterion = row_loss_expression(EXPRESSIONS["anl_fl"])
                 compare(group, ranks.rank, sizes, values, target, criterion, entropy_weight=0.3)
@@ -73,7 +73,7 @@ def check_shapes(ranks):
     compare(group, ranks.rank, sizes, values, torch.full_like(labels, -100), criterion)
     compare(group, ranks.rank, sizes, values, labels.to(torch.int16), criterion, ignore_index=int(labels[0]))
     values, labels = helpers.rows_of_every_kind(9001, torch.float32)
-    for name in helpers.REPRESENTATIVE:
+    for name in helpers.EVERY_STATISTIC:
         compare(group, ranks.rank, (5000, 1, 4000, 0), values, labels, expression(EXPRESSIONS[name]))
 
 
@@ -107,7 +107,7 @@ def check_bad_rows(ranks):
     target = torch.tensor([5, 3000, 4203, 7, 8, 9])
     values[0, 2500], values[1, 0], values[2, 4203] = math.nan, math.inf, -math.inf
     values[3, 2100:4200], values[3, 2500] = -math.inf, math.nan
-    for name in helpers.REPRESENTATIVE:
+    for name in helpers.EVERY_STATISTIC:
         loss, grad = with_gradient(
             lambda z: ak.robust_loss(z, target, expression(EXPRESSIONS[name]), reduction="none", class_group=group),
             values.split(sizes, 1)[ranks.rank],
@@ -183,7 +183,7 @@ def check_data_parallel_too(ranks):
     values, target = helpers.batch(CLASSES, torch.float64)
     row_sizes, sizes = (15, 9), (20, 17)
     part, slice_ = ranks.rank // 2, ranks.rank % 2
-    for name in helpers.REPRESENTATIVE:
+    for name in helpers.EVERY_STATISTIC:
         for keywords in (dict(), dict(entropy_weight=0.7), dict(weight=KINDS["weight"]["weight"], entropy_weight=0.7)):
             for build in (expression, row_loss_expression):
                 criterion = build(EXPRESSIONS[name])

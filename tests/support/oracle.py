@@ -96,9 +96,13 @@ def amse(z, y, min_prob, a=30.0):
 
 
 def eps_ce(z, y, min_prob, m=1e5):
-    """Wang et al. 2024: m is added to the p of the top, and all are divided by their sum. A tied target is the top."""
+    """Wang et al. 2024: m is added to the p of the top, and all are divided by their sum. A tied target is the top.
+
+    (p + m) / (1 + m) is written as 1 + (p - 1) / (1 + m): with a large m it is so near 1 that its log would cancel.
+    """
     top = take(z, y) == z.amax(1)
-    return torch.where(top, -((take(F.softmax(z, 1), y) + m) / (1 + m)).log(), ce(z, y, min_prob) + math.log(1 + m))
+    of_top = -torch.log1p((take(F.softmax(z, 1), y) - 1) / (1 + m))
+    return torch.where(top, of_top, ce(z, y, min_prob) + math.log(1 + m))
 
 
 TERMS = {f.__name__: f for f in (ce, nce, nnce, fl, nfl, nnfl, mae, rce, gce, agce, aul, ael, mse, amse, eps_ce)}
