@@ -59,7 +59,7 @@ def robust_loss(
             weights do not enter q).
         min_prob: the clamp of NNCE, NNFL and RCE, for which K * min_prob must stay below 1.
         inplace: the gradient overwrites the logits' storage; they must not be used again. Autograd notices most later
-            uses (README has the list).
+            uses (docs/semantics.md has the list).
         recompute: True: forward keeps O(N) numbers and backward reads the logits again. False: forward makes the
             gradient. None: True for float16, where a GradScaler's factor must come before rounding.
         backend: "auto", or a name of `backends()`; ANL_KERNELS_BACKEND overrides "auto".

@@ -75,9 +75,10 @@ pytest_gpu() {  # MARKS NAMES; in a rehearsal these names too
 }
 AWKWARD="test_every_pair or test_few_long_rows or test_one_row or test_thousands or test_stretches or test_entropy_alone"
 need_tests_cuda() { need cuda; }
-run_tests_cuda() { pytest_gpu gpu "not triton and not kernels"; }
+run_tests_cuda() { pytest_gpu gpu "not triton"; }
 need_tests_triton() { need triton; }
-run_tests_triton() { pytest_gpu "gpu and not forced" "(triton or kernels) and not properties" "test_gpu and small or test_reduce or test_terms or test_modules"; }
+run_tests_triton() { pytest_gpu "gpu and not forced" "triton and not properties" \
+    "test_gpu and small or test_reduce or test_terms or test_row_loss or test_factors or test_modules"; }
 # Without the protocols between CTAs: the same work in launches of its own.
 need_tests_untrusted() { need cuda; }
 run_tests_untrusted() { ANL_KERNELS_TRUST=none pytest_gpu "gpu and not forced" "$AWKWARD or test_gpu" "not triton"; }
