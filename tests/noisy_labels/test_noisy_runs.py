@@ -182,7 +182,7 @@ def test_the_papers_figures_stand_beside_ours():
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (["--losses", "XYZ"], "takes names of CE"), (["--noise", "sym"], "none of clean"),
+        (["--losses", "XYZ"], "takes names of"), (["--noise", "sym"], "none of clean"),
         (["--dataset", "mnist"], "needs --data FOLDER"), (["--seeds", "0"], "at least 1"),
         (["--dataset", "cifar100", "--quick"], "--quick is for"),
     ],
