@@ -143,7 +143,8 @@ ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, ty
   g[COEF_SQUARE] = square;
   // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
   g[COEF_TARGET] = s.classes * f.S - s.second[ABOVE_COUNT] * f.U + s.second[FOCAL_WEIGHT] * f.F -
-                   s.second[FOCAL_ABOVE_WEIGHT] * f.G - f.a * s.target_tail + (below - below_y) * s.target_prob * f.P - square * s.squares * s.target_prob;
+                   s.second[FOCAL_ABOVE_WEIGHT] * f.G - f.a * s.target_tail +
+                   (below - below_y) * s.target_prob * f.P - square * s.squares * s.target_prob;
   return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
 }
 
