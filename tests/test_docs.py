@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import anl_kernels as ak
+from anl_kernels.backends import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -67,6 +68,12 @@ def test_every_block_runs(names, block):
 
 def test_pages_with_code_are_found():
     assert {page.stem for page in PAGES if blocks_of(page)} >= {"README", "semantics", "hyperparameters", "migrating"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backend_has_its_row_in_the_readme(name):
+    rows = README.read_text().split("## Backends")[1].split("\n## ")[0]
+    assert f"\n| `{name}` | " in rows
 
 
 def test_before_and_after_are_equal(names):

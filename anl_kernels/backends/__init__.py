@@ -20,10 +20,12 @@ class LaunchRefused(RuntimeError):
 class Backend(Protocol):
     """What every backend is and does.
 
-    Logits are (N, K), (K,) or (N, K, d1, ...) with any strides, where a slice's are meant (N, K_r, ...); rows are in
-    the target's shape. The call is checked; the logits are on a device and of a dtype that `cannot_run` lets pass.
-    Fields of tables and coefficients are in the order of the enums in row_math.py. acc: float64 for float64 logits,
-    else float32.
+    Logits are (N, K), (K,) or (N, K, d1, ...) with any strides and of any of layout.LOGIT_DTYPES, where a slice's are
+    meant (N, K_r, ...); rows are in the target's shape, and there may be none. The call and the shapes are checked, and
+    `cannot_run` lets them pass. Fields of tables and coefficients are in the order of the enums in row_math.py. acc:
+    float64 for float64 logits, else float32.
+
+    Under torch.compile, and for tensor subclasses, a call has only what ops.py makes it of: no `expression`, for one.
     """
 
     NAME: str
@@ -33,7 +35,11 @@ class Backend(Protocol):
         """Why nothing runs on it here; None if it does."""
 
     def cannot_run(self, logits: Tensor, call: Call) -> str | None:
-        """Why it cannot run a call of these logits; None if it can. It depends on their device, shape and inplace."""
+        """Why it cannot run a call of these logits; None if it can.
+
+        It may depend on their device and on inplace, for which registry.choose remembers the answer, and from 2^31
+        logits on, on the shape.
+        """
 
     def device_type(self) -> str:
         """The type of the devices whose tensors it takes ("cuda"); of those of the reference, one."""
@@ -58,8 +64,9 @@ class Backend(Protocol):
     ) -> Tensor:
         """grad_output (a number, or one per row; None: 1) times the gradient of `coefs` (NUM_COEFS, *rows), acc.
 
-        In the logits' memory if call.inplace. entropy: None, or (log_q (K,), s ()), whose
-        s p_j (log_q_j - sum_k p_k log_q_k) is added.
+        In the logits' memory if call.inplace (layout.overwritten), else in new memory (layout.new_grad), of the logits'
+        dtype. entropy: None, or (log_q (K,), s ()), whose s p_j (log_q_j - sum_k p_k log_q_k) is added. An ignored row,
+        whose INV_SUM is 0, has a gradient of 0 even where grad_output or s is NaN.
         """
 
     def column_sums(self, logits: Tensor, coefs: Tensor) -> Tensor:
@@ -74,7 +81,11 @@ class Backend(Protocol):
 
 @runtime_checkable
 class FusedBackend(Backend, Protocol):
-    """A backend that takes whole rows in one pass. The reference is none: it has formulas for autograd instead."""
+    """A backend that takes whole rows in one pass. The reference is none: it has formulas for autograd instead.
+
+    target: (N, ...), of any of layout.TARGET_DTYPES. A row with call.ignore_index counts nowhere, and its logits are
+    not read. A label that is no class raises layout.bad_label; where that would wait for a device, the row is NaN.
+    """
 
     def row_loss(
         self,
@@ -85,10 +96,11 @@ class FusedBackend(Backend, Protocol):
         grad: Tensor | None,
         coefs: Tensor | None,
     ) -> Tensor:
-        """The loss of built-in terms, reduced, acc.
+        """The loss of the built-in terms `call.terms`, reduced, acc. The entropy and the groups are the caller's.
 
-        `grad` (like the logits, or the logits themselves) is filled with the gradient for grad_output = 1 if given,
-        `coefs` (NUM_COEFS, *rows), acc, with what row_grad takes.
+        `weight`, per class, weighs the rows as in reduction.reduce_rows. `grad` (like the logits, or the logits
+        themselves) is filled with the gradient for grad_output = 1 if given, `coefs` (NUM_COEFS, *rows), acc, with what
+        row_grad takes: the rows' weights and the denominator of a mean are in both.
         """
 
     def row_stats(self, call: Call, logits: Tensor, target: Tensor) -> Tensor:

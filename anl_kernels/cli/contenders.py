@@ -124,8 +124,9 @@ def contenders(loss: str, compile: bool = True, device: str = "cpu") -> list[Con
         Contender("anl_kernels", training(ours), formula, "gradient"),
         Contender("anl_kernels inplace", training(lambda z, y: ours(z, y, inplace=True), True), formula, "nothing"),
     ]
-    if device == "cuda":  # `auto` takes one of these; the other is worth knowing
-        runnable = [b.name for b in anl_kernels.backends() if b.available and b.name in ("cuda", "triton")]
+    if device == "cuda":  # `auto` takes one of these; the others are worth knowing
+        fused = anl_kernels.registry.FUSED_BY_DEVICE[device]
+        runnable = [b.name for b in anl_kernels.backends() if b.available and b.name in fused]
         found += [Contender(f"anl_kernels {name}", through(name), formula, "gradient") for name in runnable]
     found += [
         Contender("logits.clone()", cloning),

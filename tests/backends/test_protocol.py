@@ -9,7 +9,7 @@ from anl_kernels.backends import NAMES, Backend, FusedBackend
 
 FUSED = [name for name in NAMES if name != "reference"]
 WHOLE = {name: registry.BACKENDS[name] for name in FUSED} | {
-    f"{name}, auto": registry.fused(name, explicit=False) for name in ("cuda", "triton")
+    f"{name}, auto": registry.fused(name, explicit=False) for name in FUSED
 }
 
 

@@ -1,4 +1,8 @@
-"""The backends that take part in the tests: every one that can run here, with every variant that runs here."""
+"""The backends that take part in the tests: every one of NAMES that can run here, with every variant that runs here.
+
+A variant is the CPU's instruction set, the device that CUDA's kernels are compiled for as host code, or the kernel that
+Triton is made to take.
+"""
 
 import importlib
 import importlib.util
@@ -11,21 +15,16 @@ import comparison
 import cuda_on_host.build
 from devices import GPU
 
+import anl_kernels
+from anl_kernels import registry
+from anl_kernels.backends import NAMES
+
 CPU_ISAS = ("avx512", "avx2", "baseline")
 TRITON_PATHS = ("tile", "loop", "split", "launches")  # launches: split where no protocol is trusted
 # The kernels compiled for the CPU, as on devices that do not exist; launches: where no protocol is trusted.
 CUDA_HOSTS = ("host", "host-sm80", "host-warp", "host-launches")
 SAME_KERNELS = ("host-warp", "host-launches")  # what differs is in few cases
-# A backend joins the conformance suite by its name here: (id, variant), where a
-# variant is the CPU's instruction set, or the kernel that Triton is made to take.
-CANDIDATES = [
-    ("reference", None),
-    *((f"cpu-{isa}", isa) for isa in CPU_ISAS),
-    ("triton", None),
-    *((f"triton-{path}", path) for path in TRITON_PATHS),
-    ("cuda", None),
-    *((f"cuda-{host}", host) for host in CUDA_HOSTS),
-]
+GPU_BACKENDS = {name for device, names in registry.FUSED_BY_DEVICE.items() if device != "cpu" for name in names}
 
 
 def cpu_module():
@@ -52,7 +51,7 @@ def runnable_isas():
 
 @lru_cache
 def variants(name):
-    """The variants of a backend that run here; None: it has none, or runs as it is."""
+    """The variants of a backend that run here, the best first; None: it has none, or runs as it is."""
     if name == "cpu":
         return runnable_isas()
     if name == "cuda":
@@ -63,14 +62,13 @@ def variants(name):
 class Backend:
     """What a test needs to know of a backend: its name for `backend=`, and what only some of them do."""
 
-    def __init__(self, identity, variant):
-        self.identity, self.variant = identity, variant
-        self.name = identity.split("-")[0]
+    def __init__(self, name, variant):
+        self.name, self.variant = name, variant
         self.fused = self.name != "reference"
-        self.checks_labels = self.name in ("cpu", "reference")  # a GPU's would wait for the device
+        self.checks_labels = self.name not in GPU_BACKENDS  # they would wait for the device
         self.isa = variant if self.name == "cpu" else None
         self.on_host = self.name == "cuda" and variant is not None
-        self.on_gpu = self.name in ("cuda", "triton") and GPU is not None
+        self.on_gpu = self.name in GPU_BACKENDS and GPU is not None
         self.device = GPU if self.on_gpu else "cpu"  # where its tensors live
         self.interpreted = self.name == "triton" and GPU != "cuda"  # a thousand times slower
         self.forced = self.name == "triton" and variant is not None  # each path compiles every kernel anew
@@ -78,7 +76,7 @@ class Backend:
         self.repeats = self.forced and variant == "launches"  # "split" in launches of its own
 
     def __repr__(self):
-        return self.identity
+        return self.name if self.variant is None else f"{self.name}-{self.variant}"
 
     @property
     def few_cases(self):
@@ -142,11 +140,9 @@ def triton_plan(path):
 
 
 def backends():
-    import anl_kernels
-
     available = {b.name for b in anl_kernels.backends() if b.available}
-    found = [Backend(*candidate) for candidate in CANDIDATES]
-    return [b for b in found if (b.name in available or b.on_host) and b.variant in variants(b.name)]
+    found = [Backend(name, variant) for name in reversed(NAMES) for variant in variants(name)]
+    return [b for b in found if b.name in available or b.on_host]
 
 
 BACKENDS = backends()

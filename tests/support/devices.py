@@ -28,7 +28,7 @@ def emulate():
     cuda._cuda, cuda._why_not, cuda._DEVICE = adapter.loaded()[0], None, GPU
     for name in ("device_type", "_device_type"):
         setattr(triton, name, lambda: GPU)
-    registry.FUSED_BY_DEVICE[GPU] = ("cuda", "triton")
+    registry.FUSED_BY_DEVICE[GPU] = registry.FUSED_BY_DEVICE["cuda"]
 
 
 def let_the_interpreter_wait():

@@ -64,7 +64,7 @@ def test_results_of_threads_at_once(way, device):
         *problem[0], helpers.expression(helpers.EXPRESSIONS[problem[1]]), backend="triton"
     )
     interval = sys.getswitchinterval()
-    with Backend(f"triton-{way}", way).in_use(), ThreadPoolExecutor(4) as pool:
+    with Backend("triton", way).in_use(), ThreadPoolExecutor(4) as pool:
         expected = [run(problem) for problem in problems]
         sys.setswitchinterval(1e-4)
         try:

@@ -17,7 +17,7 @@ from anl_kernels.triton_kernels import rows, tiles
 from anl_kernels.triton_kernels.row_math import FirstSums, GradCoefs, gradient_row
 from anl_kernels.triton_kernels.scalar_math import Constants
 
-WAYS = {path: Backend(f"triton-{path}", path) for path in ("tile", "loop")}
+WAYS = {path: Backend("triton", path) for path in ("tile", "loop")}
 
 
 @triton.jit

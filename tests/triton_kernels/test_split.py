@@ -16,7 +16,7 @@ from anl_kernels.triton_kernels import launch, passes
 from anl_kernels.triton_kernels import split as kernels
 from anl_kernels.triton_kernels.row_math import NUM_COEFS
 
-WAYS = {"one launch": Backend("triton-split", "split"), "launches": Backend("triton-launches", "launches")}
+WAYS = {"one launch": Backend("triton", "split"), "launches": Backend("triton", "launches")}
 LOSSES = {
     "ce": 1.0 * ak.CE(),  # needs no second sweep, ever
     "anl_ce": 5 * ak.NCE() + 5 * ak.NNCE(),
