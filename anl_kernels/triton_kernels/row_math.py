@@ -198,7 +198,8 @@ def all_statistics(s, known, ignored, c, NEEDS: tl.constexpr):
     squares = poison + float("nan")
     if SQUARES & NEEDS:
         squares = s.squares + poison
-    return *fields, poison - s.x_y, squares, tl.where(ignored, 0.0, 1.0)
+    fields += (poison - s.x_y, squares, tl.where(ignored, 0.0, 1.0))
+    return fields
 
 
 # ---- terms

@@ -12,6 +12,9 @@ namespace gpu {
 
 template <class S>
 constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : 4;  // that a thread takes at a time
+// In the later sweeps of full kernels, where 4 packs of half precision do not fit in its registers.
+template <class S, bool FULL>
+constexpr int LATER_PACKS = FULL && sizeof(S) == 2 ? 2 : TILE_PACKS<S>;
 
 ANL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number, the number
 ANL_DEVICE double larger(double a, double b) { return fmax(a, b); }
@@ -115,7 +118,7 @@ struct GlobalRowPart {
   ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T>& sweep, int begin, int end,
                                const Load& load_pack) const {
     sweep.run(sums, [&](const auto& add) {
-      each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i) {
+      each_tile<LATER_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
         T z[decltype(count)::value * P];
         load_others<decltype(count)::value>(i, load_pack, z);
 #pragma unroll
@@ -125,10 +128,10 @@ struct GlobalRowPart {
   }
 
   // The gradient of the packs [begin, end): `value` of each class but the target.
-  template <Cache C, class Value, class Load>
+  template <Cache C, bool FULL, class Value, class Load>
   ANL_DEVICE void write_packs(const Value& value, T target_value, int begin, int end, const Load& load_pack) const {
     const int step = int(blockDim.x);
-    each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i) {
+    each_tile<LATER_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
       constexpr int U = decltype(count)::value;
       T x[U * P];
       load_classes<U>(i, load_pack, x);
@@ -151,7 +154,7 @@ struct GlobalRowPart {
                                  int end, const Load& load_pack) const {
     const auto write = [&](auto parts) {
       const auto value = [&](T z) { return gradient.template at<decltype(parts)::value>(z); };
-      write_packs<C>(value, gradient.row.target, begin, end, load_pack);
+      write_packs<C, FULL>(value, gradient.row.target, begin, end, load_pack);
     };
     if constexpr (!FULL)
       if (all_exist && gradient.row.slope == gradient.row.slope_above) return write(Parts<CLAMPED_OFFSET>());
