@@ -12,9 +12,9 @@ namespace gpu {
 
 template <class S>
 constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : 4;  // that a thread takes at a time
-// In the later sweeps of full kernels, where 4 packs of half precision do not fit in its registers.
+// In full kernels 4 packs of half precision do not fit in its registers.
 template <class S, bool FULL>
-constexpr int LATER_PACKS = FULL && sizeof(S) == 2 ? 2 : TILE_PACKS<S>;
+constexpr int FULL_PACKS = FULL && sizeof(S) == 2 ? 2 : TILE_PACKS<S>;
 
 ANL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number, the number
 ANL_DEVICE double larger(double a, double b) { return fmax(a, b); }
@@ -107,7 +107,7 @@ struct GlobalRowPart {
   // Adds the packs [begin, end) to the thread's sums. load(i): pack i.
   template <bool FULL, class Load>
   ANL_DEVICE void first_sweep(AnchoredSums<T, FULL>& sums, int begin, int end, const Load& load_pack) const {
-    each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i) {
+    each_tile<FULL_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
       T z[decltype(count)::value * P];
       load_others<decltype(count)::value>(i, load_pack, z);
       add_tile(sums, z);
@@ -118,7 +118,7 @@ struct GlobalRowPart {
   ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T>& sweep, int begin, int end,
                                const Load& load_pack) const {
     sweep.run(sums, [&](const auto& add) {
-      each_tile<LATER_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
+      each_tile<FULL_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
         T z[decltype(count)::value * P];
         load_others<decltype(count)::value>(i, load_pack, z);
 #pragma unroll
@@ -131,7 +131,7 @@ struct GlobalRowPart {
   template <Cache C, bool FULL, class Value, class Load>
   ANL_DEVICE void write_packs(const Value& value, T target_value, int begin, int end, const Load& load_pack) const {
     const int step = int(blockDim.x);
-    each_tile<LATER_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
+    each_tile<FULL_PACKS<S, FULL>>(begin, end, [&](auto count, int i) {
       constexpr int U = decltype(count)::value;
       T x[U * P];
       load_classes<U>(i, load_pack, x);
