@@ -133,7 +133,7 @@ def test_checkpoint_keeps_as_little_as_for_cross_entropy(cpu, use_reentrant):
 def test_several_python_threads(fused, keywords):
     """The kernels run without the interpreter's lock: calls side by side do not disturb each other."""
     if fused.interpreted:
-        pytest.skip("too slow: kernels/test_launch.py has small ones")
+        pytest.skip("too slow: triton_kernels/test_launch.py has small ones")
     from concurrent.futures import ThreadPoolExecutor
 
     problems = [
