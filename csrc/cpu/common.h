@@ -18,25 +18,49 @@ struct Constant {
   static constexpr auto value = VALUE;
 };
 
-// f(Constant<MASS>(), Constant<FOCAL>()) with the sums of add_as that a loss needs, for loops that are compiled for each.
-template <bool FULL, class F>
-ANL_HD void by_second_sums(const Program& prog, const F& f) {
-  if constexpr (FULL)
-    if (needs_focal(prog)) return f(Constant<true>(), Constant<true>());
+// ---- loops over classes are compiled for what a loss needs of them; the rest of a traversal only once ----
+
+// Double has no loops without squares: fewer to compile.
+template <class T>
+ANL_INLINE bool sums_squares(const Program& prog) {
+  return sizeof(T) == sizeof(double) || prog.needs & NEED_SQUARES;
+}
+
+// f(Constant<FULL>()) for the FirstSums that a loss needs.
+template <class T, class F>
+ANL_INLINE void by_first_sums(const Program& prog, const F& f) {
+  if constexpr (sizeof(T) < sizeof(double))
+    if (!sums_squares<T>(prog)) return f(Constant<false>());
+  f(Constant<true>());
+}
+
+// f(Constant<MASS>(), Constant<FOCAL>()) for the sums of add_as that a loss needs.
+template <class F>
+ANL_INLINE void by_second_sums(const Program& prog, const F& f) {
+  if (needs_focal(prog)) return f(Constant<true>(), Constant<true>());
   if (needs_mass(prog)) return f(Constant<true>(), Constant<false>());
   f(Constant<false>(), Constant<false>());
 }
 
-// f(Constant<PARTS>()) with what the gradient of a loss depends on, for loops that are compiled for each.
-template <bool FULL, class F>
-ANL_HD void by_gradient_parts(const Program& prog, const F& f) {
-  if constexpr (FULL) {
-    if (needs_focal(prog)) return f(Constant<FOCAL_PARTS>());
-    f(Constant<FULL_PARTS>());
-  } else {
-    if (needs_second(prog)) return f(Constant<LEAN_PARTS>());
-    f(Constant<LEAN_PARTS & ~unsigned(CLAMPED)>());
+// The GradientParts that a loss needs, of rows whose classes may be missing.
+template <class T>
+ANL_INLINE unsigned gradient_parts(const Program& prog) {
+  if (needs_focal(prog)) return FOCAL_PARTS;
+  if (sums_squares<T>(prog)) return FULL_PARTS;
+  return needs_second(prog) ? LEAN_PARTS : LEAN_PARTS & ~unsigned(CLAMPED);
+}
+
+// f(Constant<PARTS>()) for them. Only lean loops are compiled without missing classes, where there are none.
+template <class T, class F>
+ANL_INLINE void by_gradient_parts(const Program& prog, bool missing, const F& f) {
+  constexpr unsigned LEAN = LEAN_PARTS, PLAIN = LEAN_PARTS & ~unsigned(CLAMPED), MISSING = MISSING_CLASSES;
+  const unsigned parts = gradient_parts<T>(prog);
+  if (parts == FOCAL_PARTS) return f(Constant<FOCAL_PARTS>());
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (parts == LEAN) return missing ? f(Constant<LEAN>()) : f(Constant<LEAN & ~MISSING>());
+    if (parts == PLAIN) return missing ? f(Constant<PLAIN>()) : f(Constant<PLAIN & ~MISSING>());
   }
+  f(Constant<FULL_PARTS>());
 }
 
 template <class T>

@@ -20,11 +20,10 @@ struct Moments {
 };
 
 // What the sweeps find in a block.
-template <bool FULL>
 struct Block {
   double max, min;                    // of the logits; min is -inf if a class does not exist
-  FirstSums<ScalarMath, FULL> first;  // about max, or about 0 where no class exists
-  SecondSums<ScalarMath, FULL> second;
+  FirstSums<ScalarMath, true> first;  // about max, or about 0 where no class exists
+  SecondSums<ScalarMath, true> second;
   Moments moments;
 };
 
@@ -138,7 +137,7 @@ struct Sweep {
 
   // MASKED: some classes do not exist. KEEP: the exps are stored.
   template <bool MASKED, bool KEEP, bool FULL>
-  static ANL_INLINE void exp_sums(const S* z, int n, int y, T anchor, T* kept, FirstSums<ScalarMath, FULL>& out) {
+  static ANL_INLINE void exp_sums(const S* z, int n, int y, T anchor, T* kept, FirstSums<ScalarMath, true>& out) {
     FirstSums<M, FULL> sums[4] = {};
     for_vectors(
         z, n, y,
@@ -155,22 +154,23 @@ struct Sweep {
           if (KEEP) store_part(kept + i, m, e);
         });
     totals(sums, out.of);
+    if (!FULL) out.of[SQUARES] = 0.0;
     if (!MASKED) out.of[COUNT] = n - (y >= 0);
   }
 
   // First sweep. y: the target's place in the block, or -1. kept: where the exps go, or null.
   template <bool FULL>
-  static ANL_NOINLINE void first(const S* z, int n, int y, T* kept, Block<FULL>& out) {
+  static ANL_NOINLINE void first(const S* z, int n, int y, T* kept, Block& out) {
     T high, low;
     extrema(z, n, high, low);
     out.max = high;
     out.min = low;
     if (low == T(-INF)) {  // a NaN among classes that do not exist is no maximum, but shows in the gap
-      exp_sums<true, false>(z, n, y, high == T(-INF) ? T(0) : high, kept, out.first);
+      exp_sums<true, false, FULL>(z, n, y, high == T(-INF) ? T(0) : high, kept, out.first);
     } else if (kept) {
-      exp_sums<false, true>(z, n, y, high, kept, out.first);
+      exp_sums<false, true, FULL>(z, n, y, high, kept, out.first);
     } else {
-      exp_sums<false, false>(z, n, y, high, kept, out.first);
+      exp_sums<false, false, FULL>(z, n, y, high, kept, out.first);
     }
   }
 
@@ -228,6 +228,29 @@ struct Sweep {
       store_part(g + full, rest, value(load_part(z + full, rest, set1(T(-INF))),
                                        KEPT ? load_part(kept + full, rest, V{}) : V{},
                                        ENTROPY ? load_part(entropy.log_q + full, rest, V{}) : V{}));
+  }
+
+  // The loop for these parts: of all combinations those that a block can ask for.
+  using GradientLoop = decltype(&gradient<FOCAL_PARTS, false>);
+  static GradientLoop gradient_loop(unsigned parts, bool kept) {
+    if constexpr (sizeof(T) < sizeof(double))
+      if (!(parts & SQUARE_SLOPE)) return loop_of<0>(parts, kept);
+    return loop_of<SQUARE_SLOPE>(parts, kept);
+  }
+
+ private:
+  template <unsigned SQUARE>
+  static GradientLoop loop_of(unsigned parts, bool kept) {
+    constexpr unsigned MISSING = SQUARE | MISSING_CLASSES, ANY = MISSING | CLAMPED;
+    switch (parts) {
+      case SQUARE: return kept ? gradient<SQUARE, true> : gradient<SQUARE, false>;
+      case SQUARE | CLAMPED: return gradient<SQUARE | CLAMPED, true>;
+      case MISSING: return gradient<MISSING, false>;
+      case ANY: return gradient<ANY, false>;
+      case ANY | EXTRA_SLOPE: return gradient<ANY | EXTRA_SLOPE, false>;
+      case FOCAL_PARTS: return gradient<FOCAL_PARTS, false>;
+      default: return gradient<FOCAL_PARTS | EXTRA_SLOPE, false>;
+    }
   }
 };
 

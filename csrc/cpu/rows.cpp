@@ -34,20 +34,19 @@ struct Lanes {
 };
 
 // What a row's later sweeps know from the earlier ones. The sums are about max, and leave the target out.
-template <bool FULL>
 struct RowState {
   double max, min, x_y, log_sum, inv_sum;
-  FirstSums<ScalarMath, FULL> first;
-  SecondSums<ScalarMath, FULL> second;
+  FirstSums<ScalarMath, true> first;
+  SecondSums<ScalarMath, true> second;
 };
 
-template <class S, bool FULL>
+template <class S>
 class Rows {
   using T = typename Storage<S>::Acc;
   using Sw = Sweep<S>;
 
  public:
-  Rows(const Call& call, Block<FULL>* blocks, T* kept, bool split)
+  Rows(const Call& call, Block* blocks, T* kept, bool split)
       : call_(call), prog_(call.program), rows_(call, split), gradients_(rows_, blocks), blocks_(blocks), kept_(kept) {}
 
   static int batch_size(const Call& call) {
@@ -88,7 +87,7 @@ class Rows {
   }
 
  private:
-  Block<FULL>* blocks(int i) const { return blocks_ + i * rows_.num_blocks; }
+  Block* blocks(int i) const { return blocks_ + i * rows_.num_blocks; }
 
   static int target_in_block(int64_t y, int64_t k0, int n) { return y >= k0 && y < k0 + n ? int(y - k0) : -1; }
 
@@ -123,9 +122,11 @@ class Rows {
     const int64_t y = y_[i];
     T* kept = kept_row(i);
     rows_.each_block(false, [&](int64_t b, int64_t k0, int n) {
-      Sw::first(z + k0, n, target_in_block(y, k0, n), kept ? kept + k0 : nullptr, blocks(i)[b]);
+      by_first_sums<T>(prog_, [&](auto full) {
+        Sw::template first<full.value>(z + k0, n, target_in_block(y, k0, n), kept ? kept + k0 : nullptr, blocks(i)[b]);
+      });
     });
-    RowState<FULL>& s = state_[i];
+    RowState& s = state_[i];
     s.max = -INF;
     s.min = INF;
     for (int64_t b = 0; b < rows_.num_blocks; ++b) {
@@ -133,7 +134,7 @@ class Rows {
       s.min = min_of(s.min, blocks(i)[b].min);
     }
     for (int64_t b = 0; b < rows_.num_blocks; ++b) {
-      const Block<FULL>& block = blocks(i)[b];
+      const Block& block = blocks(i)[b];
       auto first = block.first;
       if (block.max != -INF) first.rebase(s.max - block.max);  // else no class exists: zeros, or NaN
       s.first.add(first);
@@ -142,7 +143,7 @@ class Rows {
 
   void first_sweep(int i) {
     first_sums(i);
-    RowState<FULL>& s = state_[i];
+    RowState& s = state_[i];
     const double z_y = double(load_one(rows_.logits(row_[i]) + y_[i]));
     // A row whose target does not exist is NaN by definition; one with a NaN or +inf is by its TAIL.
     s.x_y = z_y == -INF ? NaN : z_y - s.max;
@@ -150,7 +151,7 @@ class Rows {
 
   // Second sweep of the row in slot i: of blocks with classes on both sides of the clamp, and for the focal sums.
   ANL_NOINLINE void second_sweep(int i) {
-    RowState<FULL>& s = state_[i];
+    RowState& s = state_[i];
     const auto sweep = SecondSweep<ScalarMath>::of_row(prog_, s.log_sum);
     if (!needs_second(prog_) || s.log_sum != s.log_sum) return;
     if (!sweep.focal && s.min - s.max > sweep.threshold)
@@ -158,7 +159,7 @@ class Rows {
     const S* z = rows_.logits(row_[i]);
     const int64_t y = y_[i];
     rows_.each_block(true, [&](int64_t b, int64_t k0, int n) {
-      Block<FULL>& block = blocks(i)[b];
+      Block& block = blocks(i)[b];
       const double x_max = block.max - s.max;
       block.second = {};
       if (!sweep.focal && x_max <= sweep.threshold) {
@@ -169,7 +170,7 @@ class Rows {
         block.second.set_all_above(block.first.of[COUNT], block.first.of[GAP], x_max - sweep.threshold);
       } else {
         const int yb = target_in_block(y, k0, n);
-        by_second_sums<FULL>(prog_, [&](auto mass, auto focal) {
+        by_second_sums(prog_, [&](auto mass, auto focal) {
           Sw::template second<mass.value, focal.value>(z + k0, n, yb, s.max, sweep, block.second.of);
         });
       }
@@ -179,7 +180,7 @@ class Rows {
 
   // The sums of a row whose other classes lie elsewhere; zeros if it is ignored.
   void slice_sums(int64_t r, int64_t y) {
-    RowState<FULL>& s = state_[0] = {};
+    RowState& s = state_[0] = {};
     row_[0] = r;
     y_[0] = y;
     const bool live = y != call_.ignore_index;
@@ -210,9 +211,8 @@ class Rows {
       if (i < n) first_sweep(i);
     }
     RowStatistics<M> s;
-    M::V first[FirstSums<M, FULL>::SIZE], second[SecondSums<M, FULL>::SIZE];
-    for (int j = 0; j < FirstSums<M, FULL>::SIZE; ++j)
-      first[j] = lanes_of([&](int i) { return state_[i].first.of[j]; });
+    M::V first[NUM_FIRST_SUMS], second[NUM_SECOND_SUMS];
+    for (int j = 0; j < NUM_FIRST_SUMS; ++j) first[j] = lanes_of([&](int i) { return state_[i].first.of[j]; });
     set_first_sums(s, lanes_of([&](int i) { return state_[i].x_y; }), first);
     const M::V inv_sum = M::exp(-s.log_sum) + (s.log_sum - s.log_sum);  // NaN in a NaN row
     const Lanes<2> sums({s.log_sum, inv_sum});
@@ -221,8 +221,7 @@ class Rows {
       state_[i].inv_sum = sums.of[1][i];
       second_sweep(i);
     }
-    for (int j = 0; j < SecondSums<M, FULL>::SIZE; ++j)
-      second[j] = lanes_of([&](int i) { return state_[i].second.of[j]; });
+    for (int j = 0; j < NUM_SECOND_SUMS; ++j) second[j] = lanes_of([&](int i) { return state_[i].second.of[j]; });
     set_second_sums(s, second, needs_focal(prog_) ? set1(1.0) : inv_sum);
     if (call_.op != Op::STATS) return finish(s, n);
     write_statistics(s, n);
@@ -270,30 +269,30 @@ class Rows {
   const Call& call_;
   const Program& prog_;
   const RowLayout<S> rows_;
-  const RowGradients<S, FULL> gradients_;
-  Block<FULL>* blocks_;
+  const RowGradients<S> gradients_;
+  Block* blocks_;
   T* kept_;
   int n_ = 0;  // how many rows are gathered
   int64_t row_[LANES], y_[LANES];
-  RowState<FULL> state_[LANES];
+  RowState state_[LANES];
 };
 
-template <class S, bool FULL>
+template <class S>
 double run(const Call& call) {
   const int64_t N = call.outer * call.inner, K = call.num_classes, num_blocks = ceil_div(K, BLOCK);
   if (K >= SPLIT_ELEMENTS && N < 4 * num_threads() && num_threads() > 1) {
-    Scratch<Block<FULL>> blocks(num_blocks * LANES);
-    return Rows<S, FULL>(call, blocks.data, nullptr, true).run(0, N);
+    Scratch<Block> blocks(num_blocks * LANES);
+    return Rows<S>(call, blocks.data, nullptr, true).run(0, N);
   }
   // A group's size depends on K alone, so that the order of the sum does not depend on the number of threads.
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES));
   const int64_t num_groups = ceil_div(N, group);
   Scratch<double> partial(num_groups);
   parallel_for(num_groups, max_of<int64_t>(1, GROUP_ELEMENTS / (group * K)), [&](int64_t begin, int64_t end) {
-    Scratch<Block<FULL>> blocks(num_blocks * LANES);
-    const int64_t num_kept = Rows<S, FULL>::kept_size(call);
+    Scratch<Block> blocks(num_blocks * LANES);
+    const int64_t num_kept = Rows<S>::kept_size(call);
     Scratch<typename Storage<S>::Acc> kept(num_kept);
-    Rows<S, FULL> rows(call, blocks.data, num_kept ? kept.data : nullptr, false);
+    Rows<S> rows(call, blocks.data, num_kept ? kept.data : nullptr, false);
     for (int64_t i = begin; i < end; ++i) partial.data[i] = rows.run(i * group, min_of(N, (i + 1) * group));
   });
   double total = 0.0;
@@ -304,11 +303,12 @@ double run(const Call& call) {
 }  // namespace
 
 double rows_entry(const Call& call) {
-  if (call.op != Op::COLUMN_SUMS)
-    return by_variant<half_t, bfloat16_t>(
-        call, [&](auto s, auto full) { return run<typename decltype(s)::type, decltype(full)::value>(call); });
-  by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) { column_sums<typename decltype(s)::type>(call); });
-  return 0.0;
+  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) {
+    using S = typename decltype(s)::type;
+    if (call.op != Op::COLUMN_SUMS) return run<S>(call);
+    column_sums<S>(call);
+    return 0.0;
+  });
 }
 
 }  // namespace ANL_ISA

@@ -32,9 +32,8 @@ struct CompensatedSums {
   }
 };
 
-template <class S, bool FULL>
+template <class T>
 class Tiles {
-  using T = typename Storage<S>::Acc;
   using M = LaneMath<T>;
   using V = typename M::V;
   using I = typename M::I;
@@ -45,13 +44,15 @@ class Tiles {
  public:
   Tiles(const Call& call, T* scratch)
       : call_(call), prog_(call.program), K_(call.num_classes), num_rows_(call.outer * call.inner),
-        tile_{K_, Tile<S>::width_for(K_), scratch} {}
+        tile_{K_, Tile<T>::width_for(K_), scratch} {}
 
   // Pixels [i, i + n) of outer index o; the sum of their losses, or (COLUMN_SUMS) adds their p_ij to sums.
   double run(int64_t o, int64_t i, int n, double* sums) {
-    const Strides& from = call_.logits_strides;
-    const Strides& to = call_.grad_strides;
-    tile_.load(static_cast<const S*>(call_.logits) + o * from.so + i * from.si, from, n);
+    as_stored([&](auto stored) {
+      using S = typename decltype(stored)::type;
+      const Strides& from = call_.logits_strides;
+      tile_.load(static_cast<const S*>(call_.logits) + o * from.so + i * from.si, from, n);
+    });
     double total = 0.0;
     for (int u = 0; u < n; u += W) {
       column_ = tile_.data + u;
@@ -64,11 +65,23 @@ class Tiles {
         default: total += forward();
       }
     }
-    if (call_.grad) tile_.store(static_cast<S*>(call_.grad) + o * to.so + i * to.si, to, n);
+    if (!call_.grad) return total;
+    as_stored([&](auto stored) {
+      using S = typename decltype(stored)::type;
+      const Strides& to = call_.grad_strides;
+      tile_.store(static_cast<S*>(call_.grad) + o * to.so + i * to.si, to, n);
+    });
     return total;
   }
 
  private:
+  // f(Stored<S>()) for the type of the logits, which T is the arithmetic type of.
+  template <class F>
+  void as_stored(const F& f) const {
+    by_storage<half_t, bfloat16_t>(call_.dtype, [&](auto stored) {
+      if constexpr (std::is_same_v<typename Storage<typename decltype(stored)::type>::Acc, T>) f(stored);
+    });
+  }
   V at(int64_t k) const { return Storage<T>::load(column_ + k * tile_.width); }
   void put(int64_t k, V v) const { Storage<T>::store(column_ + k * tile_.width, v); }
   V load_field(const void* table, int field) const {
@@ -115,14 +128,15 @@ class Tiles {
   struct First {
     V max, min, x_y;
     bool missing;  // some class does not exist for some row
-    FirstSums<M, FULL> sums;
+    FirstSums<M, true> sums;
   };
 
-  template <bool MASKED>
+  template <bool MASKED, bool FULL>
   ANL_INLINE void exp_sums(I y, First& f) const {
     // No class exists: -inf - -inf would be NaN.
     const V anchor = MASKED ? (f.max == T(-INF) ? V{} : f.max) : f.max;
-    sum_classes(f.sums, [&](FirstSums<M, FULL>& part, int64_t k) __attribute__((always_inline)) {
+    FirstSums<M, FULL> sums;
+    sum_classes(sums, [&](FirstSums<M, FULL>& part, int64_t k) __attribute__((always_inline)) {
       const V x = at(k) - anchor, e = M::class_exp(x);
       const auto target = y == Int(k);
       f.x_y = target ? x : f.x_y;
@@ -131,6 +145,7 @@ class Tiles {
       else
         part.template add<false>(target ? V{} : x, target ? V{} : e);  // zeros change no sum
     });
+    for (int j = 0; j < sums.SIZE; ++j) f.sums.of[j] = sums.of[j];
     if (!MASKED) f.sums.of[COUNT] = y < 0 ? set1(T(K_)) : set1(T(K_ - 1));
   }
 
@@ -143,16 +158,18 @@ class Tiles {
       f.min = vmin(v, f.min);
     }
     f.missing = any(f.min == T(-INF));
-    if (f.missing)
-      exp_sums<true>(y, f);
-    else
-      exp_sums<false>(y, f);
+    by_first_sums<T>(prog_, [&](auto full) {
+      if (f.missing)
+        exp_sums<true, full.value>(y, f);
+      else
+        exp_sums<false, full.value>(y, f);
+    });
     return f;
   }
 
-  ANL_NOINLINE SecondSums<M, FULL> second_sums(I y, V max, const SecondSweep<M>& sweep) const {
-    SecondSums<M, FULL> sums = {};
-    by_second_sums<FULL>(prog_, [&](auto mass, auto focal) {
+  ANL_NOINLINE SecondSums<M, true> second_sums(I y, V max, const SecondSweep<M>& sweep) const {
+    SecondSums<M, true> sums = {};
+    by_second_sums(prog_, [&](auto mass, auto focal) {
       SecondSums<M, focal.value> found;
       sum_classes(found, [&](SecondSums<M, focal.value>& part, int64_t k) __attribute__((always_inline)) {
         const V x = y == Int(k) ? set1(T(-INF)) : at(k) - max;
@@ -202,7 +219,7 @@ class Tiles {
     inv_sum = vexp<T>(-s.log_sum) + (s.log_sum - s.log_sum);
     if (!needs_second(prog_)) return s;
     const auto sweep = SecondSweep<M>::of_row(prog_, s.log_sum);
-    SecondSums<M, FULL> second = {};
+    SecondSums<M, true> second = {};
     if (sweep.focal || any(f.min - f.max <= sweep.threshold))
       second = second_sums(y, f.max, sweep);
     else
@@ -251,17 +268,12 @@ class Tiles {
   }
 
   void write_gradient(I y, const V (&coefs)[NUM_COEFS], V factor, bool missing) const {
-    by_gradient_parts<FULL>(prog_, [&](auto parts) {
-      constexpr unsigned PARTS = parts.value;
-      const V norm = PARTS & FOCAL_OFFSET ? set1(T(1)) : coefs[COEF_INV_SUM];
-      const auto row = gradient_row<M>(prog_, coefs, factor, norm);
-      const auto nothing = [](int64_t) __attribute__((always_inline)) { return V{}; };
-      if (call_.log_q)
-        entropy_gradient<PARTS | CLAMPED | EXTRA_SLOPE>(y, row, coefs, norm);
-      else if (missing)
-        each_gradient<PARTS>(y, coefs[COEF_MAX], row, row.target, nothing);
-      else
-        each_gradient<FULL ? PARTS : PARTS & ~unsigned(MISSING_CLASSES)>(y, coefs[COEF_MAX], row, row.target, nothing);
+    const V norm = needs_focal(prog_) ? set1(T(1)) : coefs[COEF_INV_SUM];
+    const auto row = gradient_row<M>(prog_, coefs, factor, norm);
+    if (call_.log_q) return entropy_gradient(y, row, coefs, norm);
+    const auto nothing = [](int64_t) __attribute__((always_inline)) { return V{}; };
+    by_gradient_parts<T>(prog_, missing, [&](auto parts) {
+      each_gradient<parts.value>(y, coefs[COEF_MAX], row, row.target, nothing);
     });
   }
 
@@ -290,7 +302,6 @@ class Tiles {
     return moments.of[1] / moments.of[0];
   }
 
-  template <unsigned PARTS>
   void entropy_gradient(I y, const GradientRow<M>& row, const V (&coefs)[NUM_COEFS], V norm) const {
     const T* log_q = static_cast<const T*>(call_.log_q);
     const V max = coefs[COEF_MAX], scale = set1(T(entropy_scale<T>(call_)));
@@ -304,8 +315,11 @@ class Tiles {
     }
     const V p_y = vexp<T>(x_y) * coefs[COEF_INV_SUM];
     const V target = row.target + scale * p_y * ((log_q_y - center) - lost);
-    each_gradient<PARTS>(y, max, row, target, [&](int64_t k) __attribute__((always_inline)) {
+    const auto slope = [&](int64_t k) __attribute__((always_inline)) {
       return scale * norm * ((log_q[k] - center) - lost);
+    };
+    by_gradient_parts<T>(prog_, true, [&](auto parts) {
+      each_gradient<parts.value | CLAMPED | EXTRA_SLOPE>(y, max, row, target, slope);
     });
   }
 
@@ -329,16 +343,15 @@ class Tiles {
   const Call& call_;
   const Program& prog_;
   const int64_t K_, num_rows_;
-  const Tile<S> tile_;
+  const Tile<T> tile_;
   T* column_ = nullptr;  // the current vector of rows
   int64_t row_ = 0;      // its first row
   int n_ = 0;            // how many of its lanes are rows
 };
 
-template <class S, bool FULL>
+template <class T>
 double run(const Call& call) {
-  using T = typename Storage<S>::Acc;
-  const int64_t K = call.num_classes, width = Tile<S>::width_for(K), per_outer = ceil_div(call.inner, width);
+  const int64_t K = call.num_classes, width = Tile<T>::width_for(K), per_outer = ceil_div(call.inner, width);
   const int64_t num_tiles = call.outer * per_outer;
   const bool columns = call.op == Op::COLUMN_SUMS;
   // Tasks are tiles, or for column sums a fixed number of runs of tiles, so that no order depends on the threads.
@@ -347,7 +360,7 @@ double run(const Call& call) {
   Scratch<double> partial(columns ? num_tasks * K : num_tasks);
   parallel_for(num_tasks, grain, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(K * width);
-    Tiles<S, FULL> tiles(call, scratch.data);
+    Tiles<T> tiles(call, scratch.data);
     for (int64_t task = begin; task < end; ++task) {
       double* sums = columns ? partial.data + task * K : nullptr;
       for (int64_t k = 0; k < K && columns; ++k) sums[k] = 0.0;
@@ -371,8 +384,7 @@ double run(const Call& call) {
 }  // namespace
 
 double spatial_entry(const Call& call) {
-  return by_variant<half_t, bfloat16_t>(
-      call, [&](auto s, auto full) { return run<typename decltype(s)::type, decltype(full)::value>(call); });
+  return call.dtype == FLOAT64 ? run<double>(call) : run<float>(call);
 }
 
 }  // namespace ANL_ISA

@@ -7,9 +7,8 @@ namespace anl {
 namespace ANL_ISA {
 namespace {
 
-template <class S>
+template <class T>
 struct Tile {
-  using T = typename Storage<S>::Acc;
   using V = typename Traits<T>::V;
   static constexpr int W = Traits<T>::width;
   static constexpr int64_t BYTES = 192 << 10, MAX_VECTORS = 16;
@@ -23,6 +22,7 @@ struct Tile {
   }
 
   // Logits of n rows; lanes past the last row hold zeros.
+  template <class S>
   ANL_NOINLINE void load(const S* z, const Strides& strides, int n) const {
     const int64_t sk = strides.sk, si = strides.si;
     const int whole = n / W * W;
@@ -50,6 +50,7 @@ struct Tile {
   }
 
   // The gradient of n rows.
+  template <class S>
   ANL_NOINLINE void store(S* g, const Strides& strides, int n) const {
     const int64_t sk = strides.sk, si = strides.si;
     const int whole = n / W * W;
