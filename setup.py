@@ -5,7 +5,7 @@ Both are pybind11 over raw pointers: no torch is needed to build them.
 Environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS as usual; ANL_KERNELS_NO_EXT=1 installs without the compiled modules;
 MAX_JOBS limits the number of compilers that run at once. nvcc is CUDACXX, or CUDA_HOME's, or PATH's;
 ANL_KERNELS_NO_CUDA=1 leaves _cuda out; ANL_KERNELS_CUDA_ARCHS is a list such as "80;90+PTX", or "all" (not set: the
-architectures of the GPUs here; without a GPU PTX alone, which takes a third of the time and which a driver compiles).
+architectures of the GPUs here; without a GPU a fraction of it, PTX of the kernels that run every loss).
 """
 
 import functools
@@ -52,6 +52,7 @@ NVCC_FLAGS = (  # host code for size: it only launches, and pybind11's templates
 NO_CUDA = "set ANL_KERNELS_NO_CUDA=1 to install without the CUDA kernels"
 ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
 WITHOUT_GPU = ("80+PTX",)  # +PTX: what a driver compiles for this architecture and whatever is newer
+FULL_ALONE = ["-DANL_FULL_KERNELS_ALONE"]  # without the lean kernels, which leave out what few losses need
 CLUSTER_SOURCE, CLUSTER_ARCH = "rows_cluster.cu", 90  # its kernels only trap where they are compiled for less
 COMPILED_FIRST = ("rows_small.cu", "rows_split.cu", "rows_cluster.cu", "module.cpp", "rows.cpp")  # what takes longest
 
@@ -252,10 +253,14 @@ def present_architectures():
     return (*archs, f"{archs[-1]}+PTX") if archs else ()
 
 
+def asked_architectures():
+    return os.environ.get("ANL_KERNELS_CUDA_ARCHS", "").strip()
+
+
 def architectures(nvcc):
     """("80", "90", "90+PTX"): machine code for each, and PTX that is compiled where the kernels first run."""
     known = nvcc_architectures(nvcc)
-    asked = os.environ.get("ANL_KERNELS_CUDA_ARCHS", "").strip()
+    asked = asked_architectures()
     if asked and asked != "all":
         archs = asked.replace(",", ";").replace(" ", ";").replace(".", "").split(";")
         for arch in archs:
@@ -288,6 +293,7 @@ def code_flags(archs, source):
 def cuda_module(target):
     nvcc = find_nvcc()
     archs = architectures(nvcc)
+    variants = [] if asked_architectures() or present_architectures() else FULL_ALONE
     print(f"anl_kernels: CUDA kernels for {', '.join(archs)}, by {nvcc}", flush=True)
     sources = sorted((HERE / CUDA).glob("*.cu"))
     objects = [Object(f"{path.stem}.o", CUDA / path.name, code_flags(archs, path.name)) for path in sources]
@@ -296,7 +302,7 @@ def cuda_module(target):
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
     folders = [Path(nvcc).resolve().parents[1] / name for name in ("lib64", "lib")]
     link = [nvcc, *host, "-shared", "-cudart=static", *(f"-L{folder}" for folder in folders if folder.is_dir())]
-    return Module("cuda", [nvcc, *host, *NVCC_FLAGS, f"-I{HERE / 'csrc'}"], link, objects, target)
+    return Module("cuda", [nvcc, *host, *NVCC_FLAGS, *variants, f"-I{HERE / 'csrc'}"], link, objects, target)
 
 
 # ---- setuptools

@@ -68,14 +68,23 @@ auto by_storage(DType dtype, F f) {
   }
 }
 
+// Where no GPU was seen, full kernels alone are compiled, which write the same bits.
+#if defined(ANL_FULL_KERNELS_ALONE)
+constexpr bool HAS_LEAN_KERNELS = false;
+#else
+constexpr bool HAS_LEAN_KERNELS = true;
+#endif
+
 // Whether a call takes the kernels that make what few losses read. Float64 always does: fewer to compile.
-inline bool takes_full(const Call& call) { return call.dtype == FLOAT64 || needs_full(call.program); }
+inline bool takes_full(const Call& call) {
+  return !HAS_LEAN_KERNELS || call.dtype == FLOAT64 || needs_full(call.program);
+}
 
 // f(Stored<S>(), FULL) for the kernel that a call takes.
 template <class H, class B, class F>
 auto by_variant(const Call& call, F f) {
   return by_storage<H, B>(call.dtype, [&](auto s) {
-    if constexpr (!std::is_same_v<decltype(s), Stored<double>>)
+    if constexpr (HAS_LEAN_KERNELS && !std::is_same_v<decltype(s), Stored<double>>)
       if (!takes_full(call)) return f(s, std::false_type());
     return f(s, std::true_type());
   });

@@ -25,9 +25,12 @@ def test_info(capsys):
     ("archs", "ptx_alone"), [("80+PTX", True), ("80+PTX;90+PTX", True), ("80;90;90+PTX", False), ("90", False)]
 )
 def test_info_says_where_the_driver_compiles_the_kernels(archs, ptx_alone):
-    text = "\n".join(info.cuda_module_lines({"archs": archs, "runtime": 13000, "driver": 0, "devices": []}))
+    facts = {"archs": archs, "lean_kernels": True, "runtime": 13000, "driver": 0, "devices": []}
+    text = "\n".join(info.cuda_module_lines(facts))
     assert f" {archs}" in text
     assert ptx_alone == ("the driver compiles them when they first run" in text)
+    assert "those that run every loss" not in text
+    assert "those that run every loss" in "\n".join(info.cuda_module_lines({**facts, "lean_kernels": False}))
 
 
 def test_check_passes(capsys):

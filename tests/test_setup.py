@@ -127,6 +127,19 @@ def test_every_source_is_compiled_and_the_runtime_is_static(environment):
     assert "torch" not in rules.replace(str(ROOT), "")
 
 
+def test_lean_kernels_are_left_out_only_where_there_is_no_gpu_and_none_is_named(environment, tmp_path):
+    def leaves_out():
+        setup = setup_py(environment)
+        return "-DANL_FULL_KERNELS_ALONE" in setup["cuda_module"]("_cuda.so").compile
+
+    assert leaves_out()
+    environment.setenv("ANL_KERNELS_CUDA_ARCHS", "80+PTX")
+    assert not leaves_out()
+    environment.delenv("ANL_KERNELS_CUDA_ARCHS")
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 9.0\n")
+    assert not leaves_out()
+
+
 def test_both_modules_are_compiled_at_once_the_longest_source_first(environment):
     setup = setup_py(environment)
     rules = setup["ninja_file"]([setup["cpu_module"]("_cpu.so"), setup["cuda_module"]("_cuda.so")])

@@ -84,12 +84,14 @@ def cuda_module() -> dict | None:
 def cuda_module_lines(facts: dict) -> list[str]:
     archs = facts["archs"].split(";")
     lines = ["", "compiled module anl_kernels._cuda", f"  {'compiled for':<12} {facts['archs']}"]
+    notes = []
     if all(arch.endswith("+PTX") for arch in archs):
-        lines.append(
-            f"  {'':<12} PTX, no machine code: the driver compiles them when they first run on a GPU, and keeps that;"
-        )
-        lines.append(f"  {'':<12} installed next to a GPU, or with ANL_KERNELS_CUDA_ARCHS, there is machine code")
-    return lines
+        notes.append("PTX, no machine code: the driver compiles them when they first run on a GPU, and keeps that")
+    if not facts["lean_kernels"]:
+        notes.append("those that run every loss, not the leaner ones that suffice for most")
+    if notes:
+        notes.append("installed next to a GPU, or with ANL_KERNELS_CUDA_ARCHS, they are made for it")
+    return lines + [f"  {'':<12} {note}" for note in notes]
 
 
 def protocol_lines() -> list[str]:

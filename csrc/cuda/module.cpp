@@ -224,6 +224,7 @@ std::string why_not(int device, const std::string& archs) {
 py::dict info() {
   py::dict d;
   d["archs"] = ANL_CUDA_ARCHS;
+  d["lean_kernels"] = HAS_LEAN_KERNELS;
   int runtime = 0, driver = 0, count = 0;
   cudaRuntimeGetVersion(&runtime);
   cudaDriverGetVersion(&driver);
