@@ -4,7 +4,7 @@ Data: the 1797 handwritten digits (8 x 8) that come with scikit-learn; 1297 to t
 right ones. Every loss has the settings its authors published for MNIST, and nothing is chosen by the test accuracy:
 SGD, lr 0.01, momentum 0.9, batch 128, cosine to 0, gradient norm clipped at 5; weight decay 1e-3, or for ANL instead
 delta = 1e-6 times the L1 norm of the parameters; ANL alpha = beta = 1, min_prob 1e-7; GCE q = 0.7; NCE + 10 RCE. The
-entropy term has no published weight for MNIST: 0.4, which is CIFAR-10's 2 over its alpha = beta = 5. 150 epochs, as an
+entropy term has no published weight for MNIST: 0.4, which is CIFAR-10's 2 over its alpha = beta = 5. 100 epochs, as an
 epoch here is 11 steps (MNIST: 469).
 
 Read the best epoch beside the last: a loss whose last epoch is good may only not have learned the wrong labels by heart
@@ -288,7 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__.split("\n", 2)[2]
     parser.add_argument("--seeds", type=int, default=3, help="runs per loss and noise (3)")
-    parser.add_argument("--epochs", type=int, default=150, help="(150)")
+    parser.add_argument("--epochs", type=int, default=100, help="(100)")
     parser.add_argument("--losses", metavar="LIST", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")

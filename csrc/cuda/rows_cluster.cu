@@ -3,6 +3,7 @@
 // Every CTA keeps its part of a row in a ring of chunks, which bulk copies fill. The first sweep takes a chunk as soon as
 // it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell one
 // another what they have found through distributed shared memory, by one tuple and one cluster barrier per sweep.
+#include "clusters.cuh"
 #include "long_rows.cuh"
 #include "plans.h"
 

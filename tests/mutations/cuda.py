@@ -6,7 +6,8 @@ SMALL, BLOCK, STAGED = "csrc/cuda/rows_small.cu", "csrc/cuda/rows_block.cu", "cs
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
 GRADIENT, SPATIAL = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu"
 COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
-LAUNCH, DEVICE, MODULE = "csrc/cuda/launch.cuh", "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
+LAUNCH, CLUSTERS = "csrc/cuda/launch.cuh", "csrc/cuda/clusters.cuh"
+DEVICE, MODULE = "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
 HOST = "cuda-host and not (sm80 or warp or launches)"
 NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
@@ -173,9 +174,9 @@ MUTANTS = [
         "constexpr size_t WITHOUT_ASKING = 48 << 10;",
         f"{MODELS} -k 'every_model and 48'",
     ),
-    (LAUNCH, "attributes.ptxVersion < HAS_CLUSTERS || ", "", f"{MODELS} -k 'of-80 and widest'"),
+    (CLUSTERS, "attributes.ptxVersion < HAS_CLUSTERS || ", "", f"{MODELS} -k 'of-80 and widest'"),
     (
-        LAUNCH,
+        CLUSTERS,
         "while (2 * cluster <= widest) cluster *= 2;",
         "while (2 * cluster < widest) cluster *= 2;",
         f"{MODELS} -k widest_cluster_of",
