@@ -108,6 +108,11 @@ struct SecondSums {
     for (int i = 0; i < SIZE; ++i) of[i] += other.of[i];
   }
 
+  ANL_HD void clear_focal() {
+    if constexpr (FULL)
+      of[FOCAL_SUM] = of[FOCAL_WEIGHT] = of[FOCAL_ABOVE_SUM] = of[FOCAL_ABOVE_WEIGHT] = M::set(0.0);
+  }
+
   // What the second sweep would find of classes that are all above the clamp. height: T + l at the anchor of `gap`. Not
   // the focal sums, which have no closed form.
   ANL_HD void set_all_above(V count, V gap, V height) {
@@ -138,6 +143,12 @@ struct RowStatistics {
   V squares;          // p_j^2; 0 in a lean kernel
   V below_top;        // max p - squares, exact as another class's p -> 1; 0 in a lean kernel
   V second[NUM_SECOND_SUMS];  // zeros where no sweep made them; BELOW_MASS divided by the sum of exps
+
+  // Not a loop: g++ makes a slow string instruction of one that clears memory.
+  ANL_HD void clear_second() {
+    second[ABOVE_SUM] = second[ABOVE_COUNT] = second[BELOW_MASS] = second[FOCAL_SUM] = second[FOCAL_WEIGHT] =
+        second[FOCAL_ABOVE_SUM] = second[FOCAL_ABOVE_WEIGHT] = M::set(0.0);
+  }
 
   // The same numbers in another arithmetic.
   template <class N>
@@ -170,7 +181,7 @@ ANL_HD void set_first_sums(RowStatistics<M>& s, typename M::V x_y, const A (&sum
     s.squares = V(sum[SQUARES]) / (total * total);
     s.below_top = (V(sum[TAIL] - sum[SQUARES]) + e_y) / (total * total);
   }
-  for (V& x : s.second) x = M::set(0.0);
+  s.clear_second();
 }
 
 // mass_scale: what BELOW_MASS still has to be multiplied with, 1 / sum exp(z_j - max); 1 where `focal` sums were made.

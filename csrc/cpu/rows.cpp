@@ -38,6 +38,15 @@ struct RowState {
   double max, min, x_y, log_sum, inv_sum;
   FirstSums<ScalarMath, true> first;
   SecondSums<ScalarMath, true> second;
+
+  // Of no class. Unrolled, as g++ makes a slow string instruction of a loop that clears memory.
+  void clear() {
+    max = min = x_y = log_sum = inv_sum = 0.0;
+#pragma GCC unroll 16
+    for (double& sum : first.of) sum = 0.0;
+#pragma GCC unroll 16
+    for (double& sum : second.of) sum = 0.0;
+  }
 };
 
 template <class S>
@@ -180,7 +189,8 @@ class Rows {
 
   // The sums of a row whose other classes lie elsewhere; zeros if it is ignored.
   void slice_sums(int64_t r, int64_t y) {
-    RowState& s = state_[0] = {};
+    RowState& s = state_[0];
+    s.clear();
     row_[0] = r;
     y_[0] = y;
     const bool live = y != call_.ignore_index;
@@ -207,7 +217,7 @@ class Rows {
     if (n == 0) return 0.0;
     n_ = 0;
     for (int i = 0; i < LANES; ++i) {
-      state_[i] = {};  // idle lanes compute something harmless
+      state_[i].clear();  // idle lanes compute something harmless
       if (i < n) first_sweep(i);
     }
     RowStatistics<M> s;
@@ -229,8 +239,9 @@ class Rows {
   }
 
   double finish(const RowStatistics<M>& s, int n) {
-    M::V values[NUM_COEFS] = {};
+    M::V values[NUM_COEFS];
     const Lanes<1> loss({loss_of<M>(prog_, s, values)});
+    values[COEF_MAX] = values[COEF_INV_SUM] = values[COEF_LOG_SUM] = M::V{};
     const Lanes<NUM_COEFS> coefs_of(values);
     double total = 0.0;
     for (int i = 0; i < n; ++i) {

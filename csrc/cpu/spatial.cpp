@@ -150,8 +150,9 @@ class Tiles {
   }
 
   ANL_NOINLINE First first_sums(I y) const {
-    First f = {};
+    First f;
     f.max = f.min = at(0);
+    f.x_y = f.sums.of[SQUARES] = V{};
     for (int64_t k = 1; k < K_; ++k) {
       const V v = at(k);
       f.max = vmax(v, f.max);
@@ -168,7 +169,8 @@ class Tiles {
   }
 
   ANL_NOINLINE SecondSums<M, true> second_sums(I y, V max, const SecondSweep<M>& sweep) const {
-    SecondSums<M, true> sums = {};
+    SecondSums<M, true> sums;
+    sums.clear_focal();
     by_second_sums(prog_, [&](auto mass, auto focal) {
       SecondSums<M, focal.value> found;
       sum_classes(found, [&](SecondSums<M, focal.value>& part, int64_t k) __attribute__((always_inline)) {
@@ -219,11 +221,13 @@ class Tiles {
     inv_sum = vexp<T>(-s.log_sum) + (s.log_sum - s.log_sum);
     if (!needs_second(prog_)) return s;
     const auto sweep = SecondSweep<M>::of_row(prog_, s.log_sum);
-    SecondSums<M, true> second = {};
-    if (sweep.focal || any(f.min - f.max <= sweep.threshold))
+    SecondSums<M, true> second;
+    if (sweep.focal || any(f.min - f.max <= sweep.threshold)) {
       second = second_sums(y, f.max, sweep);
-    else
+    } else {
       second.set_all_above(f.sums.of[COUNT], f.sums.of[GAP], -sweep.threshold);
+      second.clear_focal();
+    }
     set_second_sums(s, second.of, sweep.focal ? set1(T(1)) : inv_sum);
     return s;
   }
