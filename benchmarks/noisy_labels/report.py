@@ -121,6 +121,12 @@ def rates(runs: list[dict]):
     return figure
 
 
+def of_runs(runs: list[dict], curve: str) -> tuple[list[int], list[tuple[float, ...]]]:
+    """Its epochs, and for each the values of all runs."""
+    epochs = [epoch for epoch, _ in runs[0]["curves"][curve]]
+    return epochs, list(zip(*([value for _, value in run["curves"][curve]] for run in runs)))
+
+
 def curves(runs: list[dict]):
     """Over the epochs, one column per noise: above on the clean test labels, below on the noisy training labels (the
     mean over seeds alone: bands would cover one another).
@@ -133,10 +139,9 @@ def curves(runs: list[dict]):
             if not own:
                 continue
             style = dict(color=f"C{index}", label=loss, linewidth=1.4)
-            tested = [epoch for epoch, _ in own[0]["curves"]["test"]]
-            band(grid[0][column], tested, list(zip(*([a for _, a in run["curves"]["test"]] for run in own))), **style)
-            trained = [statistics.fmean(values) for values in zip(*(run["curves"]["train"] for run in own))]
-            grid[1][column].plot(thinned(range(1, len(trained) + 1)), thinned(trained), **style)
+            band(grid[0][column], *of_runs(own, "test"), **style)
+            epochs, values = of_runs(own, "train")
+            grid[1][column].plot(epochs, [statistics.fmean(v) for v in values], **style)
         grid[0][column].set_title(noise)
         grid[1][column].set_xlabel("epoch")
     grid[0][0].set_ylabel("test accuracy (clean labels), %")

@@ -23,6 +23,7 @@ TEST_BATCH = 1000
 PADDING, DEGREES = 4, 20.0  # of the random crop and the random rotation
 EVALUATIONS = 12  # test accuracies in a curve, about; the last epoch is always one, and that one on all test images
 CURVE_IMAGES = 2000  # test images for the others
+CURVE_POINTS = 20  # of the losses and training accuracies that are kept of a finished run
 SAVE_EVERY = 20.0  # seconds between saved states, at least
 
 
@@ -217,10 +218,17 @@ class Training:
             "wrong_labels": 100.0 * wrong,
             "train_images": len(self.data.noisy),
             "test_images": len(self.data.test_labels),
-            "curves": self.curves,
+            "curves": {name: curve if name == "test" else points(curve) for name, curve in self.curves.items()},
             "seconds": round(self.seconds, 1),
             "device": self.where.device,
         }
+
+
+def points(values: list[float]) -> list[list[float]]:
+    """[epoch, value] of some of the epochs, the last one among them, in 4 digits: results stay small files."""
+    step = -(-len(values) // CURVE_POINTS)
+    first = (len(values) - 1) % step
+    return [[i + 1, float(f"{values[i]:.4g}")] for i in range(first, len(values), step)]
 
 
 def train(run: Run, where: Where, epoch_done: Callable[[int], None] = lambda epochs: None) -> dict:

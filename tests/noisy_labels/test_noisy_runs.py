@@ -101,7 +101,15 @@ def test_training_learns_and_bf16_too(tmp_path):
             toy(loss=loss, noise="clean", epochs=30, train_size=1000, bf16=bf16), Where(None, "cpu", tmp_path)
         )
         assert result["accuracy"] > 75
-        assert len(result["curves"]["loss"]) == 30 and result["curves"]["test"][-1] == [30, result["accuracy"]]
+        assert [epoch for epoch, _ in result["curves"]["loss"]] == list(range(2, 31, 2))
+        assert result["curves"]["train"][-1][0] == 30 and result["curves"]["test"][-1] == [30, result["accuracy"]]
+
+
+def test_what_is_kept_of_a_curve_ends_with_its_last_epoch():
+    assert train.points([0.123456, 98.76543]) == [[1, 0.1235], [2, 98.77]]
+    for length in (20, 21, 39, 200):
+        kept = train.points([float(epoch) for epoch in range(1, length + 1)])
+        assert len(kept) <= train.CURVE_POINTS and kept[-1] == [length, length] and all(e == v for e, v in kept)
 
 
 def test_settings_are_the_published_ones():
