@@ -109,12 +109,10 @@ struct SecondSums {
   }
 
   ANL_HD void clear_focal() {
-    if constexpr (FULL)
-      of[FOCAL_SUM] = of[FOCAL_WEIGHT] = of[FOCAL_ABOVE_SUM] = of[FOCAL_ABOVE_WEIGHT] = M::set(0.0);
+    if constexpr (FULL) of[FOCAL_SUM] = of[FOCAL_WEIGHT] = of[FOCAL_ABOVE_SUM] = of[FOCAL_ABOVE_WEIGHT] = M::set(0.0);
   }
 
-  // What the second sweep would find of classes that are all above the clamp. height: T + l at the anchor of `gap`. Not
-  // the focal sums, which have no closed form.
+  // What the second sweep would find of classes that are all above the clamp, save focal sums. height: T + l at gap's anchor.
   ANL_HD void set_all_above(V count, V gap, V height) {
     of[ABOVE_SUM] = count * height - gap;
     of[ABOVE_COUNT] = count;
@@ -144,8 +142,7 @@ struct RowStatistics {
   V below_top;        // max p - squares, exact as another class's p -> 1; 0 in a lean kernel
   V second[NUM_SECOND_SUMS];  // zeros where no sweep made them; BELOW_MASS divided by the sum of exps
 
-  // Not a loop: g++ makes a slow string instruction of one that clears memory.
-  ANL_HD void clear_second() {
+  ANL_HD void clear_second() {  // not a loop: g++ makes a slow string instruction of one that clears memory
     second[ABOVE_SUM] = second[ABOVE_COUNT] = second[BELOW_MASS] = second[FOCAL_SUM] = second[FOCAL_WEIGHT] =
         second[FOCAL_ABOVE_SUM] = second[FOCAL_ABOVE_WEIGHT] = M::set(0.0);
   }

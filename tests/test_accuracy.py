@@ -41,8 +41,7 @@ def compare(name, classes, backend, kinds=KINDS):
     terms = EXPRESSIONS[name]
     criteria = helpers.expression(terms), helpers.row_loss_expression(terms)
     ones = sum(abs(coefficient) for coefficient, term, _ in terms if term in ("nnce", "nnfl"))
-    # In the gradient at a wrong class with p_j near 1 what the squares make cancels, in plain PyTorch too.
-    squares = sum(abs(c) / {"mse": 1, "amse": classes}[term] for c, term, _ in terms if term in ("mse", "amse"))
+    squares = helpers.squares_that_cancel(terms, classes)
     for kind in kinds:
         values, labels = many(kind, classes)
         (loss64, grad64), (plain_loss, plain_grad) = exact_and_plain(kind, classes, name)

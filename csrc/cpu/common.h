@@ -20,17 +20,11 @@ struct Constant {
 
 // ---- loops over classes are compiled for what a loss needs of them; the rest of a traversal only once ----
 
-// Double has no loops without squares: fewer to compile.
-template <class T>
-ANL_INLINE bool sums_squares(const Program& prog) {
-  return sizeof(T) == sizeof(double) || prog.needs & NEED_SQUARES;
-}
-
 // f(Constant<FULL>()) for the FirstSums that a loss needs.
 template <class T, class F>
-ANL_INLINE void by_first_sums(const Program& prog, const F& f) {
+ANL_INLINE void by_first_sums(const Call& call, const F& f) {
   if constexpr (sizeof(T) < sizeof(double))
-    if (!sums_squares<T>(prog)) return f(Constant<false>());
+    if (!takes_full(call)) return f(Constant<false>());
   f(Constant<true>());
 }
 
@@ -43,18 +37,17 @@ ANL_INLINE void by_second_sums(const Program& prog, const F& f) {
 }
 
 // The GradientParts that a loss needs, of rows whose classes may be missing.
-template <class T>
-ANL_INLINE unsigned gradient_parts(const Program& prog) {
-  if (needs_focal(prog)) return FOCAL_PARTS;
-  if (sums_squares<T>(prog)) return FULL_PARTS;
-  return needs_second(prog) ? LEAN_PARTS : LEAN_PARTS & ~unsigned(CLAMPED);
+ANL_INLINE unsigned gradient_parts(const Call& call) {
+  if (needs_focal(call.program)) return FOCAL_PARTS;
+  if (takes_full(call)) return FULL_PARTS;
+  return needs_second(call.program) ? LEAN_PARTS : LEAN_PARTS & ~unsigned(CLAMPED);
 }
 
 // f(Constant<PARTS>()) for them. Only lean loops are compiled without missing classes, where there are none.
 template <class T, class F>
-ANL_INLINE void by_gradient_parts(const Program& prog, bool missing, const F& f) {
+ANL_INLINE void by_gradient_parts(const Call& call, bool missing, const F& f) {
   constexpr unsigned LEAN = LEAN_PARTS, PLAIN = LEAN_PARTS & ~unsigned(CLAMPED), MISSING = MISSING_CLASSES;
-  const unsigned parts = gradient_parts<T>(prog);
+  const unsigned parts = gradient_parts(call);
   if (parts == FOCAL_PARTS) return f(Constant<FOCAL_PARTS>());
   if constexpr (sizeof(T) < sizeof(double)) {
     if (parts == LEAN) return missing ? f(Constant<LEAN>()) : f(Constant<LEAN & ~MISSING>());

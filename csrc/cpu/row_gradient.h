@@ -28,7 +28,7 @@ class RowGradients {
  public:
   // scratch: the blocks of a row, for the entropy term.
   RowGradients(const RowLayout<S>& rows, Block* scratch)
-      : rows_(rows), prog_(rows.call.program), parts_(gradient_parts<T>(prog_)), scratch_(scratch) {}
+      : rows_(rows), prog_(rows.call.program), parts_(gradient_parts(rows.call)), scratch_(scratch) {}
 
   // Writes it, the target's place included.
   void write(const GradientJob<T>& job) const {

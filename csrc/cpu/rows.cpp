@@ -131,7 +131,7 @@ class Rows {
     const int64_t y = y_[i];
     T* kept = kept_row(i);
     rows_.each_block(false, [&](int64_t b, int64_t k0, int n) {
-      by_first_sums<T>(prog_, [&](auto full) {
+      by_first_sums<T>(call_, [&](auto full) {
         Sw::template first<full.value>(z + k0, n, target_in_block(y, k0, n), kept ? kept + k0 : nullptr, blocks(i)[b]);
       });
     });

@@ -159,7 +159,7 @@ class Tiles {
       f.min = vmin(v, f.min);
     }
     f.missing = any(f.min == T(-INF));
-    by_first_sums<T>(prog_, [&](auto full) {
+    by_first_sums<T>(call_, [&](auto full) {
       if (f.missing)
         exp_sums<true, full.value>(y, f);
       else
@@ -276,7 +276,7 @@ class Tiles {
     const auto row = gradient_row<M>(prog_, coefs, factor, norm);
     if (call_.log_q) return entropy_gradient(y, row, coefs, norm);
     const auto nothing = [](int64_t) __attribute__((always_inline)) { return V{}; };
-    by_gradient_parts<T>(prog_, missing, [&](auto parts) {
+    by_gradient_parts<T>(call_, missing, [&](auto parts) {
       each_gradient<parts.value>(y, coefs[COEF_MAX], row, row.target, nothing);
     });
   }
@@ -322,7 +322,7 @@ class Tiles {
     const auto slope = [&](int64_t k) __attribute__((always_inline)) {
       return scale * norm * ((log_q[k] - center) - lost);
     };
-    by_gradient_parts<T>(prog_, true, [&](auto parts) {
+    by_gradient_parts<T>(call_, true, [&](auto parts) {
       each_gradient<parts.value | CLAMPED | EXTRA_SLOPE>(y, max, row, target, slope);
     });
   }

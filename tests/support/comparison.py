@@ -118,7 +118,10 @@ def calculate_truth(logits, target, terms, **keywords):
     grad_error = digits * oracle.as_rows((plain_grad.double() - exact_grad).abs()).amax(1, keepdim=True).nan_to_num(0)
     loss_error = digits * (plain_loss.double() - exact_loss).abs().nan_to_num(0)
     classes, factors = oracle.as_rows(logits).shape[1], row_factors(target, **keywords)
-    magnitude = largest_gradient(freeze(terms), classes, keywords.get("min_prob", 1e-7)) * factors.view(-1, 1)
+    magnitude = largest_gradient(freeze(terms), classes, keywords.get("min_prob", 1e-7)) + squares_that_cancel(
+        terms, classes
+    )
+    magnitude = magnitude * factors.view(-1, 1)
     if keywords.get("entropy_weight"):
         valid = (factors > 0).view(-1, 1)
         magnitude = magnitude + valid * abs(keywords["entropy_weight"]) * math.log(classes) / valid.sum().clamp(min=1)
@@ -129,6 +132,11 @@ def calculate_truth(logits, target, terms, **keywords):
 
 def freeze(terms):
     return tuple((coefficient, name, tuple(parameters.items())) for coefficient, name, parameters in terms)
+
+
+def squares_that_cancel(terms, classes):
+    """p_j^2 and sum p^2, in the gradient at a wrong class with p_j near 1: more than the gradient ever is."""
+    return sum(abs(c) / {"mse": 1, "amse": classes}[name] for c, name, _ in terms if name in ("mse", "amse"))
 
 
 @lru_cache(maxsize=4096)
