@@ -29,8 +29,8 @@ def test_info_says_where_the_driver_compiles_the_kernels(archs, ptx_alone):
     text = "\n".join(info.cuda_module_lines(facts))
     assert f" {archs}" in text
     assert ptx_alone == ("the driver compiles them when they first run" in text)
-    assert "those that run every loss" not in text
-    assert "those that run every loss" in "\n".join(info.cuda_module_lines({**facts, "lean_kernels": False}))
+    assert "only the kernels that run every loss" not in text
+    assert "only the kernels that run every loss" in "\n".join(info.cuda_module_lines({**facts, "lean_kernels": False}))
 
 
 def test_check_passes(capsys):

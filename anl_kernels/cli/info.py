@@ -88,9 +88,9 @@ def cuda_module_lines(facts: dict) -> list[str]:
     if all(arch.endswith("+PTX") for arch in archs):
         notes.append("PTX, no machine code: the driver compiles them when they first run on a GPU, and keeps that")
     if not facts["lean_kernels"]:
-        notes.append("those that run every loss, not the leaner ones that suffice for most")
+        notes.append("only the kernels that run every loss, without the leaner ones that suffice for most")
     if notes:
-        notes.append("installed next to a GPU, or with ANL_KERNELS_CUDA_ARCHS, they are made for it")
+        notes.append("an install next to a GPU, or with ANL_KERNELS_CUDA_ARCHS, has machine code and all kernels")
     return lines + [f"  {'':<12} {note}" for note in notes]
 
 
