@@ -90,6 +90,20 @@ auto by_variant(const Call& call, F f) {
   });
 }
 
+inline int64_t logit_bytes(const Call& call) { return call.dtype == FLOAT64 ? 8 : call.dtype == FLOAT32 ? 4 : 2; }
+
+// Numbers that go with the rows are of the arithmetic type: float64 with such logits, else float32.
+inline int64_t real_bytes(const Call& call) { return call.dtype == FLOAT64 ? 8 : 4; }
+inline double real_at(const Call& call, const void* table, int64_t i) {
+  return call.dtype == FLOAT64 ? static_cast<const double*>(table)[i] : double(static_cast<const float*>(table)[i]);
+}
+inline void set_real(const Call& call, void* table, int64_t i, double value) {
+  if (call.dtype == FLOAT64)
+    static_cast<double*>(table)[i] = value;
+  else
+    static_cast<float*>(table)[i] = float(value);
+}
+
 ANL_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What is read here may be something else when it is read again: another thread can write labels during a call. Hence

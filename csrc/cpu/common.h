@@ -56,20 +56,11 @@ ANL_INLINE void by_gradient_parts(const Call& call, bool missing, const F& f) {
   f(Constant<FULL_PARTS>());
 }
 
-template <class T>
-ANL_INLINE double class_weight(const Call& call, int64_t y) {
-  return call.weight ? double(static_cast<const T*>(call.weight)[y]) : 1.0;
-}
-
-template <class T>
+ANL_INLINE double class_weight(const Call& call, int64_t y) { return call.weight ? real_at(call, call.weight, y) : 1.0; }
 ANL_INLINE double grad_output(const Call& call, int64_t r) {
-  return double(static_cast<const T*>(call.grad_output)[r * call.grad_output_stride]);
+  return real_at(call, call.grad_output, r * call.grad_output_stride);
 }
-
-template <class T>
-ANL_INLINE double entropy_scale(const Call& call) {
-  return call.log_q ? double(*static_cast<const T*>(call.entropy_scale)) : 0.0;
-}
+ANL_INLINE double entropy_scale(const Call& call) { return call.log_q ? real_at(call, call.entropy_scale, 0) : 0.0; }
 
 // Uninitialised memory for trivially copyable things, freed at the end of the scope. Throws if there is none.
 template <class X>

@@ -179,7 +179,7 @@ void ask_for_huge_pages(const Call& call, bool fresh) {
 #if defined(__linux__)
   constexpr uintptr_t HUGE_PAGE = 2 << 20;
   if (!fresh || !call.grad) return;
-  const int64_t size = call.dtype == FLOAT64 ? 8 : call.dtype == FLOAT32 ? 4 : 2;
+  const int64_t size = logit_bytes(call);
   const Strides& s = call.grad_strides;
   const int64_t last = (call.outer - 1) * s.so + (call.num_classes - 1) * s.sk + (call.inner - 1) * s.si;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(call.grad) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -196,7 +196,7 @@ struct LabelCheck {
 };
 
 template <class Label>
-LabelCheck check_labels(const Call& call, bool wide_weight) {
+LabelCheck check_labels_of(const Call& call) {
   const Label* labels = static_cast<const Label*>(call.target);
   const int64_t n = call.outer * call.inner, K = call.num_classes;
   LabelCheck result;
@@ -220,7 +220,7 @@ LabelCheck check_labels(const Call& call, bool wide_weight) {
     const int64_t y = label_at(call, r);
     if (y == call.ignore_index) continue;
     if (is_class(call, y))
-      result.weight += wide_weight ? static_cast<const double*>(call.weight)[y] : static_cast<const float*>(call.weight)[y];
+      result.weight += real_at(call, call.weight, y);
     else
       result.first_bad = r;
   }
@@ -228,12 +228,11 @@ LabelCheck check_labels(const Call& call, bool wide_weight) {
 }
 
 LabelCheck check_labels(const Call& call) {
-  const bool wide = call.dtype == FLOAT64;
   switch (call.target_type) {
-    case INT64: return check_labels<int64_t>(call, wide);
-    case INT32: return check_labels<int32_t>(call, wide);
-    case INT16: return check_labels<int16_t>(call, wide);
-    default: return check_labels<uint8_t>(call, wide);
+    case INT64: return check_labels_of<int64_t>(call);
+    case INT32: return check_labels_of<int32_t>(call);
+    case INT16: return check_labels_of<int16_t>(call);
+    default: return check_labels_of<uint8_t>(call);
   }
 }
 
@@ -256,12 +255,7 @@ int64_t row_loss(const Program& program, int dtype, const Triple& shape, Address
   if (reduction == NONE) call.row_loss = reinterpret_cast<void*>(loss);
   ask_for_huge_pages(call, fresh);
   const double total = launch(call);
-  if (reduction != NONE) {
-    if (call.dtype == FLOAT64)
-      *reinterpret_cast<double*>(loss) = total / denominator;
-    else
-      *reinterpret_cast<float*>(loss) = float(total / denominator);
-  }
+  if (reduction != NONE) set_real(call, reinterpret_cast<void*>(loss), 0, total / denominator);
   return -1;
 }
 

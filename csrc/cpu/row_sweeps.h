@@ -22,65 +22,80 @@ struct Moments {
 // What the sweeps find in a block.
 struct Block {
   double max, min;                    // of the logits; min is -inf if a class does not exist
+  double z_y;                         // the target's logit, in the block that has it
   FirstSums<ScalarMath, true> first;  // about max, or about 0 where no class exists
   SecondSums<ScalarMath, true> second;
   Moments moments;
 };
 
-// Where the rows of a call are, and their blocks.
-template <class S>
-struct RowLayout {
-  const Call& call;
-  const int64_t K, num_blocks, num_rows;
-  const bool split;  // blocks are spread over the threads
-
-  RowLayout(const Call& c, bool spread)
-      : call(c), K(c.num_classes), num_blocks(ceil_div(K, BLOCK)), num_rows(c.outer * c.inner), split(spread) {}
-
-  const S* logits(int64_t r) const {
-    return static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
-  }
-  S* grad(int64_t r) const { return static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r); }
-
-  // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
-  // (the cache holds what the sweep before touched last).
-  template <class F>
-  void each_block(bool backwards, const F& f) const {
-    const auto range = [&](int64_t b0, int64_t b1) {
-      for (int64_t i = b0; i < b1; ++i) {
-        const int64_t b = backwards ? b1 - 1 - (i - b0) : i;
-        f(b, b * BLOCK, int(min_of(BLOCK, K - b * BLOCK)));
-      }
-    };
-    if (split)
-      parallel_for(num_blocks, 8, range);
-    else
-      range(0, num_blocks);
-  }
-
-  void fill_grad(int64_t r, double value) const {
-    if (!call.grad) return;
-    S bits, *g = grad(r);
-    store_one(&bits, typename Storage<S>::Acc(value));
-    for (int64_t k = 0; k < K; ++k) g[k] = bits;
-  }
-};
-
 // What the entropy term adds to the gradient is scale e_j (log_q_j - mean). The mean is rounded to center; what rounding
 // left out is `lost`.
-template <class T>
 struct EntropySlope {
-  const T* log_q;
-  T center, lost, scale;
+  const void* log_q;
+  double center, lost, scale;
+};
+constexpr EntropySlope NO_ENTROPY = {};
+
+// The loops over a block's classes, for one type of stored logits. What they take as void* holds these (z, g), or numbers
+// of the arithmetic type (kept, log_q); what is one number is a double. Between the loops a row is the same for all types.
+struct Loops {
+  void (*first)(const void* z, int n, int y, void* kept, Block& out);
+  void (*second)(const void* z, int n, int y, double row_max, const SecondSweep<ScalarMath>& row, double* out);
+  void (*moments)(const void* z, int n, const void* log_q, double center, double row_max, Moments& out);
+  using Gradient = void (*)(const void* z, void* g, int n, int y, double row_max,
+                            const GradientRow<ScalarMath>& row, const void* kept, const EntropySlope& entropy);
+  Gradient gradient[2][2][2];  // [kept][CLAMPED][MISSING_CLASSES]; null where no block asks for it
+  Gradient entropy_gradient;
+  double (*load)(const void* z);
+  void (*fill)(void* g, int64_t n, double value);
 };
 
 template <class S>
-struct Sweep {
+class Sweep {
   using T = typename Storage<S>::Acc;
   using M = LaneMath<T>;
   using V = typename M::V;
   using I = typename M::I;
   static constexpr int W = Traits<T>::width;
+
+ public:
+  // Those for what the loss of this call needs.
+  static Loops loops(const Call& call) {
+    Loops loops = {};
+    by_first_sums<T>(call, [&](auto full) { loops.first = first<full.value>; });
+    by_second_sums(call.program, [&](auto mass, auto focal) { loops.second = second<mass.value, focal.value>; });
+    loops.moments = moments;
+    loops.load = load;
+    loops.fill = fill;
+    if (needs_focal(call.program)) {
+      loops.gradient[0][1][1] = gradient<FOCAL_PARTS, false>;
+      loops.entropy_gradient = gradient<FOCAL_PARTS | EXTRA_SLOPE, false>;
+    } else if (takes_full(call)) {
+      set_gradients<SQUARE_SLOPE>(loops);
+    } else if constexpr (sizeof(T) < sizeof(double)) {
+      set_gradients<0>(loops);
+    }
+    return loops;
+  }
+
+ private:
+  template <unsigned SQUARE>
+  static void set_gradients(Loops& loops) {
+    constexpr unsigned ANY = SQUARE | CLAMPED | MISSING_CLASSES;
+    loops.gradient[0][0][0] = gradient<SQUARE, false>;
+    loops.gradient[0][0][1] = gradient<SQUARE | MISSING_CLASSES, false>;
+    loops.gradient[0][1][1] = gradient<ANY, false>;
+    loops.gradient[1][0][0] = gradient<SQUARE, true>;
+    loops.gradient[1][1][0] = gradient<SQUARE | CLAMPED, true>;
+    loops.entropy_gradient = gradient<ANY | EXTRA_SLOPE, false>;
+  }
+
+  static double load(const void* z) { return double(load_one(static_cast<const S*>(z))); }
+  static void fill(void* g, int64_t n, double value) {
+    S bits;
+    store_one(&bits, T(value));
+    for (int64_t k = 0; k < n; ++k) static_cast<S*>(g)[k] = bits;
+  }
 
   // Calls body(u, v, i) for whole vectors (u: which of four accumulators), and edge(v, i, n) for a vector that is
   // partial (n < W) or holds the target: the target's lane and those that are not there are -inf, which no sum counts.
@@ -160,9 +175,11 @@ struct Sweep {
 
   // First sweep. y: the target's place in the block, or -1. kept: where the exps go, or null.
   template <bool FULL>
-  static ANL_NOINLINE void first(const S* z, int n, int y, T* kept, Block& out) {
-    T high, low;
+  static ANL_NOINLINE void first(const void* logits, int n, int y, void* exps, Block& out) {
+    const S* z = static_cast<const S*>(logits);
+    T *kept = static_cast<T*>(exps), high, low;
     extrema(z, n, high, low);
+    if (y >= 0) out.z_y = double(load_one(z + y));
     out.max = high;
     out.min = low;
     if (low == T(-INF)) {  // a NaN among classes that do not exist is no maximum, but shows in the gap
@@ -176,8 +193,9 @@ struct Sweep {
 
   // Second sweep of a block with classes on both sides of the clamp, or for the focal sums; y as in the first.
   template <bool MASS, bool FOCAL>
-  static ANL_NOINLINE void second(const S* z, int n, int y, double row_max, const SecondSweep<ScalarMath>& row,
+  static ANL_NOINLINE void second(const void* logits, int n, int y, double row_max, const SecondSweep<ScalarMath>& row,
                                   double* out) {
+    const S* z = static_cast<const S*>(logits);
     const auto sweep = row.as<M>();
     const T high = T(row_max);
     SecondSums<M, FOCAL> sums[4] = {};
@@ -188,8 +206,10 @@ struct Sweep {
     totals(sums, out);
   }
 
-  static ANL_NOINLINE void moments(const S* z, int n, const T* log_q, T center, double row_max, Moments& out) {
-    const T high = T(row_max);
+  static ANL_NOINLINE void moments(const void* logits, int n, const void* log_probs, double rounded, double row_max,
+                                   Moments& out) {
+    const S* z = static_cast<const S*>(logits);
+    const T *log_q = static_cast<const T*>(log_probs), center = T(rounded), high = T(row_max);
     V mass[4] = {}, moment[4] = {};
     for_vectors(
         z, n, -1,
@@ -207,50 +227,76 @@ struct Sweep {
     out.moment = total(moment[0], moment[1], moment[2], moment[3]);
   }
 
-  // The gradient of a block, the target's place included. KEPT: the exps are there, about the block's maximum. entropy:
-  // for EXTRA_SLOPE.
+  // The gradient of a block. y: as in the first. KEPT: the exps are there, about the block's maximum. entropy: for
+  // EXTRA_SLOPE.
   template <unsigned PARTS, bool KEPT>
-  static ANL_NOINLINE void gradient(const S* z, S* g, int n, double row_max, const GradientRow<ScalarMath>& row,
-                                    const T* kept, const EntropySlope<T>& entropy) {
+  static ANL_NOINLINE void gradient(const void* logits, void* grad, int n, int y, double row_max,
+                                    const GradientRow<ScalarMath>& row, const void* exps, const EntropySlope& entropy) {
+    const S* z = static_cast<const S*>(logits);
+    S* g = static_cast<S*>(grad);
+    const T *kept = static_cast<const T*>(exps), *log_q = static_cast<const T*>(entropy.log_q);
     const auto lanes = row.as<M>();
-    const T high = T(row_max);
-    const auto value = [&](V v, V e, V log_q) __attribute__((always_inline)) {
+    const T high = T(row_max), center = T(entropy.center), lost = T(entropy.lost), scale = T(entropy.scale);
+    const auto value = [&](V v, V e, V l) __attribute__((always_inline)) {
       const V x = v - high;
       if (!KEPT && !(PARTS & FOCAL_OFFSET)) e = M::class_exp(x);
-      return lanes.template at<PARTS>(x, e, ((log_q - entropy.center) - entropy.lost) * entropy.scale);
+      return lanes.template at<PARTS>(x, e, ((l - center) - lost) * scale);
     };
     constexpr bool ENTROPY = PARTS & EXTRA_SLOPE;
     const int full = n / W * W, rest = n - full;
     for (int i = 0; i < full; i += W)
       Storage<S>::store(g + i, value(Storage<S>::load(z + i), KEPT ? Storage<T>::load(kept + i) : V{},
-                                     ENTROPY ? Storage<T>::load(entropy.log_q + i) : V{}));
+                                     ENTROPY ? Storage<T>::load(log_q + i) : V{}));
     if (rest)
       store_part(g + full, rest, value(load_part(z + full, rest, set1(T(-INF))),
                                        KEPT ? load_part(kept + full, rest, V{}) : V{},
-                                       ENTROPY ? load_part(entropy.log_q + full, rest, V{}) : V{}));
+                                       ENTROPY ? load_part(log_q + full, rest, V{}) : V{}));
+    if (y >= 0) store_one(g + y, T(row.target));
+  }
+};
+
+// Where the rows of a call are, and their blocks.
+struct RowLayout {
+  const Call& call;
+  const Loops loops;
+  const int64_t K, num_blocks, num_rows;
+  const int64_t size, real_size;  // bytes of a stored logit, and of a number of the arithmetic type
+  const bool split;  // blocks are spread over the threads
+
+  RowLayout(const Call& c, bool spread)
+      : call(c), loops(loops_of(c)), K(c.num_classes), num_blocks(ceil_div(K, BLOCK)), num_rows(c.outer * c.inner),
+        size(logit_bytes(c)), real_size(real_bytes(c)), split(spread) {}
+
+  const char* logits(int64_t r) const {
+    return static_cast<const char*>(call.logits) + row_offset(call, call.logits_strides, r) * size;
+  }
+  char* grad(int64_t r) const {
+    return static_cast<char*>(call.grad) + row_offset(call, call.grad_strides, r) * size;
   }
 
-  // The loop for these parts: of all combinations those that a block can ask for.
-  using GradientLoop = decltype(&gradient<FOCAL_PARTS, false>);
-  static GradientLoop gradient_loop(unsigned parts, bool kept) {
-    if constexpr (sizeof(T) < sizeof(double))
-      if (!(parts & SQUARE_SLOPE)) return loop_of<0>(parts, kept);
-    return loop_of<SQUARE_SLOPE>(parts, kept);
+  // The target's place in the block that begins with class k0, or -1.
+  static int target_in_block(int64_t y, int64_t k0, int n) { return y >= k0 && y < k0 + n ? int(y - k0) : -1; }
+
+  // f(block, first class, number of classes) for every block: over the threads, or here from the last to the first
+  // (the cache holds what the sweep before touched last).
+  template <class F>
+  void each_block(bool backwards, const F& f) const {
+    const auto range = [&](int64_t b0, int64_t b1) {
+      for (int64_t i = b0; i < b1; ++i) {
+        const int64_t b = backwards ? b1 - 1 - (i - b0) : i;
+        f(b, b * BLOCK, int(min_of(BLOCK, K - b * BLOCK)));
+      }
+    };
+    if (split)
+      parallel_for(num_blocks, 8, range);
+    else
+      range(0, num_blocks);
   }
 
  private:
-  template <unsigned SQUARE>
-  static GradientLoop loop_of(unsigned parts, bool kept) {
-    constexpr unsigned MISSING = SQUARE | MISSING_CLASSES, ANY = MISSING | CLAMPED;
-    switch (parts) {
-      case SQUARE: return kept ? gradient<SQUARE, true> : gradient<SQUARE, false>;
-      case SQUARE | CLAMPED: return gradient<SQUARE | CLAMPED, true>;
-      case MISSING: return gradient<MISSING, false>;
-      case ANY: return gradient<ANY, false>;
-      case ANY | EXTRA_SLOPE: return gradient<ANY | EXTRA_SLOPE, false>;
-      case FOCAL_PARTS: return gradient<FOCAL_PARTS, false>;
-      default: return gradient<FOCAL_PARTS | EXTRA_SLOPE, false>;
-    }
+  static Loops loops_of(const Call& call) {
+    return by_storage<half_t, bfloat16_t>(
+        call.dtype, [&](auto stored) { return Sweep<typename decltype(stored)::type>::loops(call); });
   }
 };
 

@@ -49,27 +49,23 @@ struct RowState {
   }
 };
 
-template <class S>
 class Rows {
-  using T = typename Storage<S>::Acc;
-  using Sw = Sweep<S>;
-
  public:
-  Rows(const Call& call, Block* blocks, T* kept, bool split)
+  Rows(const Call& call, Block* blocks, char* kept, bool split)
       : call_(call), prog_(call.program), rows_(call, split), gradients_(rows_, blocks), blocks_(blocks), kept_(kept) {}
 
   static int batch_size(const Call& call) {
-    const int64_t bytes = call.num_classes * int64_t(sizeof(S)) * (call.grad && call.grad != call.logits ? 2 : 1);
+    const int64_t bytes = call.num_classes * logit_bytes(call) * (call.grad && call.grad != call.logits ? 2 : 1);
     return int(max_of<int64_t>(1, min_of<int64_t>(LANES, CACHE_BYTES / bytes)));
   }
   // Scratch for the exps of a batch: none if nothing reads them, or too many for the cache; the gradient's own memory
   // serves if it has the right type and is not the logits'.
-  static int64_t kept_size(const Call& call) {
-    const int64_t size = call.num_classes * batch_size(call);
-    return reads_kept(call) && !keeps_in_grad(call) && size * int64_t(sizeof(T)) <= KEPT_BYTES ? size : 0;
+  static int64_t kept_bytes(const Call& call) {
+    const int64_t bytes = call.num_classes * batch_size(call) * real_bytes(call);
+    return reads_kept(call) && !keeps_in_grad(call) && bytes <= KEPT_BYTES ? bytes : 0;
   }
   static bool keeps_in_grad(const Call& call) {
-    return sizeof(S) == sizeof(T) && reads_kept(call) && call.grad != call.logits;
+    return logit_bytes(call) == real_bytes(call) && reads_kept(call) && call.grad != call.logits;
   }
   static bool reads_kept(const Call& call) { return call.op == Op::LOSS && call.grad && !needs_focal(call.program); }
 
@@ -98,11 +94,13 @@ class Rows {
  private:
   Block* blocks(int i) const { return blocks_ + i * rows_.num_blocks; }
 
-  static int target_in_block(int64_t y, int64_t k0, int n) { return y >= k0 && y < k0 + n ? int(y - k0) : -1; }
-
   void write_coefs(int64_t r, const Coefs& coefs) const {
     if (!call_.grad_coefs) return;
-    for (int i = 0; i < NUM_COEFS; ++i) static_cast<T*>(call_.grad_coefs)[i * rows_.num_rows + r] = T(coefs[i]);
+    for (int i = 0; i < NUM_COEFS; ++i) set_real(call_, call_.grad_coefs, i * rows_.num_rows + r, coefs[i]);
+  }
+
+  void fill_grad(int64_t r, double value) const {
+    if (call_.grad) rows_.loops.fill(rows_.grad(r), rows_.K, value);
   }
 
   // A row whose logits are not read: ignored, or NaN by a label that is no class. Returns its loss.
@@ -112,28 +110,28 @@ class Rows {
       write_unread_statistics(call_, r, ignored);
       return value;
     }
-    if (call_.row_loss) static_cast<T*>(call_.row_loss)[r] = T(value);
+    if (call_.row_loss) set_real(call_, call_.row_loss, r, value);
     Coefs coefs = {};
     coefs[COEF_INV_SUM] = value;
     write_coefs(r, coefs);
-    rows_.fill_grad(r, value);
+    fill_grad(r, value);
     return value;
   }
 
   // Where the exps of the row in slot i are, or null.
-  T* kept_row(int i) const {
-    return keeps_in_grad(call_) ? reinterpret_cast<T*>(rows_.grad(row_[i])) : kept_ ? kept_ + i * rows_.K : nullptr;
+  char* kept_row(int i) const {
+    return keeps_in_grad(call_) ? rows_.grad(row_[i]) : kept_ ? kept_ + i * rows_.K * rows_.real_size : nullptr;
   }
 
   // First sweep of the row in slot i, merged over its blocks.
   ANL_NOINLINE void first_sums(int i) {
-    const S* z = rows_.logits(row_[i]);
+    const Loops& loops = rows_.loops;
+    const char* z = rows_.logits(row_[i]);
     const int64_t y = y_[i];
-    T* kept = kept_row(i);
+    char* kept = kept_row(i);
     rows_.each_block(false, [&](int64_t b, int64_t k0, int n) {
-      by_first_sums<T>(call_, [&](auto full) {
-        Sw::template first<full.value>(z + k0, n, target_in_block(y, k0, n), kept ? kept + k0 : nullptr, blocks(i)[b]);
-      });
+      char* kept_block = kept ? kept + k0 * rows_.real_size : nullptr;
+      loops.first(z + k0 * rows_.size, n, rows_.target_in_block(y, k0, n), kept_block, blocks(i)[b]);
     });
     RowState& s = state_[i];
     s.max = -INF;
@@ -145,7 +143,8 @@ class Rows {
     for (int64_t b = 0; b < rows_.num_blocks; ++b) {
       const Block& block = blocks(i)[b];
       auto first = block.first;
-      if (block.max != -INF) first.rebase(s.max - block.max);  // else no class exists: zeros, or NaN
+      // Without classes they are zeros, or NaN.
+      if (block.max != s.max && block.max != -INF) first.rebase(s.max - block.max);
       s.first.add(first);
     }
   }
@@ -153,7 +152,7 @@ class Rows {
   void first_sweep(int i) {
     first_sums(i);
     RowState& s = state_[i];
-    const double z_y = double(load_one(rows_.logits(row_[i]) + y_[i]));
+    const double z_y = blocks(i)[y_[i] / BLOCK].z_y;
     // A row whose target does not exist is NaN by definition; one with a NaN or +inf is by its TAIL.
     s.x_y = z_y == -INF ? NaN : z_y - s.max;
   }
@@ -165,7 +164,7 @@ class Rows {
     if (!needs_second(prog_) || s.log_sum != s.log_sum) return;
     if (!sweep.focal && s.min - s.max > sweep.threshold)
       return s.second.set_all_above(s.first.of[COUNT], s.first.of[GAP], -sweep.threshold);
-    const S* z = rows_.logits(row_[i]);
+    const char* z = rows_.logits(row_[i]);
     const int64_t y = y_[i];
     rows_.each_block(true, [&](int64_t b, int64_t k0, int n) {
       Block& block = blocks(i)[b];
@@ -178,10 +177,8 @@ class Rows {
       } else if (!sweep.focal && block.min - s.max > sweep.threshold) {
         block.second.set_all_above(block.first.of[COUNT], block.first.of[GAP], x_max - sweep.threshold);
       } else {
-        const int yb = target_in_block(y, k0, n);
-        by_second_sums(prog_, [&](auto mass, auto focal) {
-          Sw::template second<mass.value, focal.value>(z + k0, n, yb, s.max, sweep, block.second.of);
-        });
+        const int yb = rows_.target_in_block(y, k0, n);
+        rows_.loops.second(z + k0 * rows_.size, n, yb, s.max, sweep, block.second.of);
       }
     });
     for (int64_t b = 0; b < rows_.num_blocks; ++b) s.second.add(blocks(i)[b].second);
@@ -246,9 +243,9 @@ class Rows {
     double total = 0.0;
     for (int i = 0; i < n; ++i) {
       const int64_t r = row_[i];
-      const double weight = class_weight<T>(call_, y_[i]);
+      const double weight = class_weight(call_, y_[i]);
       total += loss.of[0][i] * weight;
-      if (call_.row_loss) static_cast<T*>(call_.row_loss)[r] = T(loss.of[0][i] * weight);
+      if (call_.row_loss) set_real(call_, call_.row_loss, r, loss.of[0][i] * weight);
       Coefs coefs;
       for (int j = 0; j < NUM_COEFS; ++j) coefs[j] = coefs_of.of[j][i] * (weight * call_.loss_scale);
       coefs[COEF_MAX] = state_[i].max;
@@ -269,31 +266,29 @@ class Rows {
   }
 
   void gradient_from_coefs(int64_t r, int64_t y) const {
-    const T* stored = static_cast<const T*>(call_.grad_coefs) + r;
     Coefs coefs;
-    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = double(stored[i * rows_.num_rows]);
-    if (coefs[COEF_INV_SUM] == 0.0) return rows_.fill_grad(r, 0.0);
-    if (!is_class(call_, y)) return rows_.fill_grad(r, NaN);
-    gradients_.write({r, y, coefs, grad_output<T>(call_, r), nullptr, nullptr});
+    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = real_at(call_, call_.grad_coefs, i * rows_.num_rows + r);
+    if (coefs[COEF_INV_SUM] == 0.0) return fill_grad(r, 0.0);
+    if (!is_class(call_, y)) return fill_grad(r, NaN);
+    gradients_.write({r, y, coefs, grad_output(call_, r), nullptr, nullptr});
   }
 
   const Call& call_;
   const Program& prog_;
-  const RowLayout<S> rows_;
-  const RowGradients<S> gradients_;
+  const RowLayout rows_;
+  const RowGradients gradients_;
   Block* blocks_;
-  T* kept_;
+  char* kept_;
   int n_ = 0;  // how many rows are gathered
   int64_t row_[LANES], y_[LANES];
   RowState state_[LANES];
 };
 
-template <class S>
 double run(const Call& call) {
   const int64_t N = call.outer * call.inner, K = call.num_classes, num_blocks = ceil_div(K, BLOCK);
   if (K >= SPLIT_ELEMENTS && N < 4 * num_threads() && num_threads() > 1) {
     Scratch<Block> blocks(num_blocks * LANES);
-    return Rows<S>(call, blocks.data, nullptr, true).run(0, N);
+    return Rows(call, blocks.data, nullptr, true).run(0, N);
   }
   // A group's size depends on K alone, so that the order of the sum does not depend on the number of threads.
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(64, GROUP_ELEMENTS / K / LANES * LANES));
@@ -301,9 +296,9 @@ double run(const Call& call) {
   Scratch<double> partial(num_groups);
   parallel_for(num_groups, max_of<int64_t>(1, GROUP_ELEMENTS / (group * K)), [&](int64_t begin, int64_t end) {
     Scratch<Block> blocks(num_blocks * LANES);
-    const int64_t num_kept = Rows<S>::kept_size(call);
-    Scratch<typename Storage<S>::Acc> kept(num_kept);
-    Rows<S> rows(call, blocks.data, num_kept ? kept.data : nullptr, false);
+    const int64_t kept_bytes = Rows::kept_bytes(call);
+    Scratch<char> kept(kept_bytes);
+    Rows rows(call, blocks.data, kept_bytes ? kept.data : nullptr, false);
     for (int64_t i = begin; i < end; ++i) partial.data[i] = rows.run(i * group, min_of(N, (i + 1) * group));
   });
   double total = 0.0;
@@ -314,12 +309,9 @@ double run(const Call& call) {
 }  // namespace
 
 double rows_entry(const Call& call) {
-  return by_storage<half_t, bfloat16_t>(call.dtype, [&](auto s) {
-    using S = typename decltype(s)::type;
-    if (call.op != Op::COLUMN_SUMS) return run<S>(call);
-    column_sums<S>(call);
-    return 0.0;
-  });
+  if (call.op != Op::COLUMN_SUMS) return run(call);
+  by_storage<half_t, bfloat16_t>(call.dtype, [&](auto stored) { column_sums<typename decltype(stored)::type>(call); });
+  return 0.0;
 }
 
 }  // namespace ANL_ISA

@@ -242,7 +242,7 @@ class Tiles {
       return 0.0;
     }
     V weight = {}, coefs[NUM_COEFS];
-    for (int j = 0; j < n_; ++j) weight[j] = y[j] < 0 ? T(1) : T(class_weight<T>(call_, y[j]));
+    for (int j = 0; j < n_; ++j) weight[j] = y[j] < 0 ? T(1) : T(class_weight(call_, y[j]));
     V loss = loss_of<M>(prog_, s, coefs);
     loss = live ? loss * weight : V{};
     const V scale = weight * T(call_.loss_scale);
@@ -261,7 +261,7 @@ class Tiles {
     const I y = load_labels();
     V coefs[NUM_COEFS], factor = {};
     for (int j = 0; j < NUM_COEFS; ++j) coefs[j] = load_field(call_.grad_coefs, j);
-    for (int j = 0; j < n_; ++j) factor[j] = T(grad_output<T>(call_, row_ + j));
+    for (int j = 0; j < n_; ++j) factor[j] = T(grad_output(call_, row_ + j));
     const I live = coefs[COEF_INV_SUM] != T(0), bad = live & (y == NO_CLASS);
     if (any(~live)) clear(~live);
     factor = live ? factor : V{};
@@ -308,7 +308,7 @@ class Tiles {
 
   void entropy_gradient(I y, const GradientRow<M>& row, const V (&coefs)[NUM_COEFS], V norm) const {
     const T* log_q = static_cast<const T*>(call_.log_q);
-    const V max = coefs[COEF_MAX], scale = set1(T(entropy_scale<T>(call_)));
+    const V max = coefs[COEF_MAX], scale = set1(T(entropy_scale(call_)));
     // The mean is taken about (nearly) itself, so that its digits do not cancel.
     const V center = mean_log_q(max, log_q, V{}), lost = mean_log_q(max, log_q, center);
     V x_y = max - max, log_q_y = {};
