@@ -46,8 +46,8 @@ ISA_FLAGS = {
 }
 KERNEL_SOURCES = ("rows.cpp", "spatial.cpp")  # compiled once for every instruction set; module.cpp only once
 
-NVCC_FLAGS = (  # host code for size: it only launches, and pybind11's templates take long; device code is as with -O3
-    "-std=c++17 -Xcompiler=-Os,-fPIC,-fvisibility=hidden,-pthread -cudart=static -Xfatbin=-compress-all".split()
+NVCC_FLAGS = (  # host code at -O1: it only launches, and pybind11's templates take long; device code is as with -O3
+    "-std=c++17 -Xcompiler=-O1,-fPIC,-fvisibility=hidden,-pthread -cudart=static -Xfatbin=-compress-all".split()
 )
 NO_CUDA = "set ANL_KERNELS_NO_CUDA=1 to install without the CUDA kernels"
 ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -203,7 +203,7 @@ def cpu_module(target):
     compiler = find_compiler()
     isas = instruction_sets(compiler)
     have = [f"-DANL_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
-    objects = [Object("module.o", CPU / "module.cpp", ["-Os", *module_flags(), *have])]  # pybind11's templates
+    objects = [Object("module.o", CPU / "module.cpp", ["-O1", *module_flags(), *have])]  # pybind11's templates
     for isa in isas:
         for source in KERNEL_SOURCES:
             flags = [f"-DANL_ISA={isa}", *ISA_FLAGS[isa]]
