@@ -56,7 +56,9 @@ ANL_INLINE void by_gradient_parts(const Call& call, bool missing, const F& f) {
   f(Constant<FULL_PARTS>());
 }
 
-ANL_INLINE double class_weight(const Call& call, int64_t y) { return call.weight ? real_at(call, call.weight, y) : 1.0; }
+ANL_INLINE double class_weight(const Call& call, int64_t y) {
+  return call.weight ? real_at(call, call.weight, y) : 1.0;
+}
 ANL_INLINE double grad_output(const Call& call, int64_t r) {
   return real_at(call, call.grad_output, r * call.grad_output_stride);
 }

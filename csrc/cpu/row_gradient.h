@@ -23,7 +23,8 @@ class RowGradients {
  public:
   // scratch: the blocks of a row, for the entropy term.
   RowGradients(const RowLayout& rows, Block* scratch)
-      : rows_(rows), loops_(rows.loops), prog_(rows.call.program), parts_(gradient_parts(rows.call)), scratch_(scratch) {}
+      : rows_(rows), loops_(rows.loops), prog_(rows.call.program), parts_(gradient_parts(rows.call)),
+        scratch_(scratch) {}
 
   // Writes it, the target's place included.
   void write(const GradientJob& job) const {
@@ -90,8 +91,8 @@ class RowGradients {
     row.target += scale * p_y * (real_at(rows_.call, log_q, job.y) - mean);
     rows_.each_block(false, [&](int64_t, int64_t k0, int n) {
       const EntropySlope entropy = {log_q + k0 * rows_.real_size, center, mean - center, scale * norm};
-      loops_.entropy_gradient(z + k0 * rows_.size, g + k0 * rows_.size, n, rows_.target_in_block(job.y, k0, n), max, row,
-                              nullptr, entropy);
+      loops_.entropy_gradient(z + k0 * rows_.size, g + k0 * rows_.size, n, rows_.target_in_block(job.y, k0, n), max,
+                              row, nullptr, entropy);
     });
   }
 

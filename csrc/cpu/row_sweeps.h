@@ -28,16 +28,16 @@ struct Block {
   Moments moments;
 };
 
-// What the entropy term adds to the gradient is scale e_j (log_q_j - mean). The mean is rounded to center; what rounding
-// left out is `lost`.
+// What the entropy term adds to the gradient is scale e_j (log_q_j - mean). The mean is rounded to center; what
+// rounding left out is `lost`.
 struct EntropySlope {
   const void* log_q;
   double center, lost, scale;
 };
 constexpr EntropySlope NO_ENTROPY = {};
 
-// The loops over a block's classes, for one type of stored logits. What they take as void* holds these (z, g), or numbers
-// of the arithmetic type (kept, log_q); what is one number is a double. Between the loops a row is the same for all types.
+// The loops over a block's classes, for one type of stored logits: all that depends on this type. z and g point to
+// stored logits, kept and log_q to numbers of the arithmetic type; a single number is a double.
 struct Loops {
   void (*first)(const void* z, int n, int y, void* kept, Block& out);
   void (*second)(const void* z, int n, int y, double row_max, const SecondSweep<ScalarMath>& row, double* out);
