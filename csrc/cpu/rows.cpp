@@ -143,8 +143,7 @@ class Rows {
     for (int64_t b = 0; b < rows_.num_blocks; ++b) {
       const Block& block = blocks(i)[b];
       auto first = block.first;
-      // Without classes they are zeros, or NaN.
-      if (block.max != s.max && block.max != -INF) first.rebase(s.max - block.max);
+      if (block.max != -INF) first.rebase(s.max - block.max);  // else no class exists: zeros, or NaN
       s.first.add(first);
     }
   }

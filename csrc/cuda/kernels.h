@@ -166,7 +166,5 @@ struct Scaling {
 };
 cudaError_t launch_scale(const Scaling& s, const Limits& limits, cudaStream_t stream);
 
-inline int64_t size_of(DType dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
-
 }  // namespace gpu
 }  // namespace anl

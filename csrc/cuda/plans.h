@@ -13,7 +13,7 @@ constexpr int64_t RESERVED_SHARED = 1 << 10;  // what CUDA keeps of a multiproce
 constexpr int64_t PACK_BYTES = 16;
 
 inline int64_t rows_of(const Call& call) { return call.outer * call.inner; }
-inline int pack_of(const Call& call) { return int(PACK_BYTES / size_of(call.dtype)); }
+inline int pack_of(const Call& call) { return int(PACK_BYTES / logit_bytes(call)); }
 
 // The smallest that is not below n.
 inline int64_t power_of_two(int64_t n) {
@@ -24,7 +24,7 @@ inline int64_t power_of_two(int64_t n) {
 
 // Shared memory for a row at any misalignment (staged.cuh).
 inline int64_t staged_row_bytes(const Call& call) {
-  return (call.num_classes * size_of(call.dtype) + 2 * PACK_BYTES - 2) / PACK_BYTES * PACK_BYTES;
+  return (call.num_classes * logit_bytes(call) + 2 * PACK_BYTES - 2) / PACK_BYTES * PACK_BYTES;
 }
 
 // At most so many threads, in whole warps, as the device allows.
@@ -40,7 +40,7 @@ inline bool rows_aligned(const void* data, const Strides& s, int64_t size) {
   return (reinterpret_cast<uintptr_t>(data) | uintptr_t(s.so * size) | uintptr_t(s.si * size)) % PACK_BYTES == 0;
 }
 inline bool rows_aligned(const Call& call) {
-  return rows_aligned(call.logits, call.logits_strides, size_of(call.dtype));
+  return rows_aligned(call.logits, call.logits_strides, logit_bytes(call));
 }
 
 // Whether every row's gradient is aligned as its logits are.
@@ -49,7 +49,7 @@ inline bool equally_aligned(const Call& call) {
   const uintptr_t apart = reinterpret_cast<uintptr_t>(call.logits) - reinterpret_cast<uintptr_t>(call.grad);
   const Strides &l = call.logits_strides, &g = call.grad_strides;
   const Strides difference = {l.so - g.so, 0, l.si - g.si};
-  return rows_aligned(reinterpret_cast<const void*>(apart), difference, size_of(call.dtype));
+  return rows_aligned(reinterpret_cast<const void*>(apart), difference, logit_bytes(call));
 }
 
 // A kernel whose CTAs have rows of their own.

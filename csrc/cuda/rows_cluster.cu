@@ -309,7 +309,7 @@ int cluster_for(const Ring& ring, int64_t row_packs, int64_t num_rows, const Lim
   return ring.slots < 2 || chunks > ring.slots ? 0 : cluster;
 }
 
-int64_t body_packs(const Call& call) { return call.num_classes * size_of(call.dtype) / PACK_BYTES; }
+int64_t body_packs(const Call& call) { return call.num_classes * logit_bytes(call) / PACK_BYTES; }
 
 // How many CTAs a multiprocessor is to hold: two, so that one computes while the other waits for its cluster; one where a
 // row is too long for that; 0 where it is too long for any cluster.

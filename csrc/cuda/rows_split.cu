@@ -314,7 +314,7 @@ int64_t scratch_bytes(const Call& call, int64_t parts) {
 // Parts as long as give every CTA a few; groups so that those in flight, one per phase, fill half of L2.
 Plan plan_split(const Call& call, const Limits& limits) {
   const int64_t num_rows = rows_of(call), elements = pack_of(call);
-  const int64_t packs = ceil_div(call.num_classes, elements), row_bytes = call.num_classes * size_of(call.dtype);
+  const int64_t packs = ceil_div(call.num_classes, elements), row_bytes = call.num_classes * logit_bytes(call);
   Plan plan = {};
   plan.kernel = Kernel::SPLIT;
   plan.threads = most_threads(MAX_THREADS, limits);

@@ -254,7 +254,7 @@ int64_t groups_for(const Call& call, const Limits& limits, int64_t pixel_bytes, 
 
 Plan plan_spatial(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64;
-  const int64_t N = rows_of(call), pixel_bytes = call.num_classes * size_of(call.dtype);
+  const int64_t N = rows_of(call), pixel_bytes = call.num_classes * logit_bytes(call);
   const int64_t room = limits.shared_bytes - STATIC_SHARED;
   const int64_t threads = std::min(limits.max_threads, wide ? MAX_THREADS<double> : MAX_THREADS<float>);
   const int64_t groups = groups_for(call, limits, pixel_bytes, room, threads);

@@ -3,6 +3,7 @@
 ROWS, SWEEPS, SPATIAL = "csrc/cpu/rows.cpp", "csrc/cpu/row_sweeps.h", "csrc/cpu/spatial.cpp"
 ROW_GRADIENT, SIMD, STORAGE = "csrc/cpu/row_gradient.h", "csrc/cpu/simd.h", "csrc/cpu/storage.h"
 MODULE, MATH, TERMS = "csrc/cpu/module.cpp", "csrc/row_math.h", "csrc/terms.h"
+EVERY_LOSS = 'tests/test_conformance.py -k "every_loss and float32 and cpu"'
 STRETCHES = 'tests/test_conformance.py -k "stretches and 2311 and float32 and cpu"'
 BELOW = 'tests/test_special_rows.py -k "just_below and cpu"'
 LAYOUT = 'tests/test_conformance.py -k "every_layout and float32 and cpu"'
@@ -39,12 +40,7 @@ MUTANTS = [
     (ROW_GRADIENT, "exist = block && block->min != -INF,", "exist = block,", STRETCHES),
     (ROW_GRADIENT, "if (above) part = part.all_above();", "", STRETCHES),
     (ROW_GRADIENT, "norm * ScalarMath::exp(block->max - max)", "norm", STRETCHES),
-    (
-        ROW_GRADIENT,
-        "(!exist && part.offset != 0.0)",
-        "false",
-        'tests/test_conformance.py -k "every_loss and float32 and cpu"',
-    ),
+    (ROW_GRADIENT, "(!exist && part.offset != 0.0)", "false", EVERY_LOSS),
     (
         ROW_GRADIENT,
         "mean_log_q(z, log_q, max, mean_log_q(z, log_q, max, 0.0))",
@@ -60,12 +56,7 @@ MUTANTS = [
     (SWEEPS, "sums[0].template add<true>(x, e);", "sums[0].template add<MASKED>(x, e);", NUMBERS),
     (SWEEPS, "((l - center) - lost)", "(l - center)", ENTROPY),
     (SWEEPS, "gradient<SQUARE | CLAMPED, true>", "gradient<SQUARE, true>", STRETCHES),
-    (
-        SWEEPS,
-        "gradient<ANY, false>",
-        "gradient<SQUARE | CLAMPED, false>",
-        'tests/test_conformance.py -k "every_loss and float32 and cpu"',
-    ),
+    (SWEEPS, "gradient<ANY, false>", "gradient<SQUARE | CLAMPED, false>", EVERY_LOSS),
     (SWEEPS, "load_part(log_q + i, m, V{}) - center", "load_part(log_q + i, m, V{})", ENTROPY),
     (SWEEPS, "if (!MASKED) out.of[COUNT] = n - (y >= 0);", "if (!MASKED) out.of[COUNT] = n;", NUMBERS),
     # ---- any strides

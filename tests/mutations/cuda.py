@@ -27,8 +27,8 @@ MUTANTS = [
     (SMALL, "? 0 : pack - 1;", "? 0 : pack - 2;", "tests/backends/test_cuda.py -k fill_their_lanes"),
     (
         PLANS,
-        "call.num_classes * size_of(call.dtype) + 2 * PACK_BYTES - 2)",
-        "call.num_classes * size_of(call.dtype) + PACK_BYTES - 1)",
+        "call.num_classes * logit_bytes(call) + 2 * PACK_BYTES - 2)",
+        "call.num_classes * logit_bytes(call) + PACK_BYTES - 1)",
         NUMBERS,
     ),
     (
