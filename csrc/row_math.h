@@ -86,8 +86,8 @@ struct FirstSums {
   }
 
   // The same sums about an anchor that is larger by `by`; not infinite where COUNT is 0.
-  ANL_HD void rebase(V by) {
-    const V shrink = M::exp(-by);
+  ANL_HD void rebase(V by) { rebase(by, M::exp(-by)); }
+  ANL_HD void rebase(V by, V shrink) {
     of[TAIL] *= shrink;
     if constexpr (FULL) of[SQUARES] *= shrink * shrink;
     of[GAP] += of[COUNT] * by;
@@ -215,9 +215,14 @@ struct SecondSweep {
   // FOCAL as p_j.
   template <bool MASS, bool FOCAL, class Sums>
   ANL_HD void add_as(Sums& sums, V x) const {
+    add_as<MASS, FOCAL>(sums, x, x - threshold);
+  }
+  // The same where its height above the clamp is known.
+  template <bool MASS, bool FOCAL, class Sums>
+  ANL_HD void add_as(Sums& sums, V x, V height) const {
     const V one = M::set(1.0);
-    const auto above = x > threshold;
-    M::add_where(above, sums.of[ABOVE_SUM], x - threshold);
+    const auto above = height > M::set(0.0);
+    M::add_where(above, sums.of[ABOVE_SUM], height);
     M::add_where(above, sums.of[ABOVE_COUNT], one);
     if constexpr (FOCAL) {
       V rest;
@@ -333,7 +338,11 @@ struct GradientRow {
   // The class with x = z_j - max; e: class_exp(x), or what was kept of it. With FOCAL_OFFSET p_j is made anew, norm is 1.
   template <unsigned PARTS>
   ANL_HD V at(V x, V e, V extra_slope) const {
-    const auto above = x > threshold;
+    return at<PARTS>(x > threshold, x, e, extra_slope);
+  }
+  // The same where it is known whether it is above the clamp.
+  template <unsigned PARTS, class Mask>
+  ANL_HD V at(Mask above, V x, V e, V extra_slope) const {
     V a = PARTS & CLAMPED_SLOPE ? (above ? slope_above : slope) : slope;
     V b = PARTS & CLAMPED_OFFSET ? (above ? offset_above : offset) : offset;
     if constexpr (PARTS & EXTRA_SLOPE) a += extra_slope;

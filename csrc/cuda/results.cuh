@@ -87,7 +87,7 @@ ANL_DEVICE void write_coefs(const Params& p, int64_t r, const T (&coefs)[NUM_COE
 // The weighted loss of a live row, and its gradient. Only the thread with `writes` writes what is kept of them.
 template <class T, bool FULL>
 ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight, double denominator, bool writes,
-                        RowGradient<T>& gradient) {
+                        RowGradient<T, FULL>& gradient) {
   using M = Scalar<T>;
   const Program& program = p.call.program;
   T coefs[NUM_COEFS];
@@ -98,7 +98,7 @@ ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight,
   coefs[COEF_MAX] = row.max;
   coefs[COEF_INV_SUM] = row.inv_sum;
   coefs[COEF_LOG_SUM] = row.stats.log_sum;
-  gradient = {gradient_row<M>(program, coefs, T(1), norm_of<FULL>(program, row.inv_sum)), row.max};
+  gradient = RowGradient<T, FULL>::of_coefs(program, coefs, T(1));
   if (writes) {
     if (p.call.row_loss) static_cast<T*>(p.call.row_loss)[r] = loss;
     if (p.call.grad_coefs) write_coefs(p, r, coefs);
@@ -147,9 +147,9 @@ ANL_DEVICE T write_unread_row(const Params& p, int64_t r, Label kind) {
 // Finishes a row. Only the thread with `writes` returns its loss; padding rows write nothing.
 template <class T, bool FULL>
 ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, const Row<T>& row, double denominator,
-                            bool writes, RowGradient<T>& gradient) {
+                            bool writes, RowGradient<T, FULL>& gradient) {
   const bool live = kind == Label::LIVE;
-  gradient = RowGradient<T>::constant(unread_value<T>(kind));
+  gradient = RowGradient<T, FULL>::constant(unread_value<T>(kind));
   if (live && p.call.op != Op::STATS) {
     const T loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, kind), denominator, writes, gradient);
     return writes ? loss : T(0);
@@ -163,7 +163,7 @@ ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, c
 // A row as its coefficients and grad_output describe it.
 template <class T, bool FULL>
 struct KnownRow {
-  RowGradient<T> gradient;
+  RowGradient<T, FULL> gradient;
   T inv_sum;
   bool unread;  // ignored, or NaN: its logits may be anything
 
@@ -175,11 +175,10 @@ struct KnownRow {
     for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = in[i * p.num_rows];
     inv_sum = coefs[COEF_INV_SUM];
     unread = !(inv_sum > T(0));
-    gradient = RowGradient<T>::constant(inv_sum);
+    gradient = RowGradient<T, FULL>::constant(inv_sum);
     if (unread) return;
     const T factor = static_cast<const T*>(call.grad_output)[r * call.grad_output_stride];
-    const T norm = norm_of<FULL>(call.program, inv_sum);
-    gradient = {gradient_row<Scalar<T>>(call.program, coefs, factor, norm), coefs[COEF_MAX]};
+    gradient = RowGradient<T, FULL>::of_coefs(call.program, coefs, factor);
   }
 
   // The target's class, or -1 where the row has none.

@@ -20,7 +20,7 @@ struct Exchange {
   AnchoredSums<double, FULL> first[MAX_WARPS];
   SecondSums<Scalar<double>, FULL> second[MAX_WARPS];
   RowSweep<T> sweep;
-  RowGradient<T> gradient;
+  RowGradient<T, FULL> gradient;
   bool sweeps_again;
 };
 
@@ -74,7 +74,7 @@ struct BlockRow {
       if (p.call.op == Op::STATS) {
         if (writes) write_statistics(p, r, row);
       } else {
-        RowGradient<T> gradient;
+        RowGradient<T, FULL> gradient;
         loss = finish_row<T, FULL>(p, r, row, weight, denominator, writes, gradient);
         if (writes) shared.gradient = gradient;
       }
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3)
     const BlockRow<S, FULL> row = {p, shared, staged};
     total += double(row.run(r, z_y, row_weight<T>(call, y, kind), denominator));
     if (grad) {
-      const RowGradient<T> gradient = shared.gradient;
+      const RowGradient<T, FULL> gradient = shared.gradient;
       by_parts<FULL>(call.program, [&](auto parts) {
         const auto value = [&](T z) { return gradient.template at<decltype(parts)::value>(z); };
         staged.store(grad, y, gradient.row.target, value);

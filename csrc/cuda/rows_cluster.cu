@@ -42,7 +42,7 @@ struct Shared {
   First first_of[2][MAX_CLUSTER];  // by rank, written by that rank; rows take turns
   Second second_of[2][MAX_CLUSTER];
   RowSweep<T> sweep;
-  RowGradient<T> gradient;
+  RowGradient<T, FULL> gradient;
   bool sweeps_again, all_exist;
 };
 
@@ -181,7 +181,7 @@ struct ClusterRows {
 
   ANL_DEVICE void write_gradient(const Part& part, T edge) const {
     const Program& program = p.call.program;
-    const RowGradient<T> gradient = shared.gradient;
+    const RowGradient<T, FULL> gradient = shared.gradient;
     const bool all_exist = shared.all_exist;
     each_chunk(part, true, [&](int begin, int end, const uint4* data) {
       if (!part.grad) return;
@@ -193,7 +193,7 @@ struct ClusterRows {
         part.template write_elements<FULL>(program, gradient, begin, end, load);
       }
     });
-    part.template write_edge<FULL>(program, gradient, edge);
+    part.template write_rest<FULL>(program, gradient, edge, p.plan.ring.packs);
   }
 
   // The row's loss, in warp 0, which does the row's mathematics.
@@ -226,7 +226,7 @@ struct ClusterRows {
       if (p.call.op == Op::STATS) {
         if (writes) write_statistics(p, r, row);
       } else {
-        RowGradient<T> gradient;
+        RowGradient<T, FULL> gradient;
         loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, Label::LIVE), denominator, writes, gradient);
         if (threadIdx.x == 0) shared.gradient = gradient;
       }

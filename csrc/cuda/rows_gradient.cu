@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_kernel(const __g
   const KnownRow<T, FULL> known(p, r);
   const GlobalRow<S> row(p.call, r);
   const int y = known.label(p.call, r);
-  const RowGradient<T> gradient = known.gradient;
+  const RowGradient<T, FULL> gradient = known.gradient;
   const int begin = first_pack(p, row) + int(unit - r * units) * classes;
   by_parts<FULL>(p.call.program, [&](auto parts) {
     transform(p, row, begin, classes, int(threadIdx.x) % lanes, lanes, known.unread, [&](int k, T z) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(c
   const int64_t r = blockIdx.x;
   const KnownRow<T, FULL> known(p, r);
   const GlobalRow<S> row(p.call, r);
-  const RowGradient<T> gradient = known.gradient;
+  const RowGradient<T, FULL> gradient = known.gradient;
   const T* log_q = static_cast<const T*>(p.call.log_q);
   auto entropy = EntropyRow<T>::begin(gradient.max, known.inv_sum, *static_cast<const T*>(p.call.entropy_scale));
   if (!known.unread) {

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
       if (row.second) row.set_second_sums(call.program, sums);
     }
     const bool writes = leader && exists;
-    RowGradient<T> gradient;
+    RowGradient<T, FULL> gradient;
     total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, writes, gradient));
     __syncwarp();  // in place, a lane overwrites the target's logit, which others have read
     if (call.grad && exists) {

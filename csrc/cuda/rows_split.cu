@@ -54,10 +54,10 @@ ANL_DEVICE Item item_of(const Params& p, unsigned t) {
 }
 
 // What a row's later phases know of its first.
-template <class T>
+template <class T, bool FULL>
 struct RowState {
   RowSweep<T> sweep;
-  RowGradient<T> gradient;
+  RowGradient<T, FULL> gradient;
   bool all_exist, sweeps_again;
 };
 
@@ -69,16 +69,16 @@ struct Scratch {
 
   First* first;    // (rows, parts)
   Second* second;  // likewise
-  RowState<T>* rows;
+  RowState<T, FULL>* rows;
 
   static int64_t bytes(int64_t num_rows, int64_t parts) {
-    return num_rows * (parts * int64_t(sizeof(First) + sizeof(Second)) + int64_t(sizeof(RowState<T>)));
+    return num_rows * (parts * int64_t(sizeof(First) + sizeof(Second)) + int64_t(sizeof(RowState<T, FULL>)));
   }
   ANL_DEVICE explicit Scratch(const Params& p) {
     const int64_t n = p.num_rows * p.plan.split.parts_per_row;
     first = reinterpret_cast<First*>(p.scratch);
     second = reinterpret_cast<Second*>(first + n);
-    rows = reinterpret_cast<RowState<T>*>(second + n);
+    rows = reinterpret_cast<RowState<T, FULL>*>(second + n);
   }
 };
 
@@ -155,7 +155,7 @@ struct SplitRows {
       if (phase == SECOND) row.set_second_sums(program, second);
       const bool again = phase == FIRST && row.second;
       T loss = T(0);
-      auto gradient = RowGradient<T>::constant(T(0));
+      auto gradient = RowGradient<T, FULL>::constant(T(0));
       if (!again && p.call.op == Op::STATS) {
         if (writes) write_statistics(p, r, row);
       } else if (!again) {
@@ -165,7 +165,7 @@ struct SplitRows {
       if (writes) {
         shared.finished = !again;
         shared.loss = double(loss);
-        RowState<T>& known = scratch.rows[r];
+        RowState<T, FULL>& known = scratch.rows[r];
         known.all_exist = first.sums.of[COUNT] == double(p.call.num_classes - 1);
         known.sweeps_again = again;
         if (again)
@@ -226,9 +226,9 @@ struct SplitRows {
     if (is_last) merge_and_finish(r, y, item.phase);
   }
 
-  ANL_DEVICE void write_gradient(const Part& part, const RowState<T>& row) const {
+  ANL_DEVICE void write_gradient(const Part& part, const RowState<T, FULL>& row) const {
     const Program& program = p.call.program;
-    const RowGradient<T> gradient = row.gradient;
+    const RowGradient<T, FULL> gradient = row.gradient;
     const T edge = part.edge_logit();
     if (p.plan.split.packs) {
       const auto load = [&](int i) { return load16<Cache::STREAM>(part.logits + int64_t(i) * P); };
@@ -237,7 +237,7 @@ struct SplitRows {
       const auto load = [&](int j) { return part.logits[j]; };
       part.template write_elements<FULL>(program, gradient, 0, part.packs, load);
     }
-    part.template write_edge<FULL>(program, gradient, edge);
+    part.template write_rest<FULL>(program, gradient, edge, p.plan.split.packs);
   }
 
   ANL_DEVICE void run_unread(const Item& item, int64_t y, Label kind) const {

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_kernel(const __grid
       const auto sums = pixel.template second_sums<FULL>(row.sweep(call.program), second, memory);
       if (second) row.set_second_sums(call.program, sums);
     }
-    RowGradient<T> gradient;
+    RowGradient<T, FULL> gradient;
     total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, writes, gradient));
     if (!call.grad) continue;
     by_parts<FULL>(call.program, [&](auto parts) {

@@ -20,7 +20,44 @@ ANL_DEVICE T minus_inf() {
 
 // ---- the first sweep -------------------------------------------------------------------------------------------------
 
-// The sums of some of a row's classes about the largest of them. A is float or double: double where many are merged.
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// The exps of a row's classes about an anchor. Lean kernels have one multiply-add for the exponent of 2, and round its
+// result alone: shift is the anchor's part of it, rounded, and the correction makes up for that once per sum, not per
+// class. Full kernels subtract the anchor: some of their sums take the exp of the largest logit to be exactly 1.
+template <class T, bool FULL>
+struct ClassExps {
+  static constexpr bool EXACT = FULL || sizeof(T) == 8;
+  T shift;
+
+  static ANL_DEVICE ClassExps about(T anchor) { return {EXACT ? -anchor : -(anchor * LOG2_E)}; }
+  ANL_DEVICE T log2_of(T z) const { return fma(z, T(LOG2_E), shift); }
+  ANL_DEVICE T at(T z) const {
+    if constexpr (EXACT) return exp_approx(z + shift);
+    else return exp2_approx(log2_of(z));
+  }
+  // The sum of anchor - z, from what the exps are made of.
+  template <int E>
+  ANL_DEVICE T sum_of_gaps(const T (&z)[E], T anchor) const {
+    T sum = T(0);
+#pragma unroll
+    for (int j = 0; j < E; ++j) sum -= EXACT ? z[j] - anchor : log2_of(z[j]);
+    return EXACT ? sum : (sum + T(E) * log2_of(anchor)) * T(1.0 / LOG2_E);
+  }
+  // What multiplies exps about an anchor, the row's own, to make them exact.
+  ANL_DEVICE T correction(T anchor) const {
+    if constexpr (EXACT) return T(1);
+    else return exp2_approx(-log2_of(anchor));
+  }
+  // What multiplies them to make them `other`'s.
+  ANL_DEVICE T scale_to(const ClassExps& other) const {
+    if constexpr (EXACT) return ScalarMath<T>::exp(other.shift - shift);
+    else return exp2_approx(other.shift - shift);
+  }
+};
+
+// The sums of some of a row's classes about the largest of them. Float ones, of which many are made, are of the exps as
+// ClassExps makes them; once they are merged, double ones are about the largest logit itself.
 template <class A, bool FULL>
 struct AnchoredSums {
   A max;  // -inf if there are none
@@ -29,10 +66,11 @@ struct AnchoredSums {
 
   // What is subtracted from the logits while sums are made: max, and any number if that is none.
   ANL_DEVICE A anchor() const { return max == A(-INF) ? A(0) : max; }
+  ANL_DEVICE ClassExps<A, FULL> exps() const { return ClassExps<A, FULL>::about(anchor()); }
 
   // max is known; z: a logit, or -inf for what does not count. NaN and +inf leave a NaN in the sum of exps.
   ANL_DEVICE void add(A z, A anchor) {
-    sums.add_exp(Scalar<A>::class_exp(z - anchor));
+    sums.add_exp(ClassExps<A, FULL>::about(anchor).at(z));
     add_gap(z, anchor);
   }
   ANL_DEVICE void add_gap(A z, A anchor) {
@@ -40,28 +78,39 @@ struct AnchoredSums {
     sums.template add_gap<true>(x);
     if (x != A(-INF)) min = z < min ? z : min;
   }
+  // One class more, of any size.
+  ANL_DEVICE void include(A z) {
+    if (z > max) rebase(z);
+    add(z, anchor());
+  }
 
   // The same for E of them, the smallest of which is `low`. Most often all exist, and need no looking at.
   template <int E>
   ANL_DEVICE void add_all(const A (&z)[E], A low, A anchor) {
+    const auto exps = ClassExps<A, FULL>::about(anchor);
 #pragma unroll
-    for (int j = 0; j < E; ++j) sums.add_exp(Scalar<A>::class_exp(z[j] - anchor));
+    for (int j = 0; j < E; ++j) sums.add_exp(exps.at(z[j]));
     if (low > A(-INF)) {
-#pragma unroll
-      for (int j = 0; j < E; ++j) sums.template add_gap<false>(z[j] - anchor);
-      min = low < min ? low : min;
-      sums.of[COUNT] += A(E);
+      add_existing(A(E), exps.sum_of_gaps(z, anchor), low);
     } else {
 #pragma unroll
       for (int j = 0; j < E; ++j) add_gap(z[j], anchor);
     }
   }
+  // Besides their exps: classes that all exist, the sum of anchor - z, and the smallest z.
+  ANL_DEVICE void add_existing(A count, A gap, A low) {
+    sums.of[GAP] += gap;
+    sums.of[COUNT] += count;
+    min = low < min ? low : min;
+  }
 
   // The same sums about a larger max.
   ANL_DEVICE void rebase(A larger) {
     if (max == larger) return;
-    sums.rebase(sums.of[COUNT] > A(0) ? larger - max : A(0));
+    const ClassExps<A, FULL> before = exps();
+    const A by = sums.of[COUNT] > A(0) ? larger - max : A(0);
     max = larger;
+    sums.rebase(by, sums.of[COUNT] > A(0) ? before.scale_to(exps()) : A(1));
   }
 
   // Other classes, whose sums are about the same max.
@@ -73,24 +122,69 @@ struct AnchoredSums {
 
 // ---- the second sweep ------------------------------------------------------------------------------------------------
 
-// row_math.h's second sweep over logits as they are stored.
+// The largest logit that counts as below the clamp. Logits are compared as they are stored, in every kernel alike.
+template <class T>
+ANL_DEVICE T clamp_bound(T max, T log_sum, T clamp_height) {
+  return max + (log_sum - clamp_height);
+}
+
+// row_math.h's second sweep over logits as they are stored. Heights are taken above `bound`: add_excess has the rest.
 template <class T>
 struct RowSweep {
   using M = Scalar<T>;
 
   SecondSweep<M> classes;
-  T max;
+  T max, bound;
 
-  // each(add) calls add(z) for every logit of the thread's. What the row's loss looks for is asked before, not per class;
-  // a full kernel makes the mass that few losses read in any case.
+  // each(add) calls add(z) for every logit of the thread's, or for arrays of them. What the row's loss looks for is asked
+  // before, not per class; a full kernel makes the mass that few losses read in any case.
   template <bool FULL, class F>
   ANL_DEVICE void run(SecondSums<M, FULL>& sums, const F& each) const {
     if constexpr (FULL) {
-      if (classes.focal) return each([&](T z) { classes.template add_as<true, true>(sums, z - max); });
+      if (classes.focal) return each(Adder<true, true, FULL>{*this, sums});
     } else {
-      if (!classes.mass) return each([&](T z) { classes.template add_as<false, false>(sums, z - max); });
+      if (!classes.mass) return each(Adder<false, false, FULL>{*this, sums});
     }
-    each([&](T z) { classes.template add_as<true, false>(sums, z - max); });
+    each(Adder<true, false, FULL>{*this, sums});
+  }
+
+  template <bool MASS, bool FOCAL, bool FULL>
+  struct Adder {
+    const RowSweep& row;
+    SecondSums<M, FULL>& sums;
+
+    ANL_DEVICE void operator()(T z) const {
+      const T one[1] = {z};
+      (*this)(one);
+    }
+    template <int E>
+    ANL_DEVICE void operator()(const T (&z)[E]) const {
+      if constexpr (MASS) {
+#pragma unroll
+        for (T v : z) row.classes.template add_as<MASS, FOCAL>(sums, v - row.max, v - row.bound);
+      } else {
+        row.add_heights(sums, z);
+      }
+    }
+  };
+  // A class is above the clamp where the sign of its depth is set.
+  template <int E>
+  ANL_DEVICE void add_heights(SecondSums<M, false>& sums, const T (&z)[E]) const {
+    unsigned above = 0;
+    T depth = T(0);
+#pragma unroll
+    for (T v : z) {
+      above += __float_as_uint(bound - v) >> 31;
+      depth += fminf(bound - v, 0.0f);
+    }
+    sums.of[ABOVE_COUNT] += T(above);
+    sums.of[ABOVE_SUM] -= depth;
+  }
+
+  // What `bound` was rounded by, as often as there are classes above it.
+  template <class A, bool FULL>
+  ANL_DEVICE void add_excess(SecondSums<Scalar<A>, FULL>& sums) const {
+    sums.of[ABOVE_SUM] += sums.of[ABOVE_COUNT] * A((bound - max) - classes.threshold);
   }
 };
 
@@ -125,10 +219,15 @@ ANL_DEVICE void convert_each(To& to, const From& from) {
 #pragma unroll
   for (int i = 0; i < To::SIZE; ++i) to.of[i] = typename To::V(from.of[i]);
 }
+// From float to double, exps become exact; back, those that ClassExps makes.
 template <class B, class A, bool FULL>
 ANL_DEVICE AnchoredSums<B, FULL> convert(const AnchoredSums<A, FULL>& s) {
   AnchoredSums<B, FULL> out = {B(s.max), B(s.min)};
   convert_each(out.sums, s.sums);
+  if constexpr (sizeof(A) < sizeof(B))
+    out.sums.of[TAIL] *= s.exps().correction(s.anchor());
+  else if constexpr (sizeof(A) > sizeof(B))
+    out.sums.of[TAIL] /= out.exps().correction(out.anchor());
   return out;
 }
 template <class B, class A, bool FULL>
@@ -229,6 +328,7 @@ struct Row {
   template <class A, bool FULL>
   ANL_DEVICE void set_first_sums(const Program& prog, AnchoredSums<A, FULL> first, T z_y) {
     first.rebase(A(z_y) > first.max ? A(z_y) : first.max);
+    if constexpr (sizeof(A) == 4) first.sums.of[TAIL] *= first.exps().correction(first.anchor());
     max = T(first.max);
     const auto& sum = first.sums.of;
     const bool bad = !(sum[TAIL] < A(INF)) || !(z_y > T(-INF));
@@ -247,30 +347,54 @@ struct Row {
   }
 
   ANL_DEVICE RowSweep<T> sweep(const Program& prog) const {
-    return {SecondSweep<M>::of_row(prog, stats.log_sum), max};
+    const auto classes = SecondSweep<M>::of_row(prog, stats.log_sum);
+    return {classes, max, clamp_bound(max, stats.log_sum, M::set(prog.clamp_height))};
   }
 
   // After the second sweep.
   template <class A, bool FULL>
-  ANL_DEVICE void set_second_sums(const Program& prog, const SecondSums<Scalar<A>, FULL>& sums) {
+  ANL_DEVICE void set_second_sums(const Program& prog, SecondSums<Scalar<A>, FULL> sums) {
+    sweep(prog).add_excess(sums);
     anl::set_second_sums<M>(stats, sums.of, norm_of<FULL>(prog, inv_sum));
   }
 };
 
 // ---- the gradient of a row ---------------------------------------------------------------------------------------------
 
-// row_math.h's gradient of logits as they are stored.
-template <class T>
+// row_math.h's gradient of logits as they are stored, in a lean or a full kernel.
+template <class T, bool FULL>
 struct RowGradient {
-  GradientRow<Scalar<T>> row;
-  T max;
+  using M = Scalar<T>;
+
+  GradientRow<M> row;  // its slopes are those of `exps`
+  T max, bound;
+  ClassExps<T, FULL> exps;
 
   // A row that is not read: every logit stands for 0 here.
-  static ANL_DEVICE RowGradient constant(T value) { return {GradientRow<Scalar<T>>::constant(value), T(0)}; }
+  static ANL_DEVICE RowGradient constant(T value) { return {GradientRow<M>::constant(value)}; }
+
+  // `factor` times the gradient of these coefficients.
+  static ANL_DEVICE RowGradient of_coefs(const Program& prog, const T (&coefs)[NUM_COEFS], T factor) {
+    const T max = coefs[COEF_MAX], log_sum = coefs[COEF_LOG_SUM];
+    const auto exps = ClassExps<T, FULL>::about(max);
+    RowGradient g = {gradient_row<M>(prog, coefs, factor, norm_of<FULL>(prog, coefs[COEF_INV_SUM])), max,
+                     clamp_bound(max, log_sum, M::set(prog.clamp_height)), exps};
+    if constexpr (!FULL) {
+      const T correction = exps.correction(max);
+      g.row.slope *= correction;
+      g.row.slope_above *= correction;
+    }
+    return g;
+  }
 
   template <unsigned PARTS>
   ANL_DEVICE T at(T z) const {
-    return row.template at<PARTS>(z - max);
+    return at<PARTS>(z, exps.at(z));
+  }
+  // e: exps.at(z), or what was kept of it.
+  template <unsigned PARTS>
+  ANL_DEVICE T at(T z, T e) const {
+    return row.template at<PARTS & ~unsigned(EXTRA_SLOPE)>(z > bound, FULL ? z - max : z, e, e);
   }
 };
 
