@@ -185,12 +185,17 @@ ANL_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
-// The same variable in the shared memory of the CTA of that rank, to be read or written as any other.
-template <class T>
-ANL_DEVICE T* cluster_map(T* shared, unsigned rank) {
-  uint64_t x = reinterpret_cast<uint64_t>(shared);
-  ANL_SM90("mapa.u64 %0, %0, %1;" : "+l"(x) : "r"(rank));
-  return reinterpret_cast<T*>(x);
+ANL_DEVICE uint32_t cluster_address(const void* shared, unsigned rank) {
+  uint32_t x = 0;
+  ANL_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(shared_address(shared)), "r"(rank));
+  return x;
+}
+// 16 bytes into the same place of the CTA of that rank, whose barrier counts them as those of a bulk copy.
+ANL_DEVICE void cluster_send16(void* place, uint4 v, Barrier* barrier, unsigned rank) {
+  ANL_SM90("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+               cluster_address(place, rank)),
+           "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(cluster_address(barrier, rank))
+           : "memory");
 }
 
 #undef ANL_SM90

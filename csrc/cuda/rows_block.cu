@@ -39,14 +39,14 @@ struct BlockRow {
     s.max = block_reduce(s.max, Largest<T>(), shared.max);
     const T anchor = s.anchor();
     staged.each([&](T z) { s.add(z, anchor); });
-    return block_merge(s, shared.first, WarpSum());
+    return block_merge(s, shared.first);
   }
 
   ANL_DEVICE SecondSums<Scalar<double>, FULL> second_sums() const {
     auto s = none<SecondSums<Scalar<T>, FULL>>();
     const RowSweep<T> sweep = shared.sweep;
     sweep.run(s, [&](const auto& add) { staged.each(add); });
-    return block_merge(s, shared.second, WarpSum());
+    return block_merge(s, shared.second);
   }
 
   // The row's loss, in warp 0, which does the row's mathematics; its gradient is then in shared.gradient.

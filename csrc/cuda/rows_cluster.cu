@@ -2,7 +2,7 @@
 //
 // Every CTA keeps its part of a row in a ring of chunks, which bulk copies fill. The first sweep takes a chunk as soon as
 // it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell one
-// another what they have found through distributed shared memory, by one tuple and one cluster barrier per sweep.
+// another what they have found by one message per sweep, which the receiver's barrier counts.
 #include "clusters.cuh"
 #include "long_rows.cuh"
 #include "plans.h"
@@ -28,6 +28,16 @@ struct Copier {
   unsigned round;   // how often the slots have been filled
 };
 
+// What the CTAs of a cluster send one another, to every one of them: by rank.
+template <class Sums>
+struct Gathered {
+  struct alignas(16) Place : Sums {};
+  static constexpr int WORDS = sizeof(Place) / 16;
+  Place of_rank[MAX_CLUSTER];
+  Barrier there;
+  unsigned round;  // how often all have been there
+};
+
 template <class S, bool FULL>
 struct Shared {
   using T = acc_t<S>;
@@ -39,8 +49,8 @@ struct Shared {
     First first[MAX_WARPS];
     Second second[MAX_WARPS];
   };
-  First first_of[2][MAX_CLUSTER];  // by rank, written by that rank; rows take turns
-  Second second_of[2][MAX_CLUSTER];
+  Gathered<First> first_of[2];  // rows take turns
+  Gathered<Second> second_of[2];
   RowSweep<T> sweep;
   RowGradient<T, FULL> gradient;
   bool sweeps_again, all_exist;
@@ -102,11 +112,20 @@ struct ClusterRows {
     }
   }
 
+  template <class Sums>
+  static ANL_DEVICE void start(Gathered<Sums>& gathered) {
+    barrier_init(&gathered.there, 1);
+    gathered.round = 0;
+  }
   ANL_DEVICE void start() {
     if (threadIdx.x == 0) {
       for (int s = 0; s < slots(); ++s) {
         barrier_init(&shared.filled[s], 1);
         barrier_init(&shared.emptied[s], blockDim.x / WARP);
+      }
+      for (int t = 0; t < 2; ++t) {
+        start(shared.first_of[t]);
+        start(shared.second_of[t]);
       }
       shared.copier = {int64_t(blockIdx.x / unsigned(p.plan.cluster)) - num_clusters(), nullptr, 0, 0, 0, 0};
     }
@@ -150,14 +169,28 @@ struct ClusterRows {
 
   // ---- a row ---------------------------------------------------------------------------------------------------------
 
-  // The cluster's sums, in every lane of warp 0. own: this CTA's, in warp 0; of_rank: where every rank puts its own.
+  // Warp 0: the cluster's sums, in every lane. own: this CTA's. What is sent of a row finds its place free, as the row
+  // before the last had it: this CTA has the last row's sums of all others, which they sent when they had read that.
   template <class Sums>
-  ANL_DEVICE Sums exchange(const Sums& own, Sums* of_rank) const {
-    const unsigned ranks = unsigned(p.plan.cluster);
+  ANL_DEVICE Sums exchange(const Sums& own, Gathered<Sums>& gathered) const {
+    using Place = typename Gathered<Sums>::Place;
+    const unsigned ranks = unsigned(p.plan.cluster), lane = lane_index(), parity = gathered.round & 1;
     if (ranks == 1) return own;
-    if (threadIdx.x < ranks) *cluster_map(of_rank + cluster_rank(), threadIdx.x) = own;
-    cluster_sync();
-    return WarpMerge()(lane_index() < ranks ? of_rank[lane_index()] : none<Sums>());
+    __syncwarp();
+    if (lane == 0) {
+      ++gathered.round;
+      barrier_expect(&gathered.there, ranks * unsigned(sizeof(Place)));
+    }
+    if (lane < ranks) {
+      const Place place = {own};
+      uint4 words[Gathered<Sums>::WORDS] = {};
+      memcpy(words, &place, sizeof(Sums));
+      uint4* const to = reinterpret_cast<uint4*>(gathered.of_rank + cluster_rank());
+#pragma unroll
+      for (int i = 0; i < Gathered<Sums>::WORDS; ++i) cluster_send16(to + i, words[i], &gathered.there, lane);
+    }
+    barrier_wait(&gathered.there, parity);
+    return merge_places<Sums>(gathered.of_rank, ranks);
   }
 
   ANL_DEVICE typename Memory::First first_sums(const Part& part, T edge) const {
@@ -166,7 +199,8 @@ struct ClusterRows {
       part.first_sweep(sums, begin, end, [&](int i) { return data[i]; });
     });
     add_edge(sums, edge);
-    return exchange(block_merge(sums, shared.first, WarpMerge()), shared.first_of[turn]);
+    const auto own = block_merge(sums, shared.first);
+    return threadIdx.x < WARP ? exchange(own, shared.first_of[turn]) : own;
   }
 
   ANL_DEVICE typename Memory::Second second_sums(const Part& part, T edge) const {
@@ -176,7 +210,8 @@ struct ClusterRows {
       part.second_sweep(sums, sweep, begin, end, [&](int i) { return data[i]; });
     });
     add_edge(sums, sweep, edge);
-    return exchange(block_merge(sums, shared.second, WarpMerge()), shared.second_of[turn]);
+    const auto own = block_merge(sums, shared.second);
+    return threadIdx.x < WARP ? exchange(own, shared.second_of[turn]) : own;
   }
 
   ANL_DEVICE void write_gradient(const Part& part, T edge) const {

@@ -124,7 +124,7 @@ struct SplitRows {
   ANL_DEVICE Sums merged(const Sums* parts, Sums* places) const {
     Sums s = none<Sums>();
     for (int i = threadIdx.x; i < int(p.plan.split.parts_per_row); i += blockDim.x) s = Merge()(s, parts[i]);
-    return block_merge(s, places, WarpMerge());
+    return block_merge(s, places);
   }
 
   // Thread 0 has written a part of row r: whether it was the last of its phase.
@@ -202,14 +202,14 @@ struct SplitRows {
       auto sums = none<AnchoredSums<T, FULL>>();
       part.first_sweep(sums, 0, part.packs, keep);
       add_edge(sums, part.edge_logit());
-      const auto all = block_merge(sums, shared.first, WarpMerge());
+      const auto all = block_merge(sums, shared.first);
       if (threadIdx.x == 0) scratch.first[at] = all;
     } else if (item.phase == SECOND) {
       auto sums = none<SecondSums<Scalar<T>, FULL>>();
       const RowSweep<T> sweep = scratch.rows[r].sweep;
       part.second_sweep(sums, sweep, 0, part.packs, keep);
       add_edge(sums, sweep, part.edge_logit());
-      const auto all = block_merge(sums, shared.second, WarpMerge());
+      const auto all = block_merge(sums, shared.second);
       if (threadIdx.x == 0) scratch.second[at] = all;
     } else {
       write_gradient(part, scratch.rows[r]);

@@ -274,38 +274,57 @@ ANL_DEVICE void reduce_each(SecondSums<M, FULL>& s, const Reduce& reduce) {
   for (auto& sum : s.of) sum = reduce(sum, Add<typename M::V>());
 }
 
-// A warp's sums in each of its lanes: about one max that all of them know, or about whatever is the largest.
-struct WarpSum {
-  template <class X>
-  ANL_DEVICE X operator()(X s) const {
-    reduce_each(s, [](auto number, const auto& merge) { return warp_reduce(number, merge); });
-    return s;
+// The sums of a group of lanes in each of them, about whatever is the largest logit of all; reduce(number, merge) is over
+// the group. A sum of two is the same whichever comes first.
+template <class A, bool FULL, class Reduce>
+ANL_DEVICE AnchoredSums<A, FULL> merge_lanes(AnchoredSums<A, FULL> s, const Reduce& reduce) {
+  s.rebase(reduce(s.max, Largest<A>()));
+  reduce_each(s, reduce);
+  return s;
+}
+template <class M, bool FULL, class Reduce>
+ANL_DEVICE SecondSums<M, FULL> merge_lanes(SecondSums<M, FULL> s, const Reduce& reduce) {
+  reduce_each(s, reduce);
+  return s;
+}
+
+// Groups of `width` lanes, a power of two; the merge does not depend on the order.
+struct LaneGroup {
+  unsigned width;
+  template <class X, class Merge>
+  ANL_DEVICE X operator()(X x, const Merge& merge) const {
+    for (unsigned offset = 1; offset < width; offset *= 2) x = merge(x, shuffle_xor(x, int(offset)));
+    return x;
   }
 };
-struct WarpMerge {
-  template <class A, bool FULL>
-  ANL_DEVICE AnchoredSums<A, FULL> operator()(AnchoredSums<A, FULL> s) const {
-    s.rebase(warp_reduce(s.max, Largest<A>()));
-    return WarpSum()(s);
-  }
-  template <class M, bool FULL>
-  ANL_DEVICE SecondSums<M, FULL> operator()(const SecondSums<M, FULL>& s) const {
-    return WarpSum()(s);
+struct WholeWarp {
+  template <class X, class Merge>
+  ANL_DEVICE X operator()(X x, const Merge& merge) const {
+#pragma unroll
+    for (int offset = 1; offset < WARP; offset *= 2) x = merge(x, shuffle_xor(x, offset));
+    return x;
   }
 };
 
+// A warp: the sums in `count` places (at most one per lane), in every lane.
+template <class Wide, class Place>
+ANL_DEVICE Wide merge_places(const Place* places, unsigned count) {
+  unsigned width = 1;
+  while (width < count) width *= 2;
+  const unsigned own = lane_index() % width;
+  Wide s = none<Wide>();
+  if (own < count) s = places[own];
+  return merge_lanes(s, LaneGroup{width});
+}
+
 // All threads' sums, in every lane of warp 0. `shared` has a place for every warp; a __syncthreads stands between two uses
 // of it.
-template <class Reduce, class X, class Wide>
-ANL_DEVICE Wide block_merge(const X& own, Wide* shared, const Reduce& reduce) {
-  const unsigned lane = lane_index(), warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-  const X s = reduce(own);
-  if (lane == 0) shared[warp] = convert<double>(s);
+template <class X, class Wide>
+ANL_DEVICE Wide block_merge(const X& own, Wide* shared) {
+  const X s = merge_lanes(own, WholeWarp());
+  if (lane_index() == 0) shared[threadIdx.x / WARP] = convert<double>(s);
   __syncthreads();
-  if (warp > 0) return none<Wide>();
-  Wide one = shared[lane < warps ? lane : 0];
-  if (lane >= warps) clear(one);
-  return reduce(one);
+  return threadIdx.x < WARP ? merge_places<Wide>(shared, blockDim.x / WARP) : none<Wide>();
 }
 
 // ---- a row between its sweeps ------------------------------------------------------------------------------------------

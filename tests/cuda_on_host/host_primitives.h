@@ -204,10 +204,15 @@ inline void cluster_sync() {
 
 template <class T>
 T* cluster_map(T* shared, unsigned rank) {
-  needs_sm90();
   const host::Cta& own = *self().cta;
-  if (rank >= own.launch->cluster) host::fail("cluster_map of a rank that is not in the cluster");
+  if (rank >= own.launch->cluster) host::fail("a rank that is not in the cluster");
   return static_cast<T*>(own.cluster->ctas[rank]->same_place(own, shared));
+}
+inline void cluster_send16(void* place, uint4 v, Barrier* barrier, unsigned rank) {
+  needs_sm90();
+  if (reinterpret_cast<uintptr_t>(place) % 16) host::fail("16 bytes to an address that is not aligned");
+  *cluster_map(static_cast<uint4*>(place), rank) = v;
+  change(cluster_map(barrier, rank), [](Phase& x) { x.bytes -= 16; });
 }
 
 #define ANL_SHARED(type, name) type* const name = reinterpret_cast<type*>(::anl::host::self().cta->shared.data)
