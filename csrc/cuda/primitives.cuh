@@ -311,7 +311,10 @@ struct ScalarMath<float> {
   static ANL_DEVICE float expm1(float x) { return expm1f(x); }
   static ANL_DEVICE float sqrt(float x) { return sqrtf(x); }
   // Divisions by one number share its reciprocal. No divisor is tiny, and what is divided by a huge one may be 0.
-  static ANL_DEVICE float divide(float a, float b) { return a * reciprocal_approx(b); }
+  static ANL_DEVICE float divide(float a, float b) {
+    const float r = reciprocal_approx(b), wrong = fmaxf(fmaf(-b, r, 1.0f), -1.0f);  // -1 where b is infinite, and r 0
+    return a * fmaf(r, wrong, r);
+  }
 };
 
 template <>
