@@ -1,5 +1,5 @@
 // The formulas are written over a policy M: M::V is a number or a vector of them (one row or one class per lane), with
-// M::set, exp, log, log1p, expm1, sqrt for the mathematics of a row, and for every class
+// M::set, exp, log, log1p, expm1, sqrt, divide (to an ulp or two) for the mathematics of a row, and for every class
 //   class_exp(x)                    exp, as fast as it is accurate enough for a sum or a gradient
 //   class_exp_and_rest(l, rest)     exp(l), and 1 - exp(l) without cancellation, for l <= 0
 //   add_where(mask, sum, x)         sum += x where mask

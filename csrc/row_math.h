@@ -169,14 +169,14 @@ ANL_HD void set_first_sums(RowStatistics<M>& s, typename M::V x_y, const A (&sum
   s.x_y = x_y;
   s.log_sum = M::log1p(x_y == M::set(0.0) ? tail : (tail - one) + e_y);
   s.target_log_prob = x_y - s.log_sum;
-  s.target_tail = tail / total;
-  s.target_prob = e_y / total;
+  s.target_tail = M::divide(tail, total);
+  s.target_prob = M::divide(e_y, total);
   s.classes = V(sum[COUNT]);
   s.neg_log_sum = V(sum[COUNT] * A(s.log_sum) + sum[GAP]);
   s.squares = s.below_top = M::set(0.0);
   if constexpr (SIZE > SQUARES) {
-    s.squares = V(sum[SQUARES]) / (total * total);
-    s.below_top = (V(sum[TAIL] - sum[SQUARES]) + e_y) / (total * total);
+    s.squares = M::divide(V(sum[SQUARES]), total * total);
+    s.below_top = M::divide(V(sum[TAIL] - sum[SQUARES]) + e_y, total * total);
   }
   s.clear_second();
 }

@@ -225,6 +225,7 @@ struct LaneMath {
   static ANL_INLINE V log(V x) { return vlog<T>(x); }
   static ANL_INLINE V log1p(V x) { return vlog1p<T>(x); }
   static ANL_INLINE V sqrt(V x) { return vsqrt(x); }
+  static ANL_INLINE V divide(V a, V b) { return a / b; }
   static ANL_INLINE V class_exp(V x) { return vexp<T>(x); }
   static ANL_INLINE V class_exp_and_rest(V l, V& rest) { return vexp_and_rest<T>(l, rest); }
   static ANL_INLINE void add_where(I mask, V& sum, V x) { sum += mask ? x : V{}; }

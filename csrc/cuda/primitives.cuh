@@ -62,6 +62,12 @@ ANL_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x to 2^-23 of its value; 0 above 2^126, infinite below 2^-126.
+ANL_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // ---- 16 aligned bytes of global memory ------------------------------------------------------------------------------
 
@@ -309,6 +315,11 @@ struct ScalarMath<float> {
   static ANL_DEVICE float log1p(float x) { return log1pf(x); }
   static ANL_DEVICE float expm1(float x) { return expm1f(x); }
   static ANL_DEVICE float sqrt(float x) { return sqrtf(x); }
+  // Divisions by one number share its reciprocal. No divisor is tiny, and what is divided by a huge one may be 0.
+  static ANL_DEVICE float divide(float a, float b) {
+    const float r = reciprocal_approx(b), wrong = fmaxf(fmaf(-b, r, 1.0f), -1.0f);  // -1 where b is infinite, and r 0
+    return a * fmaf(r, wrong, r);
+  }
 };
 
 template <>
@@ -320,6 +331,7 @@ struct ScalarMath<double> {
   static ANL_DEVICE double log1p(double x) { return ::log1p(x); }
   static ANL_DEVICE double expm1(double x) { return ::expm1(x); }
   static ANL_DEVICE double sqrt(double x) { return ::sqrt(x); }
+  static ANL_DEVICE double divide(double a, double b) { return a / b; }
 };
 
 // The policy of row_math.h: one row or one class per thread.

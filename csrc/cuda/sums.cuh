@@ -353,7 +353,7 @@ struct Row {
     const bool bad = !(sum[TAIL] < A(INF)) || !(z_y > T(-INF));
     const T x_y = bad ? T(NOT_A_NUMBER) : z_y - max;
     anl::set_first_sums<M>(stats, x_y, sum);
-    inv_sum = T(1) / (T(sum[TAIL]) + M::exp(x_y));
+    inv_sum = M::divide(T(1), T(sum[TAIL]) + M::exp(x_y));
     second = needs_second(prog) && !bad;
     if (!second || (FULL && needs_focal(prog))) return;
     const A height = A(prog.clamp_height) - A(stats.log_sum);

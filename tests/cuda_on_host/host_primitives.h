@@ -28,6 +28,16 @@ inline float exp2_approx(float x) {
   return __uint_as_float(__float_as_uint(y) + unsigned(noise - 1 - (noise > 1)));
 }
 
+// Likewise; one in two results is off by one in the last place.
+inline float reciprocal_approx(float x) {
+  const float y = 1.0f / x;
+  if (fabsf(x) < 0x1p-126f) return copysignf(__builtin_inff(), x);
+  if (fabsf(y) < 0x1p-126f) return copysignf(0.0f, x);
+  if (x == 1.0f || !(fabsf(y) < __builtin_inff())) return y;
+  const int noise = int((__float_as_uint(x) * 2654435761u) >> 30);  // 0, 1, 2, 3
+  return __uint_as_float(__float_as_uint(y) + unsigned(noise - 1 - (noise > 1)));
+}
+
 template <Cache C = Cache::PLAIN>
 uint4 load16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) host::fail("a load of 16 bytes from an address that is not aligned");
