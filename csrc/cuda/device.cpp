@@ -138,8 +138,10 @@ Limits limits_of(int device) {
   if (!complete[device]) {
     known[device] = read_limits(device);
     // An error may be another program's doing: no clusters this time, and the next call asks again.
+    Limits& limits = known[device];
     complete[device] = !attribute(cudaDevAttrClusterLaunch, device) ||
-                       widest_rows_cluster(known[device], known[device].max_cluster) == cudaSuccess;
+                       (widest_rows_cluster(limits, limits.max_cluster) == cudaSuccess &&
+                        can_start_early(limits.early_starts) == cudaSuccess);
     if (!complete[device]) cudaGetLastError();
   }
   return known[device];

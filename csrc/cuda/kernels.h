@@ -13,7 +13,7 @@ namespace gpu {
 // What the CTAs of one launch may do to one another: anl_kernels/trust.py says where each is verified. Without it the same
 // phases are launches of their own.
 enum Protocol : unsigned {
-  TICKETS = 1,    // the last CTA to finish adds up the loss
+  TICKETS = 1,    // the last CTA to finish adds up the loss; a kernel starts while the one ahead prepares its denominator
   SPLIT_ROWS = 2, // CTAs that share a row wait for one another
   CLUSTERS = 4,   // clusters, distributed shared memory and bulk copies
   ALL_PROTOCOLS = 7,
@@ -30,6 +30,7 @@ struct Limits {
   int64_t l2_bytes;
   int max_cluster;     // 1: no clusters
   unsigned protocols;  // bits of Protocol
+  bool early_starts;   // a launch may start before the one ahead of it has ended
 };
 
 enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUMN_SUMS };
@@ -82,7 +83,7 @@ struct Plan {
   int cluster;            // CTAs that share a row's shared memory; 1: each has its own rows
   int64_t shared_bytes;   // dynamic
   int64_t loss_parts;     // how many partial sums of losses finish_loss gets; 1: it is the loss
-  int64_t num_tickets;    // counters of the kernel's own that are zero when it starts
+  int64_t num_tickets;    // counters of the kernel's own, which it zeroes itself
   int64_t scratch_bytes;  // more memory, uninitialised
   union {                 // by kernel
     SmallPlan small;
@@ -108,7 +109,9 @@ struct Plans {
   }
 };
 
-constexpr int WEIGHT_PARTS = 64;
+constexpr int WEIGHT_PARTS = 128;
+constexpr int COUNT_BITS = 16;  // of a word that counts, below the call's mark (tickets.cuh)
+constexpr int64_t MOST_COUNTED = (1 << COUNT_BITS) - 1;
 
 // By value to every kernel.
 struct Params {
@@ -119,12 +122,16 @@ struct Params {
   void* loss;            // MEAN, SUM: one number of the arithmetic type; else null
   double* loss_parts;    // (plan.loss_parts,)
   double* weight_parts;  // MEAN: (WEIGHT_PARTS,), whose sum is the denominator; null: the only CTA adds it up
-  unsigned* tickets;     // (num_tickets,), the kernel's own first
-  unsigned* loss_ticket; // one of them; null: launch_finish adds up the loss, where it has several parts
-  int64_t num_tickets;
+  bool starts_early;     // while launch_prepare fills them
+  uint64_t mark;         // the call's own (tickets.cuh)
+  uint64_t* loss_ticket; // null: launch_finish adds up the loss, where it has several parts
+  uint64_t* claim;       // of the tickets
+  unsigned* tickets;     // (plan.num_tickets,)
   char* scratch;         // (plan.scratch_bytes,), 256-byte aligned
   double ignored[NUM_STATS];  // STATS: what is written of an ignored row
 };
+
+inline bool starts_early(const Params& p) { return p.starts_early; }
 
 // Plans, one per kernel, each beside its kernel; `select` chooses among them.
 Plans select(const Call& call, const Limits& limits);
@@ -144,8 +151,11 @@ bool fits_cluster(const Call& call, const Limits& limits);
 // The widest cluster of rows_cluster's that the current device, which has these limits, can hold; 1: none.
 cudaError_t widest_rows_cluster(const Limits& limits, int& cluster);
 
-// Zeroes the tickets and fills weight_parts, as far as there are any.
-cudaError_t launch_prepare(const Params& p, cudaStream_t stream);
+// Whether the kernels' machine code on the current device can start early, and the driver as well.
+cudaError_t can_start_early(bool& can);
+
+// Fills weight_parts.
+cudaError_t launch_prepare(const Params& p, const Limits& limits, cudaStream_t stream);
 // Adds up the parts of the loss.
 cudaError_t launch_finish(const Params& p, cudaStream_t stream);
 cudaError_t launch_small(const Params& p, cudaStream_t stream);

@@ -66,13 +66,25 @@ inline cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, unsigned cluster,
   return config;
 }
 
+// Whether a launch with this argument starts before the one ahead of it has ended: kernels.h has the Params that do.
+template <class X>
+bool starts_early(const X&) {
+  return false;
+}
+
 template <class... P, class... A>
 cudaError_t launch(KernelAttributes& known, void (*kernel)(P...), dim3 grid, dim3 block, unsigned cluster,
                    size_t shared_bytes, cudaStream_t stream, const A&... arguments) {
   const cudaError_t error = prepare(known, reinterpret_cast<const void*>(kernel), cluster, shared_bytes);
   if (error) return error;
-  cudaLaunchAttribute dimension;
-  const cudaLaunchConfig_t config = launch_config(grid, block, cluster, shared_bytes, stream, dimension);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = launch_config(grid, block, cluster, shared_bytes, stream, attributes[0]);
+  if ((starts_early(arguments) || ...)) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <random>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -77,20 +79,35 @@ class Memory {
   int64_t bytes_ = 0;
 };
 
+// A mark (tickets.cuh) that no other call has had, and whatever is left in memory has by chance once in 2^47 times: odd, so
+// that memory of zeros is marked by nobody, and begun anywhere.
+uint64_t new_mark() {
+  static const uint64_t begin = uint64_t(std::random_device()()) << 32 | std::random_device()();
+  static std::atomic<uint64_t> calls{0};
+  constexpr uint64_t SCATTER = 0x9e3779b97f4a7c15;  // odd: different calls stay different
+  return ((begin + calls++) * SCATTER << 1 | 1) << COUNT_BITS;
+}
+
 // Everything that a plan launches, in stream order. A launch that is refused has written nothing of the results.
-cudaError_t run_plan(const Plan& plan, Params p, const Where& where) {
+cudaError_t run_plan(const Plan& plan, Params p, const Limits& limits, const Where& where) {
   p.plan = plan;
-  const bool adds_up = p.loss && plan.loss_parts > 1, by_ticket = adds_up && where.protocols & TICKETS;
-  p.num_tickets = plan.num_tickets + by_ticket;
+  const bool adds_up = p.loss && plan.loss_parts > 1, trusts_tickets = limits.protocols & TICKETS;
+  const bool by_ticket = adds_up && trusts_tickets && plan.loss_parts <= MOST_COUNTED;
   Memory memory;
   if (adds_up) memory.reserve(p.loss_parts, plan.loss_parts);
   if (p.reduction == MEAN && plan.blocks > 1) memory.reserve(p.weight_parts, WEIGHT_PARTS);
-  memory.reserve(p.tickets, p.num_tickets);
+  memory.reserve(p.loss_ticket, by_ticket);
+  memory.reserve(p.claim, plan.num_tickets > 0);
+  memory.reserve(p.tickets, plan.num_tickets);
   memory.reserve(p.scratch, plan.scratch_bytes);
   memory.allocate(where.empty);
-  if (by_ticket) p.loss_ticket = p.tickets + plan.num_tickets;
-  if (const cudaError_t error = launch_prepare(p, where.stream)) return error;
+  p.mark = new_mark();
+  if (p.weight_parts) {
+    if (const cudaError_t error = launch_prepare(p, limits, where.stream)) return error;
+    p.starts_early = trusts_tickets && limits.early_starts;  // what is launched from here on
+  }
   if (const cudaError_t error = launch_kernel(p, where.stream)) return error;
+  p.starts_early = false;
   // The gradient may have overwritten the logits by now: there is no other plan left to fall to.
   if (adds_up && !by_ticket && p.plan.loss_parts > 1) check(launch_finish(p, where.stream), "the kernel finish");
   return cudaSuccess;
@@ -119,7 +136,7 @@ std::string run(const Call& call, Reduction reduction, Address loss, const Where
   std::string refused;
   for (int i = 0; i < plans.count; ++i) {
     const std::string name = name_of(plans.plan[i].kernel);
-    const cudaError_t error = run_plan(plans.plan[i], p, where);
+    const cudaError_t error = run_plan(plans.plan[i], p, limits, where);
     if (error == cudaSuccess) return refused.empty() ? "" : "the device refuses to launch " + refused + ": " + name;
     if (!is_refusal(error)) check(error, ("the kernel " + name).c_str());
     refused += (refused.empty() ? "" : ", ") + refusal(name, error);

@@ -8,7 +8,7 @@
 namespace anl {
 namespace gpu {
 
-constexpr int64_t LOSS_PARTS = 16 << 10;      // beyond, a CTA takes more rows
+constexpr int64_t LOSS_PARTS = 4 << 10;       // beyond, a CTA takes more rows: the last one adds up so many
 constexpr int64_t RESERVED_SHARED = 1 << 10;  // what CUDA keeps of a multiprocessor's for every CTA
 constexpr int64_t PACK_BYTES = 16;
 

@@ -117,7 +117,54 @@ ANL_DEVICE unsigned add_acq_rel(unsigned* p, unsigned v) {
                : "memory");
   return before;
 }
+// The same of 64 bits.
+ANL_DEVICE uint64_t load_acquire(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return v;
+}
+ANL_DEVICE void store_release(uint64_t* p, uint64_t v) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "l"(v) : "memory");
+}
+ANL_DEVICE uint64_t add_acq_rel(uint64_t* p, uint64_t v) {
+  uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(p)), "l"(v)
+               : "memory");
+  return before;
+}
+// In no order with other memory.
+ANL_DEVICE uint64_t load_alone(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return v;
+}
+// v in the place of `expected`, if that is there; what was there.
+ANL_DEVICE uint64_t exchange_alone(uint64_t* p, uint64_t expected, uint64_t v) {
+  uint64_t before;
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(p)), "l"(expected), "l"(v)
+               : "memory");
+  return before;
+}
 ANL_DEVICE void wait_a_little() { __nanosleep(40); }  // inside every loop that waits for another CTA
+
+// ---- between launches of a stream (sm_90): one that starts early, before the launch ahead of it has ended ----------------
+
+// In the launch ahead: the next one may start as soon as all CTAs have come here, or ended.
+ANL_DEVICE void let_next_launch_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// In the one that starts early, by every thread: until the launch ahead has ended, whose results are seen from here on.
+ANL_DEVICE void wait_for_previous_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---- asynchronous copies of the calling thread into shared memory -----------------------------------------------------
 

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "sums.cuh"
+#include "tickets.cuh"
 
 namespace anl {
 namespace gpu {
@@ -25,13 +26,16 @@ ANL_DEVICE T row_weight(const Call& call, int64_t y, Label kind) {
 
 // ---- the loss of all rows -------------------------------------------------------------------------------------------
 
-// What the rows' gradients and the sum of losses are divided by. All threads of the CTA call this.
+// What the rows' gradients and the sum of losses are divided by. All threads of every CTA call this, before they read
+// anything else that launch_prepare writes.
 template <class T>
 ANL_DEVICE double loss_denominator(const Params& p) {
   if (p.reduction != MEAN || p.call.op != Op::LOSS) return 1.0;
   double sum = 0.0;
   if (p.weight_parts) {
-    for (int i = lane_index(); i < WEIGHT_PARTS; i += WARP) sum += p.weight_parts[i];
+    wait_for_previous_launch();
+#pragma unroll
+    for (int i = 0; i < WEIGHT_PARTS / WARP; ++i) sum += p.weight_parts[i * WARP + lane_index()];
     return warp_reduce(sum, Add<double>());
   }
   ANL_STATIC_SHARED(double[WARP], shared);
@@ -42,12 +46,24 @@ ANL_DEVICE double loss_denominator(const Params& p) {
   return block_reduce(sum, Add<double>(), shared);
 }
 
-// The loss from its parts, added up in order by one CTA.
+// The loss from its parts, added up in a fixed order by one CTA, while the GPU idles: so a thread has many loads under way.
 template <class T>
 ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
+  constexpr int AT_ONCE = 16;
   ANL_STATIC_SHARED(double[WARP], shared);
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < p.plan.loss_parts; i += blockDim.x) sum += p.loss_parts[i];
+  for (int64_t first = threadIdx.x; first < p.plan.loss_parts; first += AT_ONCE * blockDim.x) {
+    double part[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int64_t at = first + i * blockDim.x;
+      part[i] = at < p.plan.loss_parts ? p.loss_parts[at] : 0.0;
+    }
+#pragma unroll
+    for (int half = AT_ONCE / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    sum += part[0];
+  }
   sum = block_reduce(sum, Add<double>(), shared);
   if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
 }
@@ -67,7 +83,8 @@ ANL_DEVICE void finish_loss(const Params& p, int64_t part, double sum, double de
     __syncthreads();  // between two parts that one CTA brings
     if (threadIdx.x == 0) {
       p.loss_parts[part] = sum;
-      last = add_acq_rel(p.loss_ticket, 1) == unsigned(parts - 1);
+      last = arrive_at(p.loss_ticket, p.mark) == unsigned(parts - 1);
+      if (last) give_back(p.loss_ticket);
     }
     __syncthreads();
     if (last) add_loss_parts<T>(p, denominator);
@@ -92,7 +109,8 @@ ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight,
   const Program& program = p.call.program;
   T coefs[NUM_COEFS];
   const T loss = evaluate<M, FULL>(program, row.stats, coefs) * weight;
-  const T scale = T(double(weight) * (1.0 / denominator));
+  const double inverse = 1.0 / denominator;  // the same for all rows: divided once
+  const T scale = p.call.weight ? T(double(weight) * inverse) : T(inverse);
 #pragma unroll
   for (int i = COEF_A; i <= COEF_TARGET; ++i) coefs[i] *= scale;
   coefs[COEF_MAX] = row.max;

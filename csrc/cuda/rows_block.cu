@@ -139,8 +139,8 @@ bool fits_block(const Call& call, const Limits& limits, int ctas) {
 }
 
 Plan plan_block(const Call& call, const Limits& limits) {
-  const int64_t bytes = staged_row_bytes(call), rows = rows_of(call) / LOSS_PARTS;
-  const BlockPlan block = {std::max<int64_t>(1, std::min<int64_t>(8, rows))};
+  const int64_t bytes = staged_row_bytes(call);
+  const BlockPlan block = {ceil_div(rows_of(call), LOSS_PARTS)};
   Plan plan = plan_of_rows(Kernel::BLOCK, call, threads_for(bytes / PACK_BYTES / 4, MAX_THREADS, limits),
                            block.rows_per_cta);
   plan.shared_bytes = bytes;

@@ -227,7 +227,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   small.lanes = int(lanes_for(elements));
   const int threads = one_cta ? threads_for(N * small.lanes, int(single), limits) : threads_for(128, 128, limits);
   const int64_t groups = threads / small.lanes;
-  small.rows_per_cta = one_cta ? N : groups * std::max<int64_t>(1, std::min<int64_t>(16, N / (groups * LOSS_PARTS)));
+  small.rows_per_cta = one_cta ? N : groups * ceil_div(N, groups * LOSS_PARTS);
   Plan plan = plan_of_rows(Kernel::SMALL, call, threads, small.rows_per_cta);
   plan.small = small;
   return plan;

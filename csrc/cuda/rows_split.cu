@@ -104,6 +104,7 @@ struct SplitRows {
   const double denominator;
 
   ANL_DEVICE unsigned* next_item() const { return p.tickets; }
+  ANL_DEVICE unsigned* left() const { return p.tickets + 1 + 2 * p.num_rows; }  // CTAs that have taken their last ticket
   ANL_DEVICE unsigned* arrived(int64_t r) const { return p.tickets + 1 + r; }             // parts of both sweeps
   ANL_DEVICE unsigned* state(int64_t r) const { return p.tickets + 1 + p.num_rows + r; }  // the last phase that may begin
 
@@ -266,6 +267,7 @@ __global__ void __launch_bounds__(MAX_THREADS, CTAS)
   const SplitRows<S, FULL> rows = {p, shared, Scratch<T, FULL>(p), loss_denominator<T>(p)};
   const bool by_tickets = step == Step::ALL;
   unsigned ticket = 0;
+  if (by_tickets) zero_tickets(p.claim, p.mark, p.tickets, p.plan.num_tickets);
   if (threadIdx.x == 0 && by_tickets) ticket = atomicAdd(rows.next_item(), 1u);
   for (int64_t i = blockIdx.x;; i += gridDim.x) {
     if (threadIdx.x == 0) {
@@ -275,7 +277,7 @@ __global__ void __launch_bounds__(MAX_THREADS, CTAS)
     }
     __syncthreads();
     const Item item = shared.item;
-    if (item.phase == NO_PHASE) return;
+    if (item.phase == NO_PHASE) break;
     if (item.row < p.num_rows) {
       const int64_t y = label_at(p.call, item.row);
       const Label kind = label_kind(p.call, y);
@@ -286,6 +288,7 @@ __global__ void __launch_bounds__(MAX_THREADS, CTAS)
     }
     __syncthreads();
   }
+  if (threadIdx.x == 0 && by_tickets && add_acq_rel(rows.left(), 1) == gridDim.x - 1) give_back(p.claim);
 }
 
 template <class S, bool FULL>
@@ -332,7 +335,7 @@ Plan plan_split(const Call& call, const Limits& limits) {
   const int64_t items = num_rows * split.parts_per_row * phases;
   plan.blocks = std::min(items, ctas);
   plan.loss_parts = num_rows;
-  plan.num_tickets = split.separate_launches ? 0 : 1 + 2 * num_rows;
+  plan.num_tickets = split.separate_launches ? 0 : 2 + 2 * num_rows;
   plan.scratch_bytes = call.dtype == FLOAT64 ? scratch_bytes<double>(call, split.parts_per_row)
                                              : scratch_bytes<float>(call, split.parts_per_row);
   plan.split = split;

@@ -268,7 +268,7 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   const int64_t scratch = plan.threads * (wide ? exchanged_bytes<double>(full) : exchanged_bytes<float>(full));
   const int64_t used = groups > 1 ? scratch : 0;
   const bool staged = call.op != Op::GRAD && !wide && used + pixels * pixel_bytes <= room;
-  const int64_t tiles = ceil_div(N, pixels), many = call.op == Op::LOSS ? std::max<int64_t>(1, tiles / LOSS_PARTS) : 1;
+  const int64_t tiles = ceil_div(N, pixels), many = call.op == Op::LOSS ? ceil_div(tiles, LOSS_PARTS) : 1;
   plan.spatial = {int(pixels), pixels * many, staged ? pixels * pixel_bytes : 0};
   plan.shared_bytes = used + plan.spatial.staged_bytes;
   plan.blocks = plan.loss_parts = ceil_div(tiles, many);

@@ -114,6 +114,7 @@ struct Launch {
   void* context;
   uint64_t identity = 0;                           // of the kernel: the same in every process
   int code = 90;                                   // the architecture that the kernel was compiled for
+  bool starts_early = false;                       // before the launch ahead of it has ended, as far as a device knows
   std::atomic<size_t>* static_shared = nullptr;    // the kernel's, as far as it has been seen
   size_t most_static_shared = SIZE_MAX;
   unsigned threads() const { return block.x * block.y * block.z; }
@@ -192,7 +193,8 @@ struct Thread {
   unsigned votes = 0;          // of them __syncthreads_or
   unsigned fruitless = 0;      // yields since it last got on
   CopyGroups copies;
-  void finish() const;  // fails if a copy was not waited for
+  bool has_waited = false;     // for the launch ahead
+  void finish() const;  // fails if a copy, or the launch ahead, was not waited for
   Barrier::Token cluster_token = 0;
 };
 

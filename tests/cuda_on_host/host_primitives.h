@@ -61,6 +61,27 @@ inline unsigned add_acq_rel(unsigned* p, unsigned v) {
   host::note_protocol();
   return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_acq_rel);
 }
+inline uint64_t load_acquire(const uint64_t* p) {
+  host::note_protocol();
+  return std::atomic_ref<uint64_t>(*const_cast<uint64_t*>(p)).load(std::memory_order_acquire);
+}
+inline void store_release(uint64_t* p, uint64_t v) {
+  host::note_protocol();
+  std::atomic_ref<uint64_t>(*p).store(v, std::memory_order_release);
+}
+inline uint64_t add_acq_rel(uint64_t* p, uint64_t v) {
+  host::note_protocol();
+  return std::atomic_ref<uint64_t>(*p).fetch_add(v, std::memory_order_acq_rel);
+}
+inline uint64_t load_alone(const uint64_t* p) {
+  host::note_protocol();
+  return std::atomic_ref<uint64_t>(*const_cast<uint64_t*>(p)).load(std::memory_order_relaxed);
+}
+inline uint64_t exchange_alone(uint64_t* p, uint64_t expected, uint64_t v) {
+  host::note_protocol();
+  std::atomic_ref<uint64_t>(*p).compare_exchange_strong(expected, v, std::memory_order_relaxed);
+  return expected;
+}
 inline void wait_a_little() { host::yield(); }
 
 inline void check_copy(const void* shared, const void* global, unsigned bytes) {
@@ -82,6 +103,13 @@ void copy_async_wait() {
 inline void needs_sm90() {
   host::note_protocol();
   if (self().cta->launch->code < 90) host::fail("an instruction of sm_90 in code that was compiled for less: it traps");
+}
+
+inline void let_next_launch_start() {}
+inline void wait_for_previous_launch() {
+  const host::Launch& launch = *self().cta->launch;
+  if (launch.starts_early && launch.code < 90) host::fail("a launch starts early in code that was compiled without waits");
+  self().has_waited = true;
 }
 
 // ---- mbarriers: one word, as on a device, and no lock: they order what a device's order and no more ---------------------
@@ -182,17 +210,22 @@ inline void barrier_wait(Barrier* barrier, unsigned parity) { wait(barrier, pari
 // What mutate_barriers.py puts in place of a stronger one.
 inline void barrier_wait_relaxed(Barrier* barrier, unsigned parity) { wait(barrier, parity, std::memory_order_relaxed); }
 inline void barrier_expect_relaxed(Barrier* barrier, unsigned bytes) { arrive(barrier, bytes, std::memory_order_relaxed); }
-inline unsigned load_relaxed(const unsigned* p) {
-  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(p)).load(std::memory_order_relaxed);
+template <class X>
+X load_relaxed(const X* p) {
+  return std::atomic_ref<X>(*const_cast<X*>(p)).load(std::memory_order_relaxed);
 }
-inline unsigned add_relaxed(unsigned* p, unsigned v) {
-  return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_relaxed);
+inline void store_relaxed(uint64_t* p, uint64_t v) { std::atomic_ref<uint64_t>(*p).store(v, std::memory_order_relaxed); }
+template <class X>
+X add_relaxed(X* p, std::type_identity_t<X> v) {
+  return std::atomic_ref<X>(*p).fetch_add(v, std::memory_order_relaxed);
 }
-inline unsigned add_release_alone(unsigned* p, unsigned v) {
-  return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_release);
+template <class X>
+X add_release_alone(X* p, std::type_identity_t<X> v) {
+  return std::atomic_ref<X>(*p).fetch_add(v, std::memory_order_release);
 }
-inline unsigned add_acquire_alone(unsigned* p, unsigned v) {
-  return std::atomic_ref<unsigned>(*p).fetch_add(v, std::memory_order_acquire);
+template <class X>
+X add_acquire_alone(X* p, std::type_identity_t<X> v) {
+  return std::atomic_ref<X>(*p).fetch_add(v, std::memory_order_acquire);
 }
 
 inline unsigned cluster_rank() {

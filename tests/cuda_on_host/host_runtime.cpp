@@ -110,10 +110,11 @@ Refusal refuse_cluster_size(const Kernel& kernel, unsigned cluster) {
   return {};
 }
 
-// The cluster's dimensions, of which there may be none.
+// The cluster's dimensions, of which there may be none; and whether the launch starts early.
 struct Cluster1d {
   bool given = false;
   unsigned size = 1;
+  bool early = false;
 };
 
 Refusal read_attributes(const cudaLaunchConfig_t& config, Cluster1d& cluster) {
@@ -121,10 +122,15 @@ Refusal read_attributes(const cudaLaunchConfig_t& config, Cluster1d& cluster) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeIgnore) continue;
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      cluster.early = attribute.val.programmaticStreamSerializationAllowed;
+      continue;
+    }
     if (attribute.id != cudaLaunchAttributeClusterDimension) return {cudaErrorInvalidValue, "an attribute that is none"};
     const auto& d = attribute.val.clusterDim;
     if (d.y != 1 || d.z != 1) return {cudaErrorNotSupported, "clusters of more than one dimension are not emulated"};
-    cluster = {true, d.x};
+    cluster.given = true;
+    cluster.size = d.x;
   }
   return {};
 }
@@ -162,6 +168,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   Launch launch = {config.gridDim, config.blockDim, cluster.size, config.dynamicSmemBytes, body, context};
   launch.identity = identity(function);
   launch.code = kernel.device.ptx;
+  launch.starts_early = cluster.early;
   launch.static_shared = &kernel.state.static_shared;
   launch.most_static_shared = kernel.device.toy ? SIZE_MAX : kernel.most_static(config.dynamicSmemBytes);
   switch (run(launch)) {
