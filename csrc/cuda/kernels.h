@@ -44,7 +44,7 @@ struct SmallPlan {
   bool packs;
 };
 struct BlockPlan {
-  int64_t rows_per_cta;
+  bool packs;
 };
 struct ClusterPlan {
   int64_t packs_per_cta;  // the part of a row that each CTA of a cluster holds

@@ -53,9 +53,9 @@ struct GlobalRowPart {
   int packs;
   int target;       // as an element of the packs, if they hold it; else -1
   int target_pack;  // the pack that holds it, if that is one of the thread's; else far below 0
-  const S* edge;    // the thread's edge class, or null
-  S* edge_grad;
+  int edge;         // the thread's edge class, as an element of the packs; NO_EDGE: it has none
   bool edge_is_target;
+  static constexpr int NO_EDGE = INT32_MIN;
 
   // most: packs that the part has at most.
   ANL_DEVICE GlobalRowPart(const S* row, S* row_grad, int64_t num_classes, int64_t y, int64_t first, int64_t most,
@@ -72,13 +72,12 @@ struct GlobalRowPart {
     target_pack = takes ? target / P : INT32_MIN / 2;
     const int64_t t = threadIdx.x, k = t < P ? (t < head ? t : num_classes) : head + body * P + (t - P);
     const bool has = edges && t < 2 * P && k < num_classes;
-    edge = has ? row + k : nullptr;
-    edge_grad = has && row_grad ? row_grad + k : nullptr;
+    edge = has ? int(k - k0) : NO_EDGE;
     edge_is_target = has && k == y;
   }
 
   // The edge class's logit, or -inf if it is in no sum.
-  ANL_DEVICE T edge_logit() const { return edge && !edge_is_target ? widen(*edge) : minus_inf<T>(); }
+  ANL_DEVICE T edge_logit() const { return edge != NO_EDGE && !edge_is_target ? widen(logits[edge]) : minus_inf<T>(); }
 
   // The words of U packs; zeros outside.
   template <int U, class Load>
@@ -220,7 +219,7 @@ struct GlobalRowPart {
     if constexpr (IS_PACKED<S, FULL>) {
       constexpr int TILE = TILE_PACKS<S>;
       if (all_exist && one_slope) return write_packs<C, TILE>(PackedGradient<S, false>(gradient), begin, end, load_pack);
-      if (all_exist) return write_packs<C, TILE>(PackedGradient<S, true>(gradient), begin, end, load_pack);
+      if (all_exist) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), begin, end, load_pack);
     } else if constexpr (!FULL) {
       if (all_exist && one_slope) return write_parts(Parts<CLAMPED_OFFSET>());
     }
@@ -260,10 +259,10 @@ struct GlobalRowPart {
   ANL_DEVICE void write_rest(const Program& program, const RowGradient<T, FULL>& gradient, T logit, bool packs_written) const {
     const S target_value = narrow<S>(gradient.row.target);
     if (grad && packs_written && target_pack >= 0) grad[target] = target_value;
-    if (!edge_grad) return;
+    if (!grad || edge == NO_EDGE) return;
     by_parts<FULL>(program, [&](auto parts) {
       const T value = gradient.template at<decltype(parts)::value>(logit);
-      *edge_grad = edge_is_target ? target_value : narrow<S>(value);
+      grad[edge] = edge_is_target ? target_value : narrow<S>(value);
     });
   }
 
@@ -278,7 +277,7 @@ struct GlobalRowPart {
       for (int i = threadIdx.x; i < packs; i += blockDim.x) store16<Cache::STREAM>(grad + int64_t(i) * P, bits);
     else
       for (int j = threadIdx.x; j < packs * P; j += blockDim.x) grad[j] = element;
-    if (edge_grad) *edge_grad = element;
+    if (edge != NO_EDGE) grad[edge] = element;
   }
 
   template <bool FULL, int E>

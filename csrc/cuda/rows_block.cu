@@ -1,9 +1,8 @@
 // A row in one CTA's shared memory: read once, swept there, its gradient written once.
 //
-// Several CTAs share a multiprocessor, so that one computes while another loads. Sums are float32 in a thread and a warp
-// (float64 for float64), and float64 from warp to warp.
+// Several CTAs share a multiprocessor, so that one computes while another loads. A thread sweeps the packs that it copied.
+#include "chip_rows.cuh"
 #include "plans.h"
-#include "staged.cuh"
 
 namespace anl {
 namespace gpu {
@@ -11,76 +10,28 @@ namespace {
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
+constexpr int REGISTERS = 80;               // per thread, of lean kernels
 constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides the row
 
-// What the warps of a CTA tell one another of a row.
-template <class T, bool FULL>
-struct Exchange {
-  T max[MAX_WARPS];
-  AnchoredSums<double, FULL> first[MAX_WARPS];
-  SecondSums<Scalar<double>, FULL> second[MAX_WARPS];
-  RowSweep<T> sweep;
-  RowGradient<T, FULL> gradient;
-  bool sweeps_again;
-};
+template <class S>
+struct BlockChip {
+  uint4* const packs;
 
-template <class S, bool FULL>
-struct BlockRow {
-  using T = acc_t<S>;
-
-  const Params& p;
-  Exchange<T, FULL>& shared;
-  const StagedRow<S>& staged;
-
-  // The row's sums, in warp 0.
-  ANL_DEVICE AnchoredSums<double, FULL> first_sums() const {
-    auto s = none<AnchoredSums<T, FULL>>();
-    staged.each([&](T z) { s.max = z > s.max ? z : s.max; });
-    s.max = block_reduce(s.max, Largest<T>(), shared.max);
-    const T anchor = s.anchor();
-    staged.each([&](T z) { s.add(z, anchor); });
-    return block_merge(s, shared.first);
+  ANL_DEVICE void load(const GlobalRowPart<S>& part) const {
+    for (int i = threadIdx.x; i < part.packs; i += blockDim.x) copy_async16(packs + i, part.logits + int64_t(i) * PACK<S>);
+    copy_async_commit();
   }
-
-  ANL_DEVICE SecondSums<Scalar<double>, FULL> second_sums() const {
-    auto s = none<SecondSums<Scalar<T>, FULL>>();
-    const RowSweep<T> sweep = shared.sweep;
-    sweep.run(s, [&](const auto& add) { staged.each(add); });
-    return block_merge(s, shared.second);
+  template <class F>
+  ANL_DEVICE void each(const GlobalRowPart<S>& part, bool, const F& f) const {
+    f(0, part.packs, packs);
   }
-
-  // The row's loss, in warp 0, which does the row's mathematics; its gradient is then in shared.gradient.
-  ANL_DEVICE T run(int64_t r, T z_y, T weight, double denominator) const {
-    const Program& program = p.call.program;
-    const bool first_warp = threadIdx.x < WARP, writes = threadIdx.x == 0;
-    const AnchoredSums<double, FULL> sums = first_sums();
-    Row<T> row = {};
-    if (first_warp) {
-      row.set_first_sums(program, sums, z_y);
-      if (writes) {
-        shared.sweep = row.sweep(program);
-        shared.sweeps_again = row.second;
-      }
-    }
-    if (needs_second(program)) {
-      __syncthreads();
-      if (shared.sweeps_again) {
-        const auto again = second_sums();
-        if (first_warp) row.set_second_sums(program, again);
-      }
-    }
-    T loss = T(0);
-    if (first_warp) {
-      if (p.call.op == Op::STATS) {
-        if (writes) write_statistics(p, r, row);
-      } else {
-        RowGradient<T, FULL> gradient;
-        loss = finish_row<T, FULL>(p, r, row, weight, denominator, writes, gradient);
-        if (writes) shared.gradient = gradient;
-      }
-    }
-    __syncthreads();
-    return loss;
+  template <class Sums>
+  ANL_DEVICE Sums merge_first(const Sums& own) const {
+    return own;
+  }
+  template <class Sums>
+  ANL_DEVICE Sums merge_second(const Sums& own) const {
+    return own;
   }
 };
 
@@ -88,41 +39,30 @@ template <class S, bool FULL>
 __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3)
     rows_block_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
-  using Exchanged = Exchange<T, FULL>;
-  ANL_SHARED(S, memory);
-  ANL_STATIC_SHARED(Exchanged, shared);
+  using Memory = RowMemory<S, FULL, MAX_WARPS>;
+  ANL_SHARED(uint4, packs);
+  ANL_STATIC_SHARED(Memory, shared);
   const Call& call = p.call;
-  const double denominator = loss_denominator<T>(p);
-  double total = 0.0;
-  const int64_t rows = p.plan.block.rows_per_cta, begin = blockIdx.x * rows;
-  const int64_t end = begin + rows < p.num_rows ? begin + rows : p.num_rows;
-  for (int64_t r = begin; r < end; ++r) {
+  shared.start(loss_denominator<T>(p));
+  const BlockChip<S> chip = {packs};
+  for (int64_t r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
     const int64_t y = label_at(call, r);
     const Label kind = label_kind(call, y);
-    S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
-    if (kind != Label::LIVE) {
-      if (threadIdx.x == 0) total += double(write_unread_row<T>(p, r, kind));
-      if (grad) fill(grad, call.num_classes, unread_value<T>(kind));
-      continue;
-    }
     const S* logits = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
-    const StagedRow<S> staged(memory, logits, int(call.num_classes));
-    staged.load();
-    const T z_y = widen(logits[y]);
-    staged.wait_and_mask(y);
-    __syncthreads();
-    const BlockRow<S, FULL> row = {p, shared, staged};
-    total += double(row.run(r, z_y, row_weight<T>(call, y, kind), denominator));
-    if (grad) {
-      const RowGradient<T, FULL> gradient = shared.gradient;
-      by_parts<FULL>(call.program, [&](auto parts) {
-        const auto value = [&](T z) { return gradient.template at<decltype(parts)::value>(z); };
-        staged.store(grad, y, gradient.row.target, value);
-      });
+    S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
+    const GlobalRowPart<S> part(logits, grad, call.num_classes, y, 0, INT32_MAX, true);
+    if (kind == Label::LIVE) {
+      chip.load(part);
+      copy_async_wait<0>();
+      const ChipRow live = {r, y, p.plan.block.packs, true};
+      run_chip_row<S, FULL>(p, live, part, chip, shared);
+      if (!live.packs) __syncthreads();  // a thread has written the gradient of packs that others copied
+    } else {
+      if (threadIdx.x == 0) shared.loss += double(write_unread_row<T>(p, r, kind));
+      if (grad) part.fill(unread_value<T>(kind), p.plan.block.packs);
     }
-    __syncthreads();
   }
-  finish_loss<T>(p, blockIdx.x, total, denominator);
+  finish_loss<T>(p, blockIdx.x, shared.loss, shared.denominator);
 }
 
 template <class S, bool FULL>
@@ -131,20 +71,27 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   return ANL_LAUNCH((rows_block_kernel<S, FULL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p);
 }
 
-}  // namespace
+int64_t row_bytes(const Call& call) { return ceil_div(call.num_classes * logit_bytes(call), PACK_BYTES) * PACK_BYTES; }
 
-bool fits_block(const Call& call, const Limits& limits, int ctas) {
-  const int64_t bytes = staged_row_bytes(call) + STATIC_SHARED + RESERVED_SHARED;
-  return ctas * bytes <= limits.shared_bytes + RESERVED_SHARED;
+// How many CTAs with a row each a multiprocessor has shared memory for.
+int64_t ctas_for(const Call& call, const Limits& limits) {
+  return (limits.shared_bytes + RESERVED_SHARED) / (row_bytes(call) + STATIC_SHARED + RESERVED_SHARED);
 }
 
+}  // namespace
+
+bool fits_block(const Call& call, const Limits& limits, int ctas) { return ctas_for(call, limits) >= ctas; }
+
+// No more CTAs than run at a time: each takes every so many rows.
 Plan plan_block(const Call& call, const Limits& limits) {
-  const int64_t bytes = staged_row_bytes(call);
-  const BlockPlan block = {ceil_div(rows_of(call), LOSS_PARTS)};
-  Plan plan = plan_of_rows(Kernel::BLOCK, call, threads_for(bytes / PACK_BYTES / 4, MAX_THREADS, limits),
-                           block.rows_per_cta);
-  plan.shared_bytes = bytes;
-  plan.block = block;
+  Plan plan = {};
+  plan.kernel = Kernel::BLOCK;
+  plan.threads = threads_for(row_bytes(call) / PACK_BYTES / 4, MAX_THREADS, limits);
+  plan.cluster = 1;
+  plan.shared_bytes = row_bytes(call);
+  const int64_t ctas = std::min<int64_t>(ctas_for(call, limits), limits.registers / (plan.threads * REGISTERS));
+  plan.blocks = plan.loss_parts = std::min(rows_of(call), limits.num_sms * std::max<int64_t>(1, ctas));
+  plan.block = {equally_aligned(call)};
   return plan;
 }
 

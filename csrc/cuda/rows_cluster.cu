@@ -3,8 +3,9 @@
 // Every CTA keeps its part of a row in a ring of chunks, which bulk copies fill. The first sweep takes a chunk as soon as
 // it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell one
 // another what they have found by one message per sweep, which the receiver's barrier counts.
+#include "chip_rows.cuh"
+#include "chip_rows.cuh"
 #include "clusters.cuh"
-#include "long_rows.cuh"
 #include "plans.h"
 
 namespace anl {
@@ -15,7 +16,7 @@ constexpr int MAX_THREADS = 512;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
-constexpr int64_t STATIC_SHARED = 6 << 10;
+constexpr int64_t STATIC_SHARED = 7 << 10;
 constexpr int CHUNK_PACKS = TILE_PACKS<float>;  // per thread
 
 // Which chunk is copied next; thread 0's.
@@ -40,20 +41,11 @@ struct Gathered {
 
 template <class S, bool FULL>
 struct Shared {
-  using T = acc_t<S>;
-  using First = AnchoredSums<double, FULL>;
-  using Second = SecondSums<Scalar<double>, FULL>;
+  RowMemory<S, FULL, MAX_WARPS> row;
   Barrier filled[MAX_SLOTS], emptied[MAX_SLOTS];
   Copier<S> copier;
-  union {  // by warp
-    First first[MAX_WARPS];
-    Second second[MAX_WARPS];
-  };
-  Gathered<First> first_of[2];  // rows take turns
-  Gathered<Second> second_of[2];
-  RowSweep<T> sweep;
-  RowGradient<T, FULL> gradient;
-  bool sweeps_again, all_exist;
+  Gathered<AnchoredSums<double, FULL>> first_of[2];  // rows take turns
+  Gathered<SecondSums<Scalar<double>, FULL>> second_of[2];
 };
 
 template <class S, bool FULL>
@@ -137,7 +129,7 @@ struct ClusterRows {
   // f(begin, end, load) for every chunk of the row, which is waited for. `last`: this is the last sweep over them, and
   // chunks that follow take their places.
   template <class F>
-  ANL_DEVICE void each_chunk(const Part& part, bool last, const F& f) const {
+  ANL_DEVICE void each(const Part& part, bool last, const F& f) const {
     int s = slot;
     unsigned turns = round;
     for (int begin = 0; begin < part.packs; begin += chunk()) {
@@ -193,83 +185,13 @@ struct ClusterRows {
     return merge_places<Sums>(gathered.of_rank, ranks);
   }
 
-  ANL_DEVICE typename Memory::First first_sums(const Part& part, T edge) const {
-    auto sums = none<AnchoredSums<T, FULL>>();
-    each_chunk(part, false, [&](int begin, int end, const uint4* data) {
-      part.first_sweep(sums, begin, end, [&](int i) { return data[i]; });
-    });
-    add_edge(sums, edge);
-    const auto own = block_merge(sums, shared.first);
-    return threadIdx.x < WARP ? exchange(own, shared.first_of[turn]) : own;
+  template <class First>
+  ANL_DEVICE First merge_first(const First& own) const {
+    return exchange(own, shared.first_of[turn]);
   }
-
-  ANL_DEVICE typename Memory::Second second_sums(const Part& part, T edge) const {
-    auto sums = none<SecondSums<Scalar<T>, FULL>>();
-    const RowSweep<T> sweep = shared.sweep;
-    each_chunk(part, false, [&](int begin, int end, const uint4* data) {
-      part.second_sweep(sums, sweep, begin, end, [&](int i) { return data[i]; });
-    });
-    add_edge(sums, sweep, edge);
-    const auto own = block_merge(sums, shared.second);
-    return threadIdx.x < WARP ? exchange(own, shared.second_of[turn]) : own;
-  }
-
-  ANL_DEVICE void write_gradient(const Part& part, T edge) const {
-    const Program& program = p.call.program;
-    const RowGradient<T, FULL> gradient = shared.gradient;
-    const bool all_exist = shared.all_exist;
-    each_chunk(part, true, [&](int begin, int end, const uint4* data) {
-      if (!part.grad) return;
-      if (p.plan.ring.packs) {
-        const auto load = [&](int i) { return data[i]; };
-        part.template write_gradient<FULL, Cache::STREAM>(program, gradient, all_exist, begin, end, load);
-      } else {
-        const auto load = [&](int j) { return reinterpret_cast<const S*>(data)[j]; };
-        part.template write_elements<FULL>(program, gradient, begin, end, load);
-      }
-    });
-    part.template write_rest<FULL>(program, gradient, edge, p.plan.ring.packs);
-  }
-
-  // The row's loss, in warp 0, which does the row's mathematics.
-  ANL_DEVICE T run(int64_t r, int64_t y, double denominator) {
-    const Part part = part_of(r, y);
-    const Program& program = p.call.program;
-    const bool first_warp = threadIdx.x < WARP, writes = threadIdx.x == 0 && first_pack == 0;
-    const T edge = part.edge_logit();
-    const S* logits = static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, r);
-    const T z_y = first_warp ? widen(logits[y]) : T(0);
-    const typename Memory::First sums = first_sums(part, edge);
-    Row<T> row;
-    if (first_warp) {
-      row.set_first_sums(program, sums, z_y);
-      if (threadIdx.x == 0) {
-        shared.sweep = row.sweep(program);
-        shared.sweeps_again = row.second;
-        shared.all_exist = sums.sums.of[COUNT] == double(p.call.num_classes - 1);
-      }
-    }
-    if (needs_second(program)) {
-      __syncthreads();
-      if (shared.sweeps_again) {
-        const typename Memory::Second again = second_sums(part, edge);
-        if (first_warp) row.set_second_sums(program, again);
-      }
-    }
-    T loss = T(0);
-    if (first_warp) {
-      if (p.call.op == Op::STATS) {
-        if (writes) write_statistics(p, r, row);
-      } else {
-        RowGradient<T, FULL> gradient;
-        loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, Label::LIVE), denominator, writes, gradient);
-        if (threadIdx.x == 0) shared.gradient = gradient;
-      }
-    }
-    __syncthreads();
-    write_gradient(part, edge);
-    leave(part);
-    return loss;
+  template <class Second>
+  ANL_DEVICE Second merge_second(const Second& own) const {
+    return exchange(own, shared.second_of[turn]);
   }
 };
 
@@ -280,22 +202,24 @@ __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_
   using Memory = Shared<S, FULL>;
   static_assert(sizeof(Memory) + 1024 <= STATIC_SHARED, "finish_loss has some, too");
   ANL_STATIC_SHARED(Memory, shared);
-  const double denominator = loss_denominator<T>(p);
+  shared.row.start(loss_denominator<T>(p));
   const int64_t cluster = blockIdx.x / unsigned(p.plan.cluster), rank = blockIdx.x % unsigned(p.plan.cluster);
   ClusterRows<S, FULL> rows = {p, shared, ring, rank * p.plan.ring.packs_per_cta};
   rows.start();
-  double total = 0.0;
   for (int64_t r = cluster; r < p.num_rows; r += rows.num_clusters()) {
     const int64_t y = label_at(p.call, r);
     const Label kind = label_kind(p.call, y);
     if (kind == Label::LIVE) {
-      total += double(rows.run(r, y, denominator));
+      const auto part = rows.part_of(r, y);
+      const ChipRow live = {r, y, p.plan.ring.packs, rank == 0};
+      run_chip_row<S, FULL>(p, live, part, rows, shared.row);
+      rows.leave(part);
       continue;
     }
-    if (threadIdx.x == 0 && rank == 0) total += double(write_unread_row<T>(p, r, kind));
+    if (threadIdx.x == 0 && rank == 0) shared.row.loss += double(write_unread_row<T>(p, r, kind));
     if (p.call.grad) rows.part_of(r, y).fill(unread_value<T>(kind), p.plan.ring.packs);
   }
-  if (rank == 0) finish_loss<T>(p, cluster, total, denominator);
+  if (rank == 0) finish_loss<T>(p, cluster, shared.row.loss, shared.row.denominator);
 }
 
 template <class S, bool FULL>
