@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from machine import State, effect, forget
-from opcodes import COMBINE, COMPARE, WORD, Operand, as_double, as_float, float_bits, lift, lift_bits, lookup, lookup_bits, permute, shift, signed, tidy
+from machine import effect, forget
+from opcodes import (
+    COMBINE,
+    COMPARE,
+    WORD,
+    as_double,
+    as_float,
+    float_bits,
+    lift,
+    lift_bits,
+    lookup_bits,
+    permute,  # fmt: skip
+    shift,
+    signed,
+    tidy,
+)
 
 
 def single(function):
@@ -49,7 +63,8 @@ def multiply_add(state, op, mask):
     sign = (lambda x: x) if "U32" in op.words else signed
     kind, name = op.results[0]
     x, y = state.word(a), state.word(b)
-    product = 0 if 0 in (x, y) and type(x) is not list and type(y) is not list else lift(lambda p, q: sign(p) * sign(q), x, y)
+    nothing = type(x) is not list and type(y) is not list and 0 in (x, y)  # whatever the other is
+    product = 0 if nothing else lift(lambda p, q: sign(p) * sign(q), x, y)
     if "WIDE" in op.words or "HI" in op.words:
         high = (lambda w: 0 if "U32" in op.words or w < 1 << 31 else WORD) if c.kind == "int" else None
         low, top = state.word(c), lift(high, state.word(c)) if high else state.word(c, 1)
@@ -123,7 +138,9 @@ def choose(state, op, a, b):
 
 
 effect("SEL")(single(lambda s, o: choose(s, o, *words_of(s, o, 2))))
-effect("FSEL")(single(lambda s, o: choose(s, o, *[None if x.minus or x.absolute else s.word(x) for x in o.sources[:2]])))
+effect("FSEL")(
+    single(lambda s, o: choose(s, o, *[None if x.minus or x.absolute else s.word(x) for x in o.sources[:2]]))
+)
 
 
 @effect("VIMNMX", "IMNMX")
@@ -152,7 +169,7 @@ def comparison(state, op, mask, value, combine):
     """Puts a comparison's result and its opposite, each with what the modifiers combine it with."""
     third = state.predicate(op.sources[2])
     for i, (kind, name) in enumerate(op.results):
-        one = lift(lambda x: int(x) ^ i, value)
+        one = lift(lambda x, i=i: int(x) ^ i, value)
         short = {"AND": 0, "OR": 1}.get(combine)
         known = short if short is not None and short in (one, third) else lift(COMBINE[combine], one, third)
         state.put(op, mask, kind, name, known)
@@ -194,7 +211,7 @@ def float_comparison(state, op, mask, words, number):
     infinite = float("inf")
 
     def one(a, b):
-        if a is None and b is None or None in (a, b) and abs(b if a is None else a) != infinite:
+        if (a is None and b is None) or (None in (a, b) and abs(b if a is None else a) != infinite):
             return None
         if a != a or b != b:
             return int(name.endswith("U"))
@@ -262,9 +279,16 @@ def extreme_of_floats(state, op, mask):
 def predicate_logic(state, op, mask):
     a, b, c = [state.predicate(o) for o in op.sources[:3]]
     for (kind, name), table in zip(op.results, [o.name for o in op.sources[3:5]]):
-        value = lift(lambda x, y, z: lookup(x, y, z, table, 1), a, b, c)
-        if value is None:  # perhaps it does not depend on what is not known
-            values = {lookup(x, y, z, table, 1) for x in ([a] if type(a) is int else [0, 1])
-                      for y in ([b] if type(b) is int else [0, 1]) for z in ([c] if type(c) is int else [0, 1])}  # fmt: skip
-            value = values.pop() if len(values) == 1 else None
-        state.put(op, mask, kind, name, value)
+        pairs = lift_bits(lambda *known, table=table: lookup_bits(table, *known), *(first_bit(p) for p in (a, b, c)))
+        state.put(op, mask, kind, name, as_predicate(pairs))
+
+
+def first_bit(value):
+    """A predicate as a word whose other bits are 0."""
+    one = lambda x: (0, 1) if x is None else x
+    return [one(x) for x in value] if type(value) is list else one(value)
+
+
+def as_predicate(value):
+    one = lambda x: None if x is None or (type(x) is tuple and x[1] & 1) else (x[0] if type(x) is tuple else x) & 1
+    return tidy([one(x) for x in value]) if type(value) is list else one(value)

@@ -1,4 +1,4 @@
-"""A warp's registers, and what every instruction does to those that are known (walk.py walks; opcodes.py has the values)."""
+"""A warp's registers, and instructions as walk.py runs them; arithmetic.py and transfers.py have what they do."""
 
 from __future__ import annotations
 
@@ -53,13 +53,16 @@ class Op:
     conditions: list[Operand] = field(default_factory=list)  # more predicates of a branch
     results: list[tuple[str, int]] = field(default_factory=list)  # registers written
     sources: list[Operand] = field(default_factory=list)
+    reads: frozenset = frozenset()  # registers
     execute: object = None
+
+
+WIDTHS = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
 
 
 def width(opcode: str) -> int:
     """Bytes that a lane loads or stores."""
-    words = opcode.split(".")
-    return next((n for word, n in (("128", 16), ("64", 8), ("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)) if word in words), 4)
+    return next((WIDTHS[word] for word in opcode.split(".") if word in WIDTHS), 4)
 
 
 def result_registers(op: Op) -> int:
@@ -73,7 +76,8 @@ def result_registers(op: Op) -> int:
     if op.base == "LDSM":
         return int(words[-1]) if words[-1].isdigit() else 1
     if op.base in ("F2F", "F2I", "I2F", "FRND"):
-        return 2 if op.words and op.words[0] in ("F64", "S64", "U64") and not (op.base == "I2F" and op.words[0] != "F64") else 1
+        wide = ("F64",) if op.base == "I2F" else ("F64", "S64", "U64")  # of what it makes
+        return 2 if op.words[:1] and op.words[0] in wide else 1
     if op.base == "CS2R":
         return 1 if "32" in words else 2
     return 1
@@ -109,14 +113,21 @@ def compile_one(instruction: Instruction) -> Op:
     op.sources = list(op.operands)
     if op.base not in NO_RESULT:
         take_results(op)
+    op.reads = frozenset((o.kind, o.name) for o in op.sources if o.kind in ("R", "UR") and o.name != "RZ")
+    if memory := [o.name[0] for o in op.sources if o.kind == "memory" and o.name[0] not in (None, "RZ", "URZ")]:
+        op.reads |= {("R", int(name[1:])) for name in memory}
     op.execute = EFFECTS.get(op.base) or EFFECTS.get(op.base[1:] if op.base.startswith("U") else "", forget)
     return op
 
 
 # Opcodes with several results: their kinds, in order; of P there may be fewer.
-RESULTS = {"LOP3": "PR", "SHFL": "PR", "ATOMG": "PR", "ATOM": "PR", "R2UR": "PR", "ELECT": "PR", "MATCH": "PR", "B2R": "RP",
-           "IADD3": "RPP", "LEA": "RP", "IMAD": "RP", "VIADD": "RP", "ISETP": "PP", "FSETP": "PP", "DSETP": "PP",
-           "HSETP2": "PP", "PLOP3": "PP", "VOTE": "RP", "VOTEU": "RP"}  # fmt: skip
+RESULTS = {
+    "PR": "LOP3 SHFL ATOMG ATOM R2UR ELECT MATCH",
+    "RPP": "IADD3",
+    "RP": "LEA IMAD VIADD VOTE VOTEU B2R",
+    "PP": "ISETP FSETP DSETP HSETP2 PLOP3",
+}
+RESULTS = {base: kinds for kinds, bases in RESULTS.items() for base in bases.split()}  # fmt: skip
 
 
 def take_results(op: Op) -> None:
@@ -209,15 +220,17 @@ class State:
         kind, number = ("UR", name[2:]) if name.startswith("U") else ("R", name[1:])
         return self.files[kind][int(number) + high]
 
+    def pair(self, name: str):
+        """The 64 bits of a register and the one after it."""
+        return lift(lambda a, b: a | b << 32, self.register(name), self.register(name, 1))
+
     def place(self, base: str | None, wide: bool, uniform: str | None, offset: int):
         """An address."""
         parts = [0]
         if base:
-            low = self.register(base)
-            parts.append(lift(lambda a, b: a | b << 32, low, self.register(base, 1)) if wide and base != "RZ" else low)
+            parts.append(self.pair(base) if wide else self.register(base))
         if uniform:
-            low = self.register(uniform)
-            parts.append(lift(lambda a, b: a | b << 32, low, self.register(uniform, 1)) if wide and uniform != "URZ" and not base else low)
+            parts.append(self.pair(uniform) if wide and not base else self.register(uniform))
         total = lift(lambda *all: sum(all) + offset, *parts)
         return lift(lambda x: x & (0xFFFFFFFFFFFFFFFF if wide else WORD), total)
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from dataclasses import dataclass
+from pipes import pipe_of
 
 from binaries import one_kernel
 from disassembly import Kernel, kernels
-from opcodes import pipe_of
 from scenario import Case, Launch, is_full, kernel_of, launch_of, walk_launch
 from walk import Lost, Trace
 
@@ -84,7 +84,7 @@ def check(counts: Counts) -> None:
 
 
 def loops_of(counts: Counts) -> list[tuple[str, float, str]]:
-    """(where, instructions per class, what is in it) for the innermost loops, and for what is in none that runs much."""
+    """(where, instructions per class, what is in it): of every loop, without the loops within it."""
     code = counts.kernel.instructions
     place = {i.address: n for n, i in enumerate(code)}
     taken: set[int] = set()
@@ -96,7 +96,8 @@ def loops_of(counts: Counts) -> list[tuple[str, float, str]]:
         if share >= 0.05:
             what = Counter(code[i].opcode for i in indices if counts.trace.issued[i] and is_notable(code[i].opcode))
             text = " ".join(f"{n} {name}" for name, n in what.most_common(6))
-            rows.append((f"loop at {loop.instructions[0].address:#x}, run {counts.trace.issued[indices[0]]:.0f} times", share, text))
+            where = f"loop at {loop.instructions[0].address:#x}, run {counts.trace.issued[indices[0]]:.0f} times"
+            rows.append((where, share, text))
     rest = sum(32 * n for i, n in counts.trace.issued.items() if i not in taken) / counts.elements
     return [*sorted(rows, key=lambda row: -row[1]), ("in no loop", rest, "")]
 
@@ -109,9 +110,12 @@ def show(counts: Counts, with_loops: bool) -> None:
     case, launch, kernel = counts.case, counts.launch, counts.kernel
     pipes = ", ".join(f"{name} {n:.2f}" for name, n in counts.pipes().items())
     print(f"{kernel.name}, sm_{counts.arch}, {case.loss}, {case.rows} x {case.classes}")
-    print(f"  {launch.grid} CTAs of {launch.block} threads, clusters of {launch.cluster}, {launch.shared_bytes} bytes of "
-          f"dynamic and {kernel.shared} of static shared memory, {kernel.registers} registers")  # fmt: skip
-    print(f"  instructions per class: {counts.total:.2f} ({pipes}); MUFU.EX2 {counts.opcode('MUFU.EX2'):.2f}")
+    memory = f"{launch.shared_bytes} + {kernel.shared} bytes of shared memory"
+    print(
+        f"  {launch.grid} CTAs of {launch.block} threads, clusters of {launch.cluster}, {memory}, {kernel.registers} registers"
+    )
+    exps = counts.opcode("MUFU.EX2")
+    print(f"  instructions per class: {counts.total:.2f} ({pipes}); MUFU.EX2 {exps:.2f}")
     if with_loops:
         for where, share, what in loops_of(counts):
             print(f"  {share:7.2f}  {where}  {what}")
@@ -129,7 +133,8 @@ def main() -> None:
     parser.add_argument("--loops", action="store_true", help="by loop")
     options = parser.parse_args()
     rows = options.N or max(1, (1 << 30) // options.K // options.pixels) * options.pixels
-    case = Case(options.dtype, options.loss, options.K, rows, options.pixels, DEVICE_OF_ARCH[options.arch], options.gradient)
+    device = DEVICE_OF_ARCH[options.arch]
+    case = Case(options.dtype, options.loss, options.K, rows, options.pixels, device, options.gradient)
     show(count(case, options.arch), options.loops)
 
 

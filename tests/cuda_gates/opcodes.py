@@ -1,8 +1,8 @@
 """What machine instructions do to integers, as far as a walk through a kernel needs it (walk.py).
 
 A value is an int (32 bits, the same in every lane), None (not known), a pair (the bits that are known, and which are
-not), or a list of 32 such, one per lane. What stands here is only what decides addresses, loops and branches: everything
-else leaves a value that is not known.
+not), or a list of 32 such, one per lane. What stands here is only what decides addresses, loops and branches:
+everything else leaves a value that is not known.
 """
 
 from __future__ import annotations
@@ -134,17 +134,8 @@ COMPARE = {
 COMBINE = {"AND": lambda a, b: a & b, "OR": lambda a, b: a | b, "XOR": lambda a, b: a ^ b}
 
 
-def lookup(a: int, b: int, c: int, table: int, bits: int = 32) -> int:
-    """LOP3's three-input function."""
-    mask, result = (1 << bits) - 1, 0
-    for i in range(8):
-        if table >> i & 1:
-            result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return result & mask
-
-
 def lookup_bits(table: int, *inputs: tuple[int, int]) -> tuple[int, int]:
-    """The same of numbers that are known in part, and the bits of the result that are not known."""
+    """LOP3's three-input function of (known bits, bits that are not known), and such a pair."""
     can = [[~x & WORD | u, x | u] for x, u in inputs]  # where a bit can be 0, 1
     zero = one = 0
     for i in range(8):
@@ -199,34 +190,3 @@ def reciprocal(x: int) -> int | None:
 def truncated(x: int, bits: int) -> int | None:
     number = as_float(x)
     return max(0, min(int(number), (1 << bits) - 1)) if abs(number) < 1e30 else None
-
-
-# ---- pipes -----------------------------------------------------------------------------------------------------------
-
-PIPES = {
-    "fma": "FADD FMUL FFMA FADD32I FMUL32I FFMA32I FSWZADD HFMA2 HADD2 HMUL2 IMAD IMUL FCHK",
-    "alu": "LOP3 LOP IADD3 IADD VIADD LEA SHF SHL SHR SEL FSEL FMNMX FMNMX3 FSETP FSET ISETP PRMT MOV PLOP3 IABS VIMNMX "
-    "VIMNMX3 VIADDMNMX IMNMX P2R R2P HMNMX2 HSET2 HSETP2 VHMNMX F2FP SGXT BMSK ICMP CS2R FLO_ VABSDIFF VABSDIFF4 I2FP "
-    "FRND_ I2IP HADD2_ DPX LEPC",
-    "xu": "MUFU F2F F2I I2F FRND POPC FLO BREV I2I",
-    "lsu": "LDG STG LDS STS LD ST LDL STL LDC SHFL ATOM ATOMS ATOMG RED LDGSTS LDSM STSM S2R MEMBAR FENCE CCTL SYNCS B2R "
-    "QSPC UBLKCP UBLKRED LDGDEPBAR DEPBAR ERRBAR CGAERRBAR REDUX MATCH MOVM",
-    "fp64": "DADD DMUL DFMA DSETP DMNMX",
-    "tensor": "HMMA IMMA DMMA BMMA QMMA",
-    "uniform": "UMOV ULDC UIADD3 UIMAD ULOP3 USHF ULEA USEL UISETP UPLOP3 UPRMT UP2UR UFLO UPOPC UBREV USGXT UBMSK S2UR R2UR "
-    "VOTEU UCGABAR_ARV UCGABAR_WAIT UF2FP UIADD UVIADD UVIMNMX UIABS UFADD UFMUL UFFMA UFSETP UFSEL LDCU UMEMSETS "
-    "CREDUX UR2UP UISETP3 UVIADDMNMX",
-    "branch": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BMOV BAR WARPSYNC ENDCOLLECTIVE YIELD NOP NANOSLEEP VOTE ELECT "
-    "KILL BPT PMTRIG WARPSYNC BRXU ACQBULK PREEXIT RPCMOV DEPBAR_ CALLREL ELECT_ CGAERRBAR_ UTMALDG UTMASTG UTMACMDFLUSH",
-}
-PIPE_OF = {base: pipe for pipe, bases in PIPES.items() for base in bases.split()}
-
-
-def pipe_of(opcode: str) -> str:
-    """The pipe that runs an instruction; ValueError for one that is not known here."""
-    base = opcode.split(".")[0]
-    if base in ("F2F", "F2I", "I2F", "FRND") and any(word in opcode for word in ("F64", "S64", "U64")):
-        return "convert64"
-    if base not in PIPE_OF:
-        raise ValueError(f"no pipe is known for {opcode}: add it to tests/cuda_gates/opcodes.py")
-    return PIPE_OF[base]

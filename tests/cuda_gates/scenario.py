@@ -1,4 +1,4 @@
-"""A launch as the host side makes it, and what the warps of a CTA do in it: plans, parameters and constants for walk.py."""
+"""A launch as the host side makes it, with its plan, parameters and constants, and what the warps of a CTA do in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from walk import Graph, Trace, Walk
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # of csrc/call.h
 DTYPES = {"float32": (FLOAT32, 4, "float"), "float64": (FLOAT64, 8, "double"), "float16": (FLOAT16, 2, "half_t"),
           "bfloat16": (BFLOAT16, 2, "bfloat16_t")}  # fmt: skip
-LOGITS, GRAD, TARGET, LOSS, COEFS, FACTOR, SCRATCH = (i << 40 for i in range(1, 8))  # addresses of memory that is not there
+LOGITS, GRAD, TARGET, LOSS, COEFS, FACTOR, SCRATCH = (i << 40 for i in range(1, 8))  # memory that is not there
 LABEL_BYTES = 8
 MEAN = 1
 
@@ -55,7 +55,7 @@ def kernels_of_build() -> dict[int, tuple[str, tuple[str, ...]]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A call: rows x classes of a dtype, contiguous; pixels > 1: (rows / pixels, classes, pixels) with pixels innermost."""
+    """A call: rows x classes, contiguous; pixels > 1: (rows / pixels, classes, pixels) with pixels innermost."""
 
     dtype: str = "bfloat16"
     loss: str = "anl_ce"
@@ -79,7 +79,7 @@ class Launch:
     """The kernel's own launch: its plan, and its parameters as they lie in constant memory."""
 
     kernel: str  # rows_small_kernel
-    parameters_of_template: tuple[str, ...]  # ("bfloat16_t", "8", "false")
+    template: tuple[str, ...]  # ("bfloat16_t", "8", "false")
     grid: int
     block: int
     cluster: int
@@ -108,7 +108,8 @@ def launch_of(case: Case) -> Launch:
                             FACTOR, 0, 0, 0, where)  # fmt: skip
         else:
             program = module.Program(terms, 1e-7, gamma, needs)
-            module.row_loss(program, code, shape, LOGITS, strides, GRAD, strides, TARGET, 0, -100, 0, MEAN, LOSS, 0, where)
+            grad = (GRAD, strides)
+            module.row_loss(program, code, shape, LOGITS, strides, *grad, TARGET, 0, -100, 0, MEAN, LOSS, 0, where)
         sizes, pointer, count = (ctypes.c_uint64 * 5)(), ctypes.c_void_p(), ctypes.c_uint64()
         if not library.anl_host_recorded(sizes, ctypes.byref(pointer), ctypes.byref(count)):
             raise RuntimeError(f"nothing was launched for {case}")
@@ -121,10 +122,11 @@ def launch_of(case: Case) -> Launch:
 def is_full(case: Case) -> bool:
     """Whether a call takes the full kernels (csrc/call.h)."""
     calls = host_build()[2]
-    return case.dtype == "float64" or bool(calls.LOSSES[case.loss][2] & (calls.FOCAL | calls.FOCAL_ABOVE | calls.SQUARES))
+    few = calls.FOCAL | calls.FOCAL_ABOVE | calls.SQUARES
+    return case.dtype == "float64" or bool(calls.LOSSES[case.loss][2] & few)
 
 
-# ---- constant memory ----------------------------------------------------------------------------------------------------
+# ---- constant memory -------------------------------------------------------------------------------------------------
 
 
 def sections(binary: Path) -> dict[str, bytes]:
@@ -195,7 +197,10 @@ class Constants:
         return None
 
 
-# ---- a CTA ------------------------------------------------------------------------------------------------------------
+FEW_ROWS = 4
+
+
+# ---- a CTA -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -235,13 +240,14 @@ def walk_block(graph: Graph, kernel: Kernel, binary: Path, launch: Launch, arch:
 
 
 def kernel_of(launch: Launch, found: list[Kernel]) -> Kernel:
-    matching = [k for k in found if k.base_name == launch.kernel and tuple(k.parameters) == launch.parameters_of_template]
+    wanted = (launch.kernel, launch.template)
+    matching = [k for k in found if (k.base_name, tuple(k.parameters)) == wanted]
     if len(matching) != 1:
-        raise LookupError(f"{launch.kernel}<{', '.join(launch.parameters_of_template)}> is not among {[k.name for k in found]}")
+        raise LookupError(f"{launch.kernel}<{', '.join(launch.template)}> is not among {[k.name for k in found]}")
     return matching[0]
 
 
-def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, most_rows: int = 4) -> tuple[Trace, float, list[Trace]]:
+def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case) -> tuple[Trace, float, list[Trace]]:
     """(what a launch's warps issue for so many elements, elements, the first CTA's warps).
 
     Kernels whose CTAs go on with further rows are walked with few, and what another row takes is what counts."""
@@ -258,7 +264,7 @@ def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, most_rows: 
             total.add(other.whole, launch.cluster - 1)
         return total, first.warps
 
-    if rows <= most_rows or rows * case.classes <= 1 << 16:
+    if rows <= FEW_ROWS or rows * case.classes <= 1 << 16:
         total, warps = cluster(case, launch)
         return total, case.elements / clusters, warps
     few, more = (replace(case, rows=clusters * n) for n in (1, 3))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from machine import Lanes, effect, forget, nothing, width
 from opcodes import float_bits, float_up, lift, reciprocal, tidy, truncated
 
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +92,7 @@ def load_constant(state, op, mask):
         state.put(op, mask, kind, name + i, lift(lambda a, i=i: state.constant(bank, a + 4 * i, min(size, 4)), place))
 
 
-# ---- special registers -------------------------------------------------------------------------------------------------
+# ---- special registers -----------------------------------------------------------------------------------------------
 
 
 @effect("S2R", "S2UR")
@@ -127,7 +126,7 @@ def register_to_predicates(state, op, mask):
             state.put(op, mask, "P", i, value)
 
 
-# ---- lanes -------------------------------------------------------------------------------------------------------------
+# ---- lanes -----------------------------------------------------------------------------------------------------------
 
 
 @effect("SHFL")
@@ -161,7 +160,7 @@ def elect(state, op, mask):
         state.put(op, mask, kind, name, value)
 
 
-# ---- conversions, as divisions of integers make them -------------------------------------------------------------------
+# ---- conversions, as divisions of integers make them -----------------------------------------------------------------
 
 
 @effect("I2F", "I2FP")
