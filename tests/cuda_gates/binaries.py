@@ -15,6 +15,7 @@ from disassembly import run, tool
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KEPT = ROOT / "build" / "cuda_gates"
+ONE = ROOT / "tests" / "cuda_gates" / "one_kernel.cu"
 FLAGS = ["-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
 ARCHS = (80, 90, 100)
 PTX = 90  # what setup.py leaves as PTX for newer GPUs, and a driver compiles
@@ -29,7 +30,7 @@ def headers_of_all() -> list[Path]:
 
 
 def digest(source: Path, arch: int, flags) -> str:
-    headers = sorted(headers_of_all()) if CSRC in source.parents else []
+    headers = sorted(headers_of_all() + sources()) if CSRC in source.parents or source == ONE else []
     state = hashlib.sha256(repr((arch, flags)).encode() + run(tool("nvcc"), "--version").encode())
     for path in [source, *headers]:
         state.update(path.read_bytes())
@@ -49,6 +50,15 @@ def cubin(source: Path, arch: int, *flags: str) -> Path:
                 run(tool("nvcc"), *FLAGS, *flags, f"-arch=sm_{arch}", "-cubin", source, "-o", partial)
             partial.replace(path)
     return path
+
+
+def one_kernel(stem: str, arch: int, dtype: str, full: bool) -> Path:
+    """csrc/cuda/`stem`.cu for one dtype and variant alone: compiled in seconds."""
+    source = CSRC / "cuda" / f"{stem}.cu"
+    if not source.exists():
+        raise FileNotFoundError(source)
+    what = (f'-DANL_SOURCE="{source.name}"', f"-DANL_DTYPE={dtype.upper()}", f"-DANL_FULL={str(full).lower()}")
+    return cubin(ONE, arch, *what)
 
 
 def cubins(arch: int) -> dict[str, Path]:

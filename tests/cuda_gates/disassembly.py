@@ -83,6 +83,7 @@ class Kernel:
     shared: int
     local: int
     instructions: list[Instruction] = field(repr=False, default_factory=list)
+    symbol: str = ""  # mangled
 
     @property
     def spills(self) -> int:
@@ -126,7 +127,7 @@ def kernels(binary) -> list[Kernel]:
     }
     names = demangled([name for name, *_ in usage])
     return [
-        Kernel(names[name], *(int(n) for n in (registers, stack, shared, local)), code.get(name, []))
+        Kernel(names[name], *(int(n) for n in (registers, stack, shared, local)), code.get(name, []), name)
         for name, registers, stack, shared, local in usage
     ]
 

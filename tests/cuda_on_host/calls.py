@@ -251,4 +251,5 @@ def main():
         print("done:", name, *digests, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "host_devices.h"
 
@@ -150,6 +151,15 @@ std::atomic<unsigned> protocol_uses{0}, launches{0};  // since they were last re
 std::string to_refuse;                                // '1' for each launch that a test wants refused
 cudaError_t refusal = cudaErrorInvalidConfiguration;  // with this
 
+struct Recorded {
+  unsigned grid, block, cluster;
+  size_t shared;
+  uint64_t kernel;
+  std::string parameters;
+};
+bool is_recording = false;
+std::vector<Recorded> recorded;
+
 cudaError_t refused(const Refusal& refusal) {
   fprintf(stderr, "CUDA on the host: refused, %s (%s)\n", refusal.why, cudaGetErrorName(refusal.error));
   return answer(refusal.error);
@@ -165,6 +175,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   if (const Refusal no = refuse_launch(kernel, config, cluster); no.error) return refused(no);
   const unsigned number = launches++;
   if (number < to_refuse.size() && to_refuse[number] == '1') return refused({refusal, "as a test asks"});
+  if (recording()) return cudaSuccess;
   Launch launch = {config.gridDim, config.blockDim, cluster.size, config.dynamicSmemBytes, body, context};
   launch.identity = identity(function);
   launch.code = kernel.device.ptx;
@@ -176,6 +187,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
     case Outcome::REFUSED: return answer(cudaErrorInvalidValue);
     default: return answer(broken[current_device()] = cudaErrorLaunchFailure);
   }
+}
+
+bool recording() { return is_recording; }
+void record(const cudaLaunchConfig_t& config, const void* kernel, const Parameters& parameters) {
+  Cluster1d cluster;
+  read_attributes(config, cluster);
+  recorded.push_back({config.gridDim.x, config.blockDim.x, cluster.size, config.dynamicSmemBytes, identity(kernel),
+                      parameters.bytes});
 }
 
 void note_protocol() { protocol_uses.fetch_add(1, std::memory_order_relaxed); }
@@ -196,6 +215,22 @@ EXPORTED void anl_host_refuse(const char* launches_to_refuse, int error) {
   launches = 0;
   to_refuse = launches_to_refuse;
   refusal = cudaError_t(error);
+}
+// From now on launches are kept (on: and not run), instead of those that were.
+EXPORTED void anl_host_record(int on) {
+  is_recording = on != 0;
+  recorded.clear();
+}
+// How many launches were kept; the last one's grid, block, cluster, dynamic shared memory and kernel (where that is in the
+// module), and its parameters.
+EXPORTED unsigned anl_host_recorded(uint64_t sizes[5], const char** bytes, uint64_t* count) {
+  if (recorded.empty()) return 0;
+  const Recorded& last = recorded.back();
+  sizes[0] = last.grid, sizes[1] = last.block, sizes[2] = last.cluster, sizes[3] = last.shared;
+  sizes[4] = last.kernel;
+  *bytes = last.parameters.data();
+  *count = last.parameters.size();
+  return unsigned(recorded.size());
 }
 // ---- the runtime -----------------------------------------------------------------------------------------------------------
 

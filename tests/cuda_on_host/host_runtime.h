@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -120,6 +121,20 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 namespace anl {
 namespace host {
 
+// A kernel's parameters as they lie in its constant memory.
+struct Parameters {
+  std::string bytes;
+  template <class P>
+  void add(const P& parameter) {
+    bytes.resize((bytes.size() + alignof(P) - 1) / alignof(P) * alignof(P));
+    bytes.append(reinterpret_cast<const char*>(&parameter), sizeof(P));
+  }
+};
+
+// Whether launches are only kept, with their parameters, for what reads the kernels' machine code (tests/cuda_gates).
+bool recording();
+void record(const cudaLaunchConfig_t& config, const void* kernel, const Parameters& parameters);
+
 // The kernel as the engine runs it: body(context) in every thread.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context);
 
@@ -132,6 +147,11 @@ void note_protocol();
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
   std::tuple<P...> parameters(std::forward<A>(arguments)...);
+  if (anl::host::recording()) {
+    anl::host::Parameters all;
+    std::apply([&](const auto&... each) { (all.add(each), ...); }, parameters);
+    anl::host::record(*config, reinterpret_cast<const void*>(kernel), all);
+  }
   const auto body = [&] { std::apply(kernel, parameters); };
   using Body = decltype(body);
   return anl::host::launch(*config, reinterpret_cast<const void*>(kernel),

@@ -1,0 +1,262 @@
+"""Walks a warp through a kernel's machine code with what is known of its arguments, and counts what it issues.
+
+Integers that follow from the launch (parameters, thread and block numbers, labels) are computed; numbers that follow
+from logits are not known, but are neither infinite nor NaN. Where a branch depends on those, the walk takes the *plain
+path*: the side that reads memory or exchanges numbers, if one alone does; else the side with fewer instructions, or
+with the shorter loop, as rare cases are more work. A loop that may be left is left. What cannot be followed so raises
+Lost.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import arithmetic  # noqa: F401
+import transfers  # noqa: F401
+from disassembly import Instruction, dominators, natural_loops, successors
+from machine import Lanes, State, compiled
+from opcodes import tidy
+
+MOST = 5_000_000  # instructions of a warp
+SUBROUTINE = 30  # a call, where paths are compared
+TOGETHER = {"LDG", "LDS", "LD", "STG", "ST", "SHFL", "BAR", "HMMA", "LDSM", "LDGSTS", "RED", "UCGABAR_WAIT"}
+ENDS = {"EXIT", "KILL", "BPT", "RET"}
+
+
+class Lost(Exception):
+    """The walk does not know where to go on."""
+
+
+@dataclass(frozen=True)
+class Side:
+    instructions: frozenset[int]
+    least: int  # how many a warp issues there at least
+
+
+class Graph:
+    """A kernel's control flow: successors, where the two sides of a branch meet again, and what lies between."""
+
+    def __init__(self, code: list[Instruction], tables: dict[int, list[int]]):
+        self.code = code
+        self.index = {instruction.address: i for i, instruction in enumerate(code)}
+        self.after = successors(code)
+        for i, instruction in enumerate(code):
+            if instruction.base == "BRX":
+                self.after[i] = sorted({self.index[t] for t in tables.get(instruction.address, [])})
+            elif instruction.opcode.startswith("BRA.DIV") or instruction.base in ("BPT", "WARPSYNC"):
+                self.after[i] = [i + 1] if i + 1 < len(code) else []
+        self._meet = self._post_dominators()
+        self.loops = [frozenset(self.index[i.address] for i in loop.instructions) for loop in natural_loops(code)]
+        self._sides: dict[tuple[int, int], Side] = {}
+
+    def _post_dominators(self) -> list[int]:
+        n = len(self.code)  # node 0 is the end of everything, node i + 1 instruction i
+        before = [[] for _ in range(n + 1)]
+        for i, children in enumerate(self.after):
+            for child in children:
+                before[child + 1].append(i + 1)
+            if not children or self.code[i].base in ENDS:
+                before[0].append(i + 1)
+        return dominators(before)
+
+    def meet(self, i: int) -> int | None:
+        """The instruction that everything after i comes to; None: the end."""
+        immediate = self._meet[i + 1]
+        return immediate - 1 if immediate > 0 else None
+
+    def side(self, branch: int, first: int) -> Side:
+        """What lies between a successor of a branch and where its sides meet."""
+        if (branch, first) not in self._sides:
+            stop, least = self.meet(branch), 0 if first == self.meet(branch) else MOST
+            far = {first: 1} if least else {}  # instruction -> how many there are up to it, at least
+            level = list(far)
+            while level:
+                following = []
+                for node in level:
+                    if stop in self.after[node] or (stop is None and self.code[node].base in ENDS):
+                        least = min(least, far[node])
+                    here = far[node] + 1 + SUBROUTINE * (self.code[node].base == "CALL")
+                    for child in self.after[node]:
+                        if child != stop and here < far.get(child, MOST):
+                            far[child] = here
+                            following.append(child)
+                level = following
+            self._sides[branch, first] = Side(frozenset(far), least)
+        return self._sides[branch, first]
+
+    def choose(self, branch: int, taken: int, fallen: int) -> int:
+        """Which side of a branch is the plain path."""
+        sides = {node: self.side(branch, node) for node in (fallen, taken)}
+        staying = [node for node in sides if branch in sides[node].instructions]
+        if len(staying) == 1:
+            if {self.code[i].base for i in sides[staying[0]].instructions} & {"STG", "HMMA", "LDSM"}:
+                raise Lost(f"at {self.code[branch].address:#x}: it is not known how often a loop with stores runs")
+            return taken + fallen - staying[0]
+        own = {node: sides[node].instructions - sides[taken + fallen - node].instructions for node in sides}
+        working = [node for node in sides if {self.code[i].base for i in own[node]} & TOGETHER]
+        if len(working) == 1:
+            return working[0]
+        looped = {node: sum(len(loop) for loop in self.loops if loop <= own[node]) for node in sides}
+        if len(working) == 2 and all(looped.values()):
+            return min(sides, key=looped.get)
+        return min(sides, key=lambda node: sides[node].least)
+
+
+@dataclass
+class Trace:
+    """What one warp issued: by instruction, and the bytes its lanes moved."""
+
+    issued: Counter = field(default_factory=Counter)  # index of the instruction -> times
+    moved: Counter = field(default_factory=Counter)  # index -> bytes, of all active lanes
+    guessed: dict = field(default_factory=dict)  # index of a branch on what is not known -> index gone to
+    waits: int = 0  # how often it waits for global memory
+    in_flight: int = 0  # bytes of global memory that it has asked for at a time, at most
+
+    def add(self, other: Trace, times: float = 1.0) -> None:
+        for mine, theirs in ((self.issued, other.issued), (self.moved, other.moved)):
+            for key, count in theirs.items():
+                mine[key] += times * count
+        self.guessed.update(other.guessed)
+        self.waits += times * other.waits
+        self.in_flight = max(self.in_flight, other.in_flight)
+
+
+def both(a, b):
+    """Of two predicates that may not be known."""
+    if type(a) is list or type(b) is list:
+        columns = [value if type(value) is list else [value] * 32 for value in (a, b)]
+        return tidy([both(x, y) for x, y in zip(*columns)])
+    return 0 if 0 in (a, b) else None if None in (a, b) else 1
+
+
+class Walk:
+    def __init__(self, graph: Graph, state: State):
+        self.graph, self.state = graph, state
+        self.ops = compiled(graph.code)
+        self.trace = Trace()
+        self.alive = Lanes.ALL
+        self.steps = 0
+        self.calls: list[int | None] = []
+        self.meetings: dict[str, int] = {}
+        self.pending: set = set()  # registers that global memory has yet to fill
+        self.asked = 0  # bytes
+
+    def run(self) -> Trace:
+        self._run(0, Lanes.ALL, None)
+        if self.asked:
+            self._wait()
+        return self.trace
+
+    def _condition(self, op, mask: int):
+        """(lanes that branch, lanes that do not, lanes of which it is not known)."""
+        value = 1
+        for each in [op.predicate] * (op.predicate is not None) + op.conditions:
+            value = both(value, self.state.predicate(each))
+        if op.words[:2] == ["U", "ANY"] and type(value) is list:
+            value = int(any(x for lane, x in enumerate(value) if mask >> lane & 1))
+        return Lanes.split(value, mask)
+
+    def _run(self, pc: int | None, mask: int, stop: int | None) -> None:
+        state, trace, ops = self.state, self.trace, self.ops
+        while pc is not None and pc != stop:
+            mask &= self.alive
+            if not mask:
+                return
+            if pc >= len(ops):
+                raise Lost("the code ends without EXIT")
+            op = ops[pc]
+            self.steps += 1
+            if self.steps > MOST:
+                raise Lost(f"no end after {MOST} instructions, at {op.address:#x}")
+            trace.issued[pc] += 1
+            if self.asked and (op.base == "DEPBAR" or not self.pending.isdisjoint(op.reads)):
+                self._wait()
+            if op.control is None:
+                moved = op.execute(state, op, mask)
+                if moved:
+                    trace.moved[pc] += moved
+                    if op.base in ("LDG", "LDGSTS", "LD"):
+                        self.asked += moved
+                        self.pending.update(op.results)
+                pc += 1
+                continue
+            pc = getattr(self, "_" + op.control)(op, pc, mask)
+
+    def _wait(self) -> None:
+        """Everything that was asked for has come."""
+        self.trace.waits += 1
+        self.trace.in_flight = max(self.trace.in_flight, self.asked)
+        self.pending.clear()
+        self.asked = 0
+
+    # ---- control flow: each gives the next instruction, or None where this part of the walk ends ------------------
+
+    def _meet_set(self, op, pc, mask):
+        self.meetings[op.register] = op.target
+        return pc + 1
+
+    def _meet_reached(self, op, pc, mask):
+        target = self.meetings.get(op.register)
+        return pc + 1 if target is None else self.graph.index[target]
+
+    def _exit(self, op, pc, mask):
+        yes, no, unknown = self._condition(op, mask)
+        if unknown:
+            raise Lost(f"at {op.address:#x}: it is not known whether a warp ends")
+        self.alive &= ~yes
+        return pc + 1 if no else None
+
+    def _ret(self, op, pc, mask):
+        _, no, unknown = self._condition(op, mask)
+        if no or unknown:
+            raise Lost(f"at {op.address:#x}: a return on a condition")
+        where = self.state.first(self.state.word(op.operands[0]), mask)
+        if self.calls:
+            self.calls[-1] = where
+        return None
+
+    def _call(self, op, pc, mask):
+        _, no, unknown = self._condition(op, mask)
+        if no or unknown:
+            raise Lost(f"at {op.address:#x}: a call on a condition")
+        self.calls.append(None)
+        self._run(self.graph.index[op.target], mask, None)
+        where = self.calls.pop()
+        return self.graph.index.get(where, pc + 1) if where is not None else pc + 1
+
+    def _jump_table(self, op, pc, mask):
+        where = self.state.word(op.operands[0])
+        lanes = where if type(where) is list else [where] * 32
+        places = {lanes[lane] for lane in range(32) if mask >> lane & 1}
+        if None in places or any(place + op.offset + op.address + 16 not in self.graph.index for place in places):
+            raise Lost(f"at {op.address:#x}: a jump through a table, to nobody knows where")
+        meet = self.graph.meet(pc)
+        for place in sorted(places):
+            lanes_there = Lanes.where(lambda lane, place=place: lanes[lane] == place) & mask
+            target = self.graph.index[place + op.offset + op.address + 16]
+            if len(places) == 1:
+                return target
+            self._run(target, lanes_there, meet)
+        return meet
+
+    def _branch(self, op, pc, mask):
+        yes, no, unknown = self._condition(op, mask)
+        target, following = self.graph.index.get(op.target), pc + 1
+        if target is None:
+            raise Lost(f"at {op.address:#x}: a branch out of the kernel")
+        if unknown:
+            chosen = self.graph.choose(pc, target, following)
+            self.trace.guessed[pc] = chosen
+            if chosen == target:
+                yes |= unknown
+            else:
+                no |= unknown
+        if not no:
+            return target
+        if not yes:
+            return following
+        meet = self.graph.meet(pc)
+        for first, lanes in ((following, no), (target, yes)):
+            self._run(first, lanes, meet)
+        return meet
