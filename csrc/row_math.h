@@ -215,11 +215,11 @@ struct SecondSweep {
   // FOCAL as p_j.
   template <bool MASS, bool FOCAL, class Sums>
   ANL_HD void add_as(Sums& sums, V x) const {
-    add_as<MASS, FOCAL>(sums, x, x - threshold);
+    add_as<MASS, FOCAL>(sums, x, x - threshold, MASS && !FOCAL ? M::class_exp(x) : x);
   }
-  // The same where its height above the clamp is known.
+  // The same where its height above the clamp is known, and e: exp(x), without FOCAL.
   template <bool MASS, bool FOCAL, class Sums>
-  ANL_HD void add_as(Sums& sums, V x, V height) const {
+  ANL_HD void add_as(Sums& sums, V x, V height, V e) const {
     const V one = M::set(1.0);
     const auto above = height > M::set(0.0);
     M::add_where(above, sums.of[ABOVE_SUM], height);
@@ -235,7 +235,7 @@ struct SecondSweep {
       M::add_where(above, sums.of[FOCAL_ABOVE_WEIGHT], w);
       if constexpr (MASS) M::add_where(M::negate(above), sums.of[BELOW_MASS], p);
     } else if constexpr (MASS) {
-      M::add_where(M::negate(above), sums.of[BELOW_MASS], M::class_exp(x));
+      M::add_where(M::negate(above), sums.of[BELOW_MASS], e);
     }
   }
 

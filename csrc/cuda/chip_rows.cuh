@@ -13,11 +13,11 @@ struct RowMemory {
   using First = AnchoredSums<double, FULL>;
   using Second = SecondSums<Scalar<double>, FULL>;
   union {  // by warp
-    First first[MAX_WARPS];
-    Second second[MAX_WARPS];
+    AnchoredSums<T, FULL> first[MAX_WARPS];
+    SecondSums<Scalar<T>, FULL> second[MAX_WARPS];
   };
   Row<T> row;
-  RowSweep<T> sweep;
+  RowSweep<T, FULL> sweep;
   RowGradient<T, FULL> gradient;
   bool sweeps_again, all_exist;
   double denominator, loss;  // thread 0's: what the CTA keeps for all its rows
@@ -36,32 +36,29 @@ struct ChipRow {
   bool writes;  // the CTA writes what is kept of the row
 };
 
-// chip.each(part, is_last, f): f(begin, end, data) for the part's packs, pack i in data[i];
+// chip.each(part, is_last, f): f(begin, end, packs) for the part's packs (GlobalRowPart);
 // chip.merge_first(own), chip.merge_second(own): in warp 0, the sums of all CTAs that share the row.
 template <class S, bool FULL, class Chip, class Memory>
-ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalRowPart<S>& part, const Chip& chip,
+ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalRowPart<S>& part, Chip& chip,
                                  Memory& shared) {
   using T = acc_t<S>;
   const Call& call = p.call;
   const Program& program = call.program;
   const bool first_warp = threadIdx.x < WARP, first_thread = threadIdx.x == 0;
   const T edge = part.edge_logit();
-  const S* const logits = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, live.r);
-  const T z_y = first_warp ? widen(logits[live.y]) : T(0);
+  const T z_y = first_warp ? part.logit_of(live.y) : T(0);
 
   auto sums = none<AnchoredSums<T, FULL>>();
-  chip.each(part, false, [&](int begin, int end, const uint4* data) {
-    part.first_sweep(sums, begin, end, [&](int i) { return data[i]; });
-  });
+  part.first_sweep(sums, [&](const auto& f) { chip.each(part, false, f); });
   add_edge(sums, edge);
-  const auto of_cta = block_merge(sums, shared.first);
+  const auto of_cta = block_merge<typename Memory::First>(sums, shared.first);
   if (first_warp) {
     const auto all = chip.merge_first(of_cta);
     Row<T> row;
     row.set_first_sums(program, all, z_y);
     if (first_thread) {
       shared.row = row;
-      shared.sweep = row.sweep(program);
+      shared.sweep = row.template sweep<FULL>(program);
       shared.sweeps_again = row.second;
       shared.all_exist = all.sums.of[COUNT] == double(call.num_classes - 1);
     }
@@ -70,12 +67,10 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     __syncthreads();
     if (shared.sweeps_again) {
       auto second = none<SecondSums<Scalar<T>, FULL>>();
-      const RowSweep<T> sweep = shared.sweep;
-      chip.each(part, false, [&](int begin, int end, const uint4* data) {
-        part.second_sweep(second, sweep, begin, end, [&](int i) { return data[i]; });
-      });
+      const RowSweep<T, FULL> sweep = shared.sweep;
+      part.second_sweep(second, sweep, [&](const auto& f) { chip.each(part, false, f); });
       add_edge(second, sweep, edge);
-      const auto second_of_cta = block_merge(second, shared.second);
+      const auto second_of_cta = block_merge<typename Memory::Second>(second, shared.second);
       if (first_warp) {
         const auto all = chip.merge_second(second_of_cta);
         if (first_thread) shared.row.set_second_sums(program, all);
@@ -100,17 +95,11 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   }
   __syncthreads();
   const RowGradient<T, FULL> gradient = shared.gradient;
-  const bool all_exist = shared.all_exist;
-  chip.each(part, true, [&](int begin, int end, const uint4* data) {
-    if (!part.grad) return;
-    if (live.packs) {
-      const auto load = [&](int i) { return data[i]; };
-      part.template write_gradient<FULL, Cache::STREAM>(program, gradient, all_exist, begin, end, load);
-    } else {
-      const auto load = [&](int j) { return reinterpret_cast<const S*>(data)[j]; };
-      part.template write_elements<FULL>(program, gradient, begin, end, load);
-    }
-  });
+  const auto last_sweep = [&](const auto& f) { chip.each(part, true, f); };
+  if (part.grad)
+    part.template write_gradient<FULL, Cache::STREAM>(program, gradient, shared.all_exist, live.packs, last_sweep);
+  else
+    last_sweep([](int, int, const auto&) {});
   part.template write_rest<FULL>(program, gradient, edge, live.packs);
 }
 

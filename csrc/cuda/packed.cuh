@@ -21,11 +21,13 @@ template <class S>
 struct Bits;
 template <>
 struct Bits<bfloat16_t> {
-  static constexpr uint16_t ONE = 0x3f80, LOWEST = 0xff7f, MINUS_INF = 0xff80, LOG2_E[3] = {0x3fb9, 0xbb2c, 0x36ec};
+  static constexpr uint16_t ONE = 0x3f80, LOWEST = 0xff7f, INF = 0x7f80, MINUS_INF = 0xff80,
+                            LOG2_E[3] = {0x3fb9, 0xbb2c, 0x36ec};
 };
 template <>
 struct Bits<half_t> {
-  static constexpr uint16_t ONE = 0x3c00, LOWEST = 0xfbff, MINUS_INF = 0xfc00, LOG2_E[3] = {0x3dc5, 0x0d1e, 0x8002};
+  static constexpr uint16_t ONE = 0x3c00, LOWEST = 0xfbff, INF = 0x7c00, MINUS_INF = 0xfc00,
+                            LOG2_E[3] = {0x3dc5, 0x0d1e, 0x8002};
 };
 
 ANL_DEVICE uint32_t twice(uint16_t bits) { return uint32_t(bits) << 16 | bits; }

@@ -8,51 +8,97 @@
 namespace anl {
 namespace gpu {
 
+// The half of `value` in the place of a class, if that is one of the words'.
+template <int W>
+ANL_DEVICE void put_half(uint32_t (&words)[W], int at, uint32_t value) {
+  const uint32_t keep = at % 2 ? 0x0000ffffu : 0xffff0000u, put = value & ~keep;
+#pragma unroll
+  for (int j = 0; j < W; ++j) words[j] = at >= 0 && j == at / 2 ? (words[j] & keep) | put : words[j];
+}
+
+// Exps are about `base`, some logit that was the largest when it was chosen: another is only chosen where exps would become
+// huge. Sums of logits as short as these are exact, or nearly so, and need no anchor.
 template <class S>
 struct PackedFirstSweep {
   using Sums = AnchoredSums<float, false>;
+  static constexpr float ROOM = 20.0f;  // above base: a sum of exp(20) is as good as one of 1
 
-  Sums& sums;
   const Diagonals log2e = log2e_diagonals<S>();
   const uint32_t both = halves<S>();
-  Quad shift = quad(sums.exps().shift);
+  float base = 0.0f, tail = 0.0f, sum = 0.0f, count = 0.0f;
+  Quad shift = {};
+  uint32_t high = twice(Bits<S>::MINUS_INF), low = twice(Bits<S>::INF), limit = high;
 
-  // W words of classes. Where one of the warp's words must not be taken as it is (`odd`, or a class does not exist),
-  // one_by_one() adds the lane's classes instead.
+  // W words of classes. target: which of them is the target, or below 0. Where a class of the warp's does not exist,
+  // one_by_one(add) calls add(z) for the lane's classes besides the target instead.
   template <int W, class F>
-  ANL_DEVICE void add(const uint32_t (&words)[W], bool inside, bool odd, const F& one_by_one) {
-    uint32_t high = words[0], low = words[0];
+  ANL_DEVICE void add(uint32_t (&words)[W], bool inside, int target, const F& one_by_one) {
+    const bool any_target = __any_sync(ALL_LANES, target >= 0);
+    if (any_target) put_half(words, target, words[0]);
+    uint32_t largest = words[0], smallest = words[0];
 #pragma unroll
     for (int j = 1; j < W; ++j) {
-      high = larger2<S>(high, words[j]);
-      low = smaller2<S>(low, words[j]);
+      largest = larger2<S>(largest, words[j]);
+      smallest = smaller2<S>(smallest, words[j]);
     }
-    const float largest = fmaxf(low_half<S>(high), high_half<S>(high));
-    const float smallest = fminf(low_half<S>(low), high_half<S>(low));
-    odd = odd || !(smallest > -float(INF));
-    if (__any_sync(ALL_LANES, inside && (odd || largest > sums.max))) {
-      const bool any_odd = __any_sync(ALL_LANES, inside && odd);
-      if (any_odd && inside)
-        one_by_one();
-      else if (inside && largest > sums.max)
-        sums.rebase(largest);
+    const uint32_t exist = above2<S>(smallest, twice(Bits<S>::MINUS_INF)), beyond = above2<S>(largest, limit);
+    if (__any_sync(ALL_LANES, inside && exist != twice(Bits<S>::ONE))) {
+      if (inside) one_by_one([&](S z) { add_one(z); });
       __syncwarp();
-      shift = quad(sums.exps().shift);
-      if (any_odd) return;
+      shift = quad(about(base).shift);
+      return;
     }
-    Quad sum = {};
+    if (__any_sync(ALL_LANES, inside && beyond)) {
+      if (inside && beyond) choose_base(fmaxf(low_half<S>(largest), high_half<S>(largest)));
+      __syncwarp();
+      shift = quad(about(base).shift);
+    }
+    if (any_target) put_half(words, target, 0);
+    Quad sums = {};
 #pragma unroll
-    for (int j = 0; j < W; j += 4) sum = sum_of_eight<S>(words + j, both, sum);
-    float tail[2] = {};
+    for (int j = 0; j < W; j += 4) sums = sum_of_eight<S>(words + j, both, sums);
+    if (any_target) put_half(words, target, twice(Bits<S>::LOWEST));
+    float exps[2] = {};
 #pragma unroll
     for (int j = 0; j < W; j += 2) {
       const Quad x = times_diagonals<S>(words[j], words[j + 1], log2e, shift);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) tail[k % 2] += exp2_approx(x.of[k]);
+      for (int k = 0; k < 4; ++k) exps[k % 2] += exp2_approx(x.of[k]);
     }
     if (!inside) return;
-    sums.sums.add_exp(tail[0] + tail[1]);
-    sums.add_existing(2.0f * W, fmaf(2.0f * W, sums.anchor(), -(sum.of[0] + sum.of[2])), smallest);
+    tail += exps[0] + exps[1];
+    sum += sums.of[0] + sums.of[2];
+    count += 2.0f * W - (target >= 0 ? 1.0f : 0.0f);
+    high = larger2<S>(high, largest);
+    low = smaller2<S>(low, smallest);
+  }
+
+  ANL_DEVICE void add_one(S stored) {
+    const float z = widen(stored);
+    if (z == -float(INF)) return;
+    if (z > low_half<S>(limit)) choose_base(z);
+    tail += about(base).at(z);
+    sum += z;
+    count += 1.0f;
+    high = larger2<S>(high, twice(stored.bits));
+    low = smaller2<S>(low, twice(stored.bits));
+  }
+
+  static ANL_DEVICE ClassExps<float, false> about(float base) { return ClassExps<float, false>::about(base); }
+
+  ANL_DEVICE void choose_base(float largest) {
+    if (count > 0.0f) tail *= about(base).scale_to(about(largest));
+    base = largest;
+    limit = twice(narrow<S>(largest + ROOM).bits);
+  }
+
+  ANL_DEVICE Sums result() const {
+    Sums s = none<Sums>();
+    if (!(count > 0.0f)) return s;
+    s.max = fmaxf(low_half<S>(high), high_half<S>(high));
+    s.sums.of[TAIL] = tail * about(base).scale_to(s.exps());
+    s.add_existing(count, fmaf(count, s.max, -sum), fminf(low_half<S>(low), high_half<S>(low)));
+    return s;
   }
 };
 

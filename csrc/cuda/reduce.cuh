@@ -81,5 +81,23 @@ struct Smallest {
   ANL_DEVICE T operator()(T a, T b) const { return a < b || a != a ? a : b; }
 };
 
+// Of a NaN and a number, the number.
+ANL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+ANL_DEVICE double larger(double a, double b) { return b > a || a != a ? b : a; }
+ANL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+ANL_DEVICE double smaller(double a, double b) { return b < a || a != a ? b : a; }
+struct LargerNumber {
+  template <class T>
+  ANL_DEVICE T operator()(T a, T b) const {
+    return larger(a, b);
+  }
+};
+struct SmallerNumber {
+  template <class T>
+  ANL_DEVICE T operator()(T a, T b) const {
+    return smaller(a, b);
+  }
+};
+
 }  // namespace gpu
 }  // namespace anl

@@ -11,6 +11,8 @@ namespace {
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int REGISTERS = 80;               // per thread, of lean kernels
+constexpr int PACKS_PER_THREAD = 12;        // or up to twice as many: what a warp does per row, few warps do
+constexpr int64_t MOST_CTAS = 32;           // that a multiprocessor holds
 constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides the row
 
 template <class S>
@@ -23,7 +25,7 @@ struct BlockChip {
   }
   template <class F>
   ANL_DEVICE void each(const GlobalRowPart<S>& part, bool, const F& f) const {
-    f(0, part.packs, packs);
+    f(0, part.packs, SharedPacks<S>{packs});
   }
   template <class Sums>
   ANL_DEVICE Sums merge_first(const Sums& own) const {
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3)
   ANL_STATIC_SHARED(Memory, shared);
   const Call& call = p.call;
   shared.start(loss_denominator<T>(p));
-  const BlockChip<S> chip = {packs};
+  BlockChip<S> chip = {packs};
   for (int64_t r = blockIdx.x; r < p.num_rows; r += gridDim.x) {
     const int64_t y = label_at(call, r);
     const Label kind = label_kind(call, y);
@@ -86,10 +88,10 @@ bool fits_block(const Call& call, const Limits& limits, int ctas) { return ctas_
 Plan plan_block(const Call& call, const Limits& limits) {
   Plan plan = {};
   plan.kernel = Kernel::BLOCK;
-  plan.threads = threads_for(row_bytes(call) / PACK_BYTES / 4, MAX_THREADS, limits);
+  plan.threads = threads_for(row_bytes(call) / PACK_BYTES / PACKS_PER_THREAD, MAX_THREADS, limits);
   plan.cluster = 1;
   plan.shared_bytes = row_bytes(call);
-  const int64_t ctas = std::min<int64_t>(ctas_for(call, limits), limits.registers / (plan.threads * REGISTERS));
+  const int64_t ctas = std::min({ctas_for(call, limits), MOST_CTAS, int64_t(limits.registers / (plan.threads * REGISTERS))});
   plan.blocks = plan.loss_parts = std::min(rows_of(call), limits.num_sms * std::max<int64_t>(1, ctas));
   plan.block = {equally_aligned(call)};
   return plan;

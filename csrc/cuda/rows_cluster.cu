@@ -17,7 +17,8 @@ constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
 constexpr int64_t STATIC_SHARED = 7 << 10;
-constexpr int CHUNK_PACKS = TILE_PACKS<float>;  // per thread
+constexpr int CHUNK_PACKS = 2 * TILE_PACKS<float>;  // per thread
+constexpr int FEWEST_CHUNKS = 4;                    // of such, in a ring; else there are shorter ones
 
 // Which chunk is copied next; thread 0's.
 template <class S>
@@ -59,13 +60,13 @@ struct ClusterRows {
   Memory& shared;
   unsigned char* const ring;
   const int64_t first_pack;  // of the body: this CTA's
+  const int64_t num_clusters;
   int slot = 0;              // where the row's first chunk is
   unsigned round = 0;
   int turn = 0;
 
   ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
   ANL_DEVICE int slots() const { return p.plan.ring.slots; }
-  ANL_DEVICE int64_t num_clusters() const { return gridDim.x / unsigned(p.plan.cluster); }
 
   ANL_DEVICE uint4* slot_data(int s) const { return reinterpret_cast<uint4*>(ring) + int64_t(s) * chunk(); }
 
@@ -82,7 +83,7 @@ struct ClusterRows {
   ANL_DEVICE void copy_next() const {
     Copier<S>& c = shared.copier;
     while (c.next >= c.packs) {
-      c.row += num_clusters();
+      c.row += num_clusters;
       if (c.row >= p.num_rows) {
         c.row = p.num_rows;
         return;
@@ -119,24 +120,23 @@ struct ClusterRows {
         start(shared.first_of[t]);
         start(shared.second_of[t]);
       }
-      shared.copier = {int64_t(blockIdx.x / unsigned(p.plan.cluster)) - num_clusters(), nullptr, 0, 0, 0, 0};
+      shared.copier = {int64_t(blockIdx.x / unsigned(p.plan.cluster)) - num_clusters, nullptr, 0, 0, 0, 0};
     }
     cluster_sync();
     if (threadIdx.x == 0)
       for (int s = 0; s < slots(); ++s) copy_next();
   }
 
-  // f(begin, end, load) for every chunk of the row, which is waited for. `last`: this is the last sweep over them, and
-  // chunks that follow take their places.
+  // f(begin, end, packs) for every chunk of the row, which is waited for. `last`: this is the last sweep over them; chunks
+  // that follow take their places.
   template <class F>
-  ANL_DEVICE void each(const Part& part, bool last, const F& f) const {
+  ANL_DEVICE void each(const Part& part, bool last, const F& f) {
     int s = slot;
     unsigned turns = round;
     for (int begin = 0; begin < part.packs; begin += chunk()) {
       const int end = begin + chunk() < part.packs ? begin + chunk() : part.packs;
       barrier_wait(&shared.filled[s], turns & 1);
-      const uint4* data = slot_data(s) - begin;
-      f(begin, end, data);
+      f(begin, end, SharedPacks<S>{slot_data(s) - begin});
       if (last) {
         __syncwarp();
         if (lane_index() == 0) barrier_expect(&shared.emptied[s], 0);
@@ -147,15 +147,10 @@ struct ClusterRows {
         ++turns;
       }
     }
-    if (last && threadIdx.x == 0 && part.packs > 0) copy_next();
-  }
-
-  ANL_DEVICE void leave(const Part& part) {
-    slot += (part.packs + chunk() - 1) / chunk();
-    if (slot >= slots()) {
-      slot -= slots();
-      ++round;
-    }
+    if (!last) return;
+    if (threadIdx.x == 0 && part.packs > 0) copy_next();
+    slot = s;
+    round = turns;
     turn ^= 1;
   }
 
@@ -204,16 +199,15 @@ __global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_
   ANL_STATIC_SHARED(Memory, shared);
   shared.row.start(loss_denominator<T>(p));
   const int64_t cluster = blockIdx.x / unsigned(p.plan.cluster), rank = blockIdx.x % unsigned(p.plan.cluster);
-  ClusterRows<S, FULL> rows = {p, shared, ring, rank * p.plan.ring.packs_per_cta};
+  ClusterRows<S, FULL> rows = {p, shared, ring, rank * p.plan.ring.packs_per_cta, gridDim.x / unsigned(p.plan.cluster)};
   rows.start();
-  for (int64_t r = cluster; r < p.num_rows; r += rows.num_clusters()) {
+  for (int64_t r = cluster; r < p.num_rows; r += rows.num_clusters) {
     const int64_t y = label_at(p.call, r);
     const Label kind = label_kind(p.call, y);
     if (kind == Label::LIVE) {
       const auto part = rows.part_of(r, y);
       const ChipRow live = {r, y, p.plan.ring.packs, rank == 0};
       run_chip_row<S, FULL>(p, live, part, rows, shared.row);
-      rows.leave(part);
       continue;
     }
     if (threadIdx.x == 0 && rank == 0) shared.row.loss += double(write_unread_row<T>(p, r, kind));
@@ -248,11 +242,12 @@ Ring ring_of(const Limits& limits, int ctas) {
   const int64_t bytes = (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
   const int64_t packs = bytes / PACK_BYTES;
   const int most = most_threads(MAX_THREADS / ctas, limits);
+  const int fewest = most * 3 / 4;
+  const int chunk = packs >= fewest * CHUNK_PACKS * FEWEST_CHUNKS ? CHUNK_PACKS : 1;  // packs per thread
   Ring best = {most, most, 0};
-  for (int threads = most; threads > 0 && threads * 4 >= most * 3; threads -= WARP) {  // those that leave least over
-    const int chunk = packs >= threads * CHUNK_PACKS * 2 ? threads * CHUNK_PACKS : threads;
-    const Ring ring = {threads, chunk, int(std::min<int64_t>(packs / chunk, MAX_SLOTS))};
-    if (ring.packs() > best.packs()) best = ring;
+  for (int threads = most; threads > 0 && threads >= fewest; threads -= WARP) {  // those that leave least over, the fewest
+    const Ring ring = {threads, threads * chunk, int(std::min<int64_t>(packs / (threads * chunk), MAX_SLOTS))};
+    if (ring.packs() >= best.packs()) best = ring;
   }
   return best;
 }

@@ -130,7 +130,7 @@ struct RegisterRow {
   }
 
   template <bool FULL>
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T>& sweep, const GroupReduce& group) {
+  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, const GroupReduce& group) {
     auto s = none<SecondSums<Scalar<T>, FULL>>();
     sweep.run(s, [&](const auto& add) { each(add); });
     reduce_each(s, group);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
     Row<T> row;
     row.set_first_sums(call.program, own.template first_sums<FULL>({lanes}), z_y);
     if (__any_sync(ALL_LANES, row.second)) {
-      const auto sums = own.template second_sums<FULL>(row.sweep(call.program), {lanes});
+      const auto sums = own.template second_sums<FULL>(row.template sweep<FULL>(call.program), {lanes});
       if (row.second) row.set_second_sums(call.program, sums);
     }
     const bool writes = leader && exists;

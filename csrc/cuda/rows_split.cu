@@ -56,7 +56,7 @@ ANL_DEVICE Item item_of(const Params& p, unsigned t) {
 // What a row's later phases know of its first.
 template <class T, bool FULL>
 struct RowState {
-  RowSweep<T> sweep;
+  RowSweep<T, FULL> sweep;
   RowGradient<T, FULL> gradient;
   bool all_exist, sweeps_again;
 };
@@ -82,24 +82,26 @@ struct Scratch {
   }
 };
 
-template <bool FULL>
+template <class T, bool FULL>
 struct Shared {
   Item item;
   unsigned state;
   bool last, finished;
   double loss;
-  AnchoredSums<double, FULL> first[MAX_THREADS / WARP];
-  SecondSums<Scalar<double>, FULL> second[MAX_THREADS / WARP];
+  union {  // by warp: of a part, and of the merge of all
+    AnchoredSums<T, FULL> first[MAX_THREADS / WARP];
+    SecondSums<Scalar<T>, FULL> second[MAX_THREADS / WARP];
+    AnchoredSums<double, FULL> all_first[MAX_THREADS / WARP];
+    SecondSums<Scalar<double>, FULL> all_second[MAX_THREADS / WARP];
+  };
 };
 
 template <class S, bool FULL>
 struct SplitRows {
   using T = acc_t<S>;
   using Part = GlobalRowPart<S>;
-  static constexpr int P = PACK<S>;
-
   const Params& p;
-  Shared<FULL>& shared;
+  Shared<T, FULL>& shared;
   const Scratch<T, FULL> scratch;
   const double denominator;
 
@@ -125,7 +127,7 @@ struct SplitRows {
   ANL_DEVICE Sums merged(const Sums* parts, Sums* places) const {
     Sums s = none<Sums>();
     for (int i = threadIdx.x; i < int(p.plan.split.parts_per_row); i += blockDim.x) s = Merge()(s, parts[i]);
-    return block_merge(s, places);
+    return block_merge<Sums>(s, places);
   }
 
   // Thread 0 has written a part of row r: whether it was the last of its phase.
@@ -146,9 +148,9 @@ struct SplitRows {
   // All parts of a sweep are there.
   ANL_DEVICE void merge_and_finish(int64_t r, int64_t y, Phase phase) const {
     const Program& program = p.call.program;
-    const auto first = merged(scratch.first + first_part(r), shared.first);
+    const auto first = merged(scratch.first + first_part(r), shared.all_first);
     auto second = none<SecondSums<Scalar<double>, FULL>>();
-    if (phase == SECOND) second = merged(scratch.second + first_part(r), shared.second);
+    if (phase == SECOND) second = merged(scratch.second + first_part(r), shared.all_second);
     if (threadIdx.x < WARP) {
       const bool writes = threadIdx.x == 0;
       Row<T> row;
@@ -170,7 +172,7 @@ struct SplitRows {
         known.all_exist = first.sums.of[COUNT] == double(p.call.num_classes - 1);
         known.sweeps_again = again;
         if (again)
-          known.sweep = row.sweep(program);
+          known.sweep = row.template sweep<FULL>(program);
         else
           known.gradient = gradient;
         announce(r, phase, again ? SECOND : GRADIENT);
@@ -198,19 +200,19 @@ struct SplitRows {
   ANL_DEVICE void run_part(const Item& item, int64_t y) const {
     const int64_t r = item.row, at = first_part(r) + item.part;
     const Part part = part_of(item, y);
-    const auto keep = [&](int i) { return load16<Cache::KEEP>(part.logits + int64_t(i) * P); };
+    const auto kept = [&](const auto& f) { f(0, part.packs, GlobalPacks<S, Cache::KEEP>{part.logits}); };
     if (item.phase == FIRST) {
       auto sums = none<AnchoredSums<T, FULL>>();
-      part.first_sweep(sums, 0, part.packs, keep);
+      part.first_sweep(sums, kept);
       add_edge(sums, part.edge_logit());
-      const auto all = block_merge(sums, shared.first);
+      const auto all = block_merge<typename Scratch<T, FULL>::First>(sums, shared.first);
       if (threadIdx.x == 0) scratch.first[at] = all;
     } else if (item.phase == SECOND) {
       auto sums = none<SecondSums<Scalar<T>, FULL>>();
-      const RowSweep<T> sweep = scratch.rows[r].sweep;
-      part.second_sweep(sums, sweep, 0, part.packs, keep);
+      const RowSweep<T, FULL> sweep = scratch.rows[r].sweep;
+      part.second_sweep(sums, sweep, kept);
       add_edge(sums, sweep, part.edge_logit());
-      const auto all = block_merge(sums, shared.second);
+      const auto all = block_merge<typename Scratch<T, FULL>::Second>(sums, shared.second);
       if (threadIdx.x == 0) scratch.second[at] = all;
     } else {
       write_gradient(part, scratch.rows[r]);
@@ -231,13 +233,8 @@ struct SplitRows {
     const Program& program = p.call.program;
     const RowGradient<T, FULL> gradient = row.gradient;
     const T edge = part.edge_logit();
-    if (p.plan.split.packs) {
-      const auto load = [&](int i) { return load16<Cache::STREAM>(part.logits + int64_t(i) * P); };
-      part.template write_gradient<FULL, Cache::STREAM>(program, gradient, row.all_exist, 0, part.packs, load);
-    } else {
-      const auto load = [&](int j) { return part.logits[j]; };
-      part.template write_elements<FULL>(program, gradient, 0, part.packs, load);
-    }
+    const auto once = [&](const auto& f) { f(0, part.packs, GlobalPacks<S, Cache::STREAM>{part.logits}); };
+    part.template write_gradient<FULL, Cache::STREAM>(program, gradient, row.all_exist, p.plan.split.packs, once);
     part.template write_rest<FULL>(program, gradient, edge, p.plan.split.packs);
   }
 
@@ -263,7 +260,8 @@ template <class S, bool FULL>
 __global__ void __launch_bounds__(MAX_THREADS, CTAS)
     rows_split_kernel(const __grid_constant__ Params p, const Step step, const Phase phase) {
   using T = acc_t<S>;
-  ANL_STATIC_SHARED(Shared<FULL>, shared);
+  using Memory = Shared<T, FULL>;
+  ANL_STATIC_SHARED(Memory, shared);
   const SplitRows<S, FULL> rows = {p, shared, Scratch<T, FULL>(p), loss_denominator<T>(p)};
   const bool by_tickets = step == Step::ALL;
   unsigned ticket = 0;

@@ -123,7 +123,7 @@ struct Pixel {
   }
 
   template <bool FULL>
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T>& sweep, bool wanted, void* scratch) const {
+  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, bool wanted, void* scratch) const {
     auto part = none<SecondSums<Scalar<T>, FULL>>();
     auto total = convert<double>(part);
     if (wanted) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_kernel(const __grid
     row.set_first_sums(call.program, pixel.template first_sums<FULL>(memory), z_y);
     const bool second = live && row.second;
     if (pixel.groups == 1 ? second : __syncthreads_or(second)) {
-      const auto sums = pixel.template second_sums<FULL>(row.sweep(call.program), second, memory);
+      const auto sums = pixel.template second_sums<FULL>(row.template sweep<FULL>(call.program), second, memory);
       if (second) row.set_second_sums(call.program, sums);
     }
     RowGradient<T, FULL> gradient;

@@ -113,6 +113,13 @@ struct AnchoredSums {
     sums.rebase(by, sums.of[COUNT] > A(0) ? before.scale_to(exps()) : A(1));
   }
 
+  // The same, for good: the exps are then exact.
+  ANL_DEVICE void settle(A larger) {
+    if constexpr (sizeof(A) == 4) sums.of[TAIL] *= exps().correction(anchor());
+    if (max < larger) sums.rebase(sums.of[COUNT] > A(0) ? larger - max : A(0));
+    max = larger;
+  }
+
   // Other classes, whose sums are about the same max.
   ANL_DEVICE void add(const AnchoredSums& other) {
     min = other.min < min ? other.min : min;
@@ -128,27 +135,28 @@ ANL_DEVICE T clamp_bound(T max, T log_sum, T clamp_height) {
   return max + (log_sum - clamp_height);
 }
 
-// row_math.h's second sweep over logits as they are stored. Heights are taken above `bound`: add_excess has the rest.
-template <class T>
+// row_math.h's second sweep over logits as they are stored. What heights and exps are rounded by is made up for in `correct`.
+template <class T, bool FULL>
 struct RowSweep {
   using M = Scalar<T>;
 
   SecondSweep<M> classes;
   T max, bound;
+  ClassExps<T, FULL> exps;
 
   // each(add) calls add(z) for every logit of the thread's, or for arrays of them. What the row's loss looks for is asked
   // before, not per class; a full kernel makes the mass that few losses read in any case.
-  template <bool FULL, class F>
+  template <class F>
   ANL_DEVICE void run(SecondSums<M, FULL>& sums, const F& each) const {
     if constexpr (FULL) {
-      if (classes.focal) return each(Adder<true, true, FULL>{*this, sums});
+      if (classes.focal) return each(Adder<true, true>{*this, sums});
     } else {
-      if (!classes.mass) return each(Adder<false, false, FULL>{*this, sums});
+      if (!classes.mass) return each(Adder<false, false>{*this, sums});
     }
-    each(Adder<true, false, FULL>{*this, sums});
+    each(Adder<true, false>{*this, sums});
   }
 
-  template <bool MASS, bool FOCAL, bool FULL>
+  template <bool MASS, bool FOCAL>
   struct Adder {
     const RowSweep& row;
     SecondSums<M, FULL>& sums;
@@ -161,7 +169,7 @@ struct RowSweep {
     ANL_DEVICE void operator()(const T (&z)[E]) const {
       if constexpr (MASS) {
 #pragma unroll
-        for (T v : z) row.classes.template add_as<MASS, FOCAL>(sums, v - row.max, v - row.bound);
+        for (T v : z) row.classes.template add_as<MASS, FOCAL>(sums, v - row.max, v - row.bound, row.exps.at(v));
       } else {
         row.add_heights(sums, z);
       }
@@ -181,10 +189,11 @@ struct RowSweep {
     sums.of[ABOVE_SUM] -= depth;
   }
 
-  // What `bound` was rounded by, as often as there are classes above it.
-  template <class A, bool FULL>
-  ANL_DEVICE void add_excess(SecondSums<Scalar<A>, FULL>& sums) const {
+  // What `bound` was rounded by, as often as there are classes above it, and what the exps were.
+  template <class A>
+  ANL_DEVICE void correct(SecondSums<Scalar<A>, FULL>& sums) const {
     sums.of[ABOVE_SUM] += sums.of[ABOVE_COUNT] * A((bound - max) - classes.threshold);
+    sums.of[BELOW_MASS] *= A(exps.correction(max));
   }
 };
 
@@ -264,7 +273,7 @@ struct MergeSameMax {
 // Every number of a group of lanes' sums, about one max, by reduce(number, merge).
 template <class A, bool FULL, class Reduce>
 ANL_DEVICE void reduce_each(AnchoredSums<A, FULL>& s, const Reduce& reduce) {
-  s.min = reduce(s.min, Smallest<A>());
+  s.min = reduce(s.min, SmallerNumber());
 #pragma unroll
   for (A& sum : s.sums.of) sum = reduce(sum, Add<A>());
 }
@@ -278,7 +287,7 @@ ANL_DEVICE void reduce_each(SecondSums<M, FULL>& s, const Reduce& reduce) {
 // the group. A sum of two is the same whichever comes first.
 template <class A, bool FULL, class Reduce>
 ANL_DEVICE AnchoredSums<A, FULL> merge_lanes(AnchoredSums<A, FULL> s, const Reduce& reduce) {
-  s.rebase(reduce(s.max, Largest<A>()));
+  s.rebase(reduce(s.max, LargerNumber()));
   reduce_each(s, reduce);
   return s;
 }
@@ -306,23 +315,23 @@ struct WholeWarp {
   }
 };
 
-// A warp: the sums in `count` places (at most one per lane), in every lane.
+// A warp: the sums in `count` places (at most one per lane), in double, in every lane.
 template <class Wide, class Place>
 ANL_DEVICE Wide merge_places(const Place* places, unsigned count) {
   unsigned width = 1;
   while (width < count) width *= 2;
   const unsigned own = lane_index() % width;
   Wide s = none<Wide>();
-  if (own < count) s = places[own];
+  if (own < count) s = convert<double>(places[own]);
   return merge_lanes(s, LaneGroup{width});
 }
 
 // All threads' sums, in every lane of warp 0. `shared` has a place for every warp; a __syncthreads stands between two uses
 // of it.
-template <class X, class Wide>
-ANL_DEVICE Wide block_merge(const X& own, Wide* shared) {
+template <class Wide, class X>
+ANL_DEVICE Wide block_merge(const X& own, X* shared) {
   const X s = merge_lanes(own, WholeWarp());
-  if (lane_index() == 0) shared[threadIdx.x / WARP] = convert<double>(s);
+  if (lane_index() == 0) shared[threadIdx.x / WARP] = s;
   __syncthreads();
   return threadIdx.x < WARP ? merge_places<Wide>(shared, blockDim.x / WARP) : none<Wide>();
 }
@@ -346,8 +355,7 @@ struct Row {
   // After the first sweep. A NaN or +inf among the logits, or a target that does not exist, makes everything NaN.
   template <class A, bool FULL>
   ANL_DEVICE void set_first_sums(const Program& prog, AnchoredSums<A, FULL> first, T z_y) {
-    first.rebase(A(z_y) > first.max ? A(z_y) : first.max);
-    if constexpr (sizeof(A) == 4) first.sums.of[TAIL] *= first.exps().correction(first.anchor());
+    first.settle(A(z_y) > first.max ? A(z_y) : first.max);
     max = T(first.max);
     const auto& sum = first.sums.of;
     const bool bad = !(sum[TAIL] < A(INF)) || !(z_y > T(-INF));
@@ -365,15 +373,16 @@ struct Row {
     }
   }
 
-  ANL_DEVICE RowSweep<T> sweep(const Program& prog) const {
+  template <bool FULL>
+  ANL_DEVICE RowSweep<T, FULL> sweep(const Program& prog) const {
     const auto classes = SecondSweep<M>::of_row(prog, stats.log_sum);
-    return {classes, max, clamp_bound(max, stats.log_sum, M::set(prog.clamp_height))};
+    return {classes, max, clamp_bound(max, stats.log_sum, M::set(prog.clamp_height)), ClassExps<T, FULL>::about(max)};
   }
 
   // After the second sweep.
   template <class A, bool FULL>
   ANL_DEVICE void set_second_sums(const Program& prog, SecondSums<Scalar<A>, FULL> sums) {
-    sweep(prog).add_excess(sums);
+    sweep<FULL>(prog).correct(sums);
     anl::set_second_sums<M>(stats, sums.of, norm_of<FULL>(prog, inv_sum));
   }
 };

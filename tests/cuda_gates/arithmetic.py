@@ -253,6 +253,25 @@ def compare_floats(state, op, mask):
     float_comparison(state, op, mask, float_words, as_float)
 
 
+@effect("HSET2")
+def compare_pairs(state, op, mask):
+    """Of two 16-bit floats: known where one word is twice an infinity, the other ordinary numbers, or as infinite."""
+    if op.words[:3] != ["BF16_V2", "BF", "GT"]:
+        return forget(state, op, mask)
+    a, b = [packed_infinity(state, o) for o in op.sources[:2]]
+    value = None if a == b is None or not (a or b) else 0x3F803F80 if (a or 0) > (b or 0) else 0
+    kind, name = op.results[0]
+    state.put(op, mask, kind, name, value)
+
+
+def packed_infinity(state, operand) -> float | None:
+    """inf or -inf where that is all that the operand holds; None: it is not known to be."""
+    if operand.kind == "float":
+        return {"inf": float("inf"), "-inf": float("-inf")}.get(("-" if operand.minus else "") + operand.name.strip("+-").lower())
+    word = state.word(operand) if operand.kind in ("R", "UR", "int", "const") else None
+    return {0x7F807F80: float("inf"), 0xFF80FF80: float("-inf")}.get(word) if type(word) is int else None
+
+
 @effect("DSETP")
 def compare_doubles(state, op, mask):
     float_comparison(state, op, mask, double_words, as_double)

@@ -63,7 +63,7 @@ def store_shared(state, op, mask):
                 state.shared.clear()
                 break
             for j in range(min(size, 4)):
-                byte = None if values[lane] is None else values[lane] >> 8 * j & 255
+                byte = values[lane] >> 8 * j & 255 if type(values[lane]) is int else None
                 state.shared[lanes[lane] + 4 * i + j] = byte
     return size * active.bit_count()
 
