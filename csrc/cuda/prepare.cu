@@ -9,6 +9,7 @@ namespace gpu {
 namespace {
 
 constexpr int THREADS = 512;  // half a million labels on their way
+constexpr int MAX_THREADS = 512;  // of a kernel whose loss has several parts
 constexpr int EARLY_ARCH = 90, EARLY_DRIVER = 12030;  // the driver's: what starts early can be captured in a graph
 
 // ---- before a kernel: the parts of the denominator --------------------------------------------------------------------
@@ -59,7 +60,7 @@ __global__ void prepare_kernel(const __grid_constant__ Params p) {
 // ---- after a kernel that takes no tickets -----------------------------------------------------------------------------
 
 template <class T>
-__global__ void finish_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(MAX_THREADS, 1) finish_kernel(const __grid_constant__ Params p) {
   add_loss_parts<T>(p, loss_denominator<T>(p));
 }
 

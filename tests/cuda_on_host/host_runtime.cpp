@@ -13,6 +13,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "host_devices.h"
 
@@ -178,6 +179,24 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   }
 }
 
+namespace {
+
+struct Captured {
+  cudaLaunchConfig_t config;
+  std::vector<cudaLaunchAttribute> attributes;
+  const void* kernel;
+  std::function<void()> body;
+};
+bool is_capturing = false;
+std::vector<Captured> captured;
+
+}  // namespace
+
+bool captures() { return is_capturing; }
+void capture(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body) {
+  captured.push_back({config, {config.attrs, config.attrs + config.numAttrs}, kernel, std::move(body)});
+}
+
 void note_protocol() { protocol_uses.fetch_add(1, std::memory_order_relaxed); }
 
 void set_registers(const void* kernel, int registers) { state_of(kernel).registers = registers; }
@@ -196,6 +215,19 @@ EXPORTED void anl_host_refuse(const char* launches_to_refuse, int error) {
   launches = 0;
   to_refuse = launches_to_refuse;
   refusal = cudaError_t(error);
+}
+// From here on launches are kept, instead of those that were; or no longer.
+EXPORTED void anl_host_capture(int on) {
+  is_capturing = on != 0;
+  if (on) captured.clear();
+}
+EXPORTED int anl_host_replay() {
+  for (Captured& one : captured) {
+    one.config.attrs = one.attributes.data();
+    const auto run = [](void* body) { (*static_cast<std::function<void()>*>(body))(); };
+    if (const cudaError_t error = launch(one.config, one.kernel, run, &one.body)) return error;
+  }
+  return cudaSuccess;
 }
 // ---- the runtime -----------------------------------------------------------------------------------------------------------
 
