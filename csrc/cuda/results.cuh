@@ -46,8 +46,8 @@ ANL_DEVICE double loss_denominator(const Params& p) {
   return block_reduce(sum, Add<double>(), shared);
 }
 
-// The loss from its parts, added up in a fixed order by one CTA. The GPU idles meanwhile: so all of a warp's loads are on
-// their way at once.
+// The loss from its parts, added up in a fixed order by one CTA. The GPU idles meanwhile: so all loads of a turn are on their
+// way at once.
 template <class T>
 ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
   constexpr int AT_ONCE = 16;

@@ -141,7 +141,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   using Body = decltype(body);
   const auto address = reinterpret_cast<const void*>(kernel);
   const auto run = [](void* context) { (*static_cast<Body*>(context))(); };
-  const cudaError_t error = anl::host::launch(*config, address, run, const_cast<void*>(static_cast<const void*>(&body)));
+  void* const context = const_cast<void*>(static_cast<const void*>(&body));
+  const cudaError_t error = anl::host::launch(*config, address, run, context);
   if (!error && anl::host::captures())
     anl::host::capture(*config, address, [kernel, parameters] { std::apply(kernel, parameters); });
   return error;
