@@ -46,7 +46,7 @@ ANL_DEVICE double loss_denominator(const Params& p) {
   return block_reduce(sum, Add<double>(), shared);
 }
 
-// The loss from its parts, added up in a fixed order by one CTA. The GPU idles meanwhile: so all loads of a turn are on their
+// The loss from its parts, added up in a fixed order by one CTA. The GPU idles meanwhile: so all loads of a turn are under
 // way at once.
 template <class T>
 ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
