@@ -59,7 +59,6 @@ ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
     double part[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) part[i] = i * WARP < left ? parts[i * WARP] : 0.0;
-    __syncwarp();  // for the compiler: no load below
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i += 4) sum += (part[i] + part[i + 1]) + (part[i + 2] + part[i + 3]);
   }
