@@ -21,7 +21,7 @@ from .layout import log_once
 # backend -> its protocols, each with what it is for.
 PROTOCOLS = {
     "cuda": {
-        "tickets": "the last CTA to finish adds up the loss",
+        "tickets": "the last CTA to finish adds up the loss; a kernel starts while its mean's denominator is made",
         "split": "the CTAs that share a row wait for one another",
         "cluster": "clusters, distributed shared memory and bulk copies",
     },

@@ -13,7 +13,7 @@ namespace gpu {
 // What the CTAs of one launch may do to one another: anl_kernels/trust.py says where each is verified. Without it the same
 // phases are launches of their own.
 enum Protocol : unsigned {
-  TICKETS = 1,    // the last CTA to finish adds up the loss; a kernel starts while the one ahead prepares its denominator
+  TICKETS = 1,    // the last CTA to finish adds up the loss; a kernel starts while its mean's denominator is made
   SPLIT_ROWS = 2, // CTAs that share a row wait for one another
   CLUSTERS = 4,   // clusters, distributed shared memory and bulk copies
   ALL_PROTOCOLS = 7,

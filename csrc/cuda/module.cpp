@@ -79,8 +79,8 @@ class Memory {
   int64_t bytes_ = 0;
 };
 
-// A mark (tickets.cuh) that no other call has had, and whatever is left in memory has by chance once in 2^47 times: odd, so
-// that memory of zeros is marked by nobody, and begun anywhere.
+// A mark (tickets.cuh) that no other call has had. What memory holds is by chance the same once in 2^47 times: marks begin
+// at random, and are odd, so that zeros are nobody's.
 uint64_t new_mark() {
   static const uint64_t begin = uint64_t(std::random_device()()) << 32 | std::random_device()();
   static std::atomic<uint64_t> calls{0};

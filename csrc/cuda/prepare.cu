@@ -9,9 +9,10 @@ namespace gpu {
 namespace {
 
 constexpr int THREADS = 512;  // half a million labels on their way
+constexpr int MAX_THREADS = 512;  // of a kernel whose loss has several parts
 constexpr int EARLY_ARCH = 90, EARLY_DRIVER = 12030;  // the driver's: what starts early can be captured in a graph
 
-// ---- before a kernel: the parts of the denominator --------------------------------------------------------------------
+// ---- before a kernel: the parts of the denominator ------------------------------------------------------------------
 
 // The sum of the weights of the thread's rows: whole numbers, and exact, where classes have none.
 template <class L>
@@ -34,8 +35,10 @@ ANL_DEVICE double weights_of(const Params& p) {
       const Label kind = label_kind(call, y[i]);
       if (!call.weight)
         rows += kind != Label::IGNORED;
+      else if (call.dtype == FLOAT64)
+        sum += row_weight<double>(call, y[i], kind);
       else
-        sum += call.dtype == FLOAT64 ? row_weight<double>(call, y[i], kind) : double(row_weight<float>(call, y[i], kind));
+        sum += double(row_weight<float>(call, y[i], kind));
     }
     sum += rows;
   }
@@ -59,18 +62,19 @@ __global__ void prepare_kernel(const __grid_constant__ Params p) {
 // ---- after a kernel that takes no tickets -----------------------------------------------------------------------------
 
 template <class T>
-__global__ void finish_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(MAX_THREADS, 1) finish_kernel(const __grid_constant__ Params p) {
   add_loss_parts<T>(p, loss_denominator<T>(p));
 }
 
 }  // namespace
 
 cudaError_t can_start_early(bool& can) {
+  const void* kernel = reinterpret_cast<const void*>(prepare_kernel);
   cudaFuncAttributes code;
   int driver = 0;
   can = false;
   if (const cudaError_t error = cudaDriverGetVersion(&driver)) return error;
-  if (const cudaError_t error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(prepare_kernel))) return error;
+  if (const cudaError_t error = cudaFuncGetAttributes(&code, kernel)) return error;
   can = driver >= EARLY_DRIVER && std::min(code.ptxVersion, code.binaryVersion) >= EARLY_ARCH;
   return cudaSuccess;
 }

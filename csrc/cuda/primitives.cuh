@@ -151,7 +151,7 @@ ANL_DEVICE uint64_t exchange_alone(uint64_t* p, uint64_t expected, uint64_t v) {
 }
 ANL_DEVICE void wait_a_little() { __nanosleep(40); }  // inside every loop that waits for another CTA
 
-// ---- between launches of a stream (sm_90): one that starts early, before the launch ahead of it has ended ----------------
+// ---- between launches of a stream (sm_90): one that starts early, while the one ahead of it runs ------------------
 
 // In the launch ahead: the next one may start as soon as all CTAs have come here, or ended.
 ANL_DEVICE void let_next_launch_start() {

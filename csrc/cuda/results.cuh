@@ -46,23 +46,21 @@ ANL_DEVICE double loss_denominator(const Params& p) {
   return block_reduce(sum, Add<double>(), shared);
 }
 
-// The loss from its parts, added up in a fixed order by one CTA, while the GPU idles: so a thread has many loads under way.
+// The loss from its parts, added up in a fixed order by one CTA. The GPU idles meanwhile: so all loads of a turn are under
+// way at once.
 template <class T>
 ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
   constexpr int AT_ONCE = 16;
   ANL_STATIC_SHARED(double[WARP], shared);
   double sum = 0.0;
-  for (int64_t first = threadIdx.x; first < p.plan.loss_parts; first += AT_ONCE * blockDim.x) {
+  for (int64_t first = threadIdx.x / WARP * AT_ONCE * WARP; first < p.plan.loss_parts; first += AT_ONCE * blockDim.x) {
+    const double* parts = p.loss_parts + first + lane_index();
+    const int64_t left = p.plan.loss_parts - first - lane_index();
     double part[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int64_t at = first + i * blockDim.x;
-      part[i] = at < p.plan.loss_parts ? p.loss_parts[at] : 0.0;
-    }
+    for (int i = 0; i < AT_ONCE; ++i) part[i] = i * WARP < left ? parts[i * WARP] : 0.0;
 #pragma unroll
-    for (int half = AT_ONCE / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    sum += part[0];
+    for (int i = 0; i < AT_ONCE; i += 4) sum += (part[i] + part[i + 1]) + (part[i + 2] + part[i + 3]);
   }
   sum = block_reduce(sum, Add<double>(), shared);
   if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);

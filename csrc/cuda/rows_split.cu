@@ -106,7 +106,7 @@ struct SplitRows {
   const double denominator;
 
   ANL_DEVICE unsigned* next_item() const { return p.tickets; }
-  ANL_DEVICE unsigned* left() const { return p.tickets + 1 + 2 * p.num_rows; }  // CTAs that have taken their last ticket
+  ANL_DEVICE unsigned* left() const { return p.tickets + 1 + 2 * p.num_rows; }  // CTAs that need no ticket any more
   ANL_DEVICE unsigned* arrived(int64_t r) const { return p.tickets + 1 + r; }             // parts of both sweeps
   ANL_DEVICE unsigned* state(int64_t r) const { return p.tickets + 1 + p.num_rows + r; }  // the last phase that may begin
 

@@ -1,9 +1,9 @@
 // Counters that CTAs share, in memory that nobody has zeroed: no launch before the kernel is needed.
 //
-// A word belongs to a call once its upper bits are the call's mark, a number that no other call has; its lower bits count.
-// Whoever meets other bits there begins the word anew, and all that come later go on from that. What the memory holds
-// before is arbitrary, and the mark by chance once in 2^47 times. When all have come the word is given back: a graph runs
-// a captured call again, with the same mark.
+// A word belongs to a call once its upper bits are the call's mark, a number that no other call has; its lower bits
+// count. Whoever meets other bits there begins the word anew, and all that come later go on from that. What was there
+// before is arbitrary, and the mark itself by chance once in 2^47 times. When all have come the word is given back: a
+// graph runs a captured call again, with the same mark.
 #pragma once
 
 #include "kernels.h"

@@ -43,6 +43,7 @@ HOT = {
     "column_sums_kernel": Hot("LDG", 4, writes=False, narrow=True),  # each row's max and sum
 }
 WIDE = ("rows_small_kernel", "rows_gradient_kernel", "rows_gradient_entropy_kernel")  # no loops, but 128 bits as well
+TURN = 16  # doubles that each thread of the last CTA reads at a time, when it adds up the loss
 REBASE = 1  # exps of a tile whose largest class is larger than all before
 
 
@@ -114,3 +115,19 @@ def code_problems(kernel: Kernel, arch: int) -> list[str]:
         return loop_problems(kernel, hot)
     halved = arch >= 100 and kernel.parameters[:1] == ["double"]  # ptxas reads the two numbers of 16 bytes one by one
     return width_problems(kernel) if kernel.base_name in WIDE and not halved else []
+
+
+def adds_up_the_loss(kernel: Kernel) -> bool:
+    tickets = any(i.base == "ATOMG" and "ADD" in i.opcode and "64" in i.opcode for i in kernel.instructions)
+    return tickets or kernel.base_name == "finish_kernel"
+
+
+def tail_problems(kernel: Kernel) -> list[str]:
+    """The loss's parts are added up while the GPU idles: no number before all of a turn are on their way."""
+    for loop in kernel.innermost_loops:
+        code = sorted(loop.instructions, key=lambda i: i.address)
+        loads = [i.address for i in code if i.base == "LDG" and "64" in i.opcode.split(".")]
+        sums = [i.address for i in code if i.base == "DADD"]
+        if len(loads) == TURN and len(sums) >= TURN:
+            return [] if loads[-1] < sums[0] else [f"{kernel.name}: the loss's parts are added before all are read"]
+    return [f"{kernel.name}: no turn of {TURN} parts of the loss"]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from binaries import ARCHS, ROOT, cubin, cubins
 from disassembly import kernels, tool
-from gates import HOT, Hot, code_problems, loop_problems, resource_problems
+from gates import HOT, Hot, adds_up_the_loss, code_problems, loop_problems, resource_problems, tail_problems
 
 pytestmark = [
     pytest.mark.thorough,
@@ -35,6 +35,13 @@ def test_hot_loops(compiled):
     problems = [problem for kernel in found for problem in code_problems(kernel, arch)]
     assert not problems, "\n".join(problems)
     assert {kernel.base_name for kernel in found} >= set(HOT)
+
+
+def test_the_sum_of_losses(compiled):
+    adding = [kernel for kernel in compiled[1] if adds_up_the_loss(kernel)]
+    problems = [problem for kernel in adding for problem in tail_problems(kernel)]
+    assert not problems, "\n".join(problems)
+    assert {kernel.base_name for kernel in adding} >= {"rows_small_kernel", "rows_split_kernel", "finish_kernel"}
 
 
 def toy(name, *flags):

@@ -163,7 +163,7 @@ void CopyGroups::wait(size_t leave) {
 void Thread::finish() const {
   if (!copies.open.empty() || !copies.committed.empty())
     fail("a thread ended before its asynchronous copies");
-  if (cta->launch->starts_early && !has_waited) fail("a launch that starts early has not waited for the one ahead of it");
+  if (cta->launch->starts_early && !has_waited) fail("a launch that starts early has not waited for the one ahead");
 }
 
 namespace {

@@ -98,13 +98,24 @@ __global__ void past_the_end(const Arguments) {
   staged[1024 / sizeof(float) + (threadIdx.x == 0)] = 1.0f;
 }
 
-template <class K>
+struct EarlyArguments : Arguments {};
+bool starts_early(const EarlyArguments&) { return true; }
+__global__ void early(const EarlyArguments a) {
+  wait_for_previous_launch();
+  a.out[threadIdx.x] = float(threadIdx.x);
+}
+__global__ void early_by_half(const EarlyArguments) {
+  if (threadIdx.x < 32) wait_for_previous_launch();
+}
+
+template <class A = Arguments, class K>
 int run(K kernel, unsigned grid, unsigned cluster) {
   std::vector<uint4> in(64);
   for (unsigned i = 0; i < 64; ++i) in[i].x = __float_as_uint(float(i));
   std::vector<float> out(256, -1.0f);
   unsigned counters[2] = {0, 0};
-  const Arguments arguments = {in.data(), out.data(), counters};
+  A arguments;
+  static_cast<Arguments&>(arguments) = {in.data(), out.data(), counters};
   const cudaError_t error = ANL_LAUNCH(kernel, grid, 64, cluster, 1024, nullptr, arguments);
   printf("%s", cudaGetErrorName(error));
   for (float x : out) printf(" %g", x);
@@ -127,6 +138,8 @@ int main(int, char** arguments) {
   if (name == "shuffle_from_nobody") return run(shuffle_from_nobody, 1, 1);
   if (name == "shuffles") return run(shuffles, 1, 1);
   if (name == "neighbours") return run(neighbours, 4, 4);
+  if (name == "early") return run<EarlyArguments>(early, 1, 1);
+  if (name == "early_by_half") return run<EarlyArguments>(early_by_half, 1, 1);
   if (name == "order") return run(order, 40, 1);
   if (name == "shared_of_nobody") return run(shared_of_nobody, 1, 1);
   if (name == "past_the_end") return run(past_the_end, 1, 1);

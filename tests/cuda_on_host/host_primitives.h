@@ -108,7 +108,7 @@ inline void needs_sm90() {
 inline void let_next_launch_start() {}
 inline void wait_for_previous_launch() {
   const host::Launch& launch = *self().cta->launch;
-  if (launch.starts_early && launch.code < 90) host::fail("a launch starts early in code that was compiled without waits");
+  if (launch.starts_early && launch.code < 90) host::fail("a launch starts early in code without waits");
   self().has_waited = true;
 }
 
@@ -214,7 +214,9 @@ template <class X>
 X load_relaxed(const X* p) {
   return std::atomic_ref<X>(*const_cast<X*>(p)).load(std::memory_order_relaxed);
 }
-inline void store_relaxed(uint64_t* p, uint64_t v) { std::atomic_ref<uint64_t>(*p).store(v, std::memory_order_relaxed); }
+inline void store_relaxed(uint64_t* p, uint64_t v) {
+  std::atomic_ref<uint64_t>(*p).store(v, std::memory_order_relaxed);
+}
 template <class X>
 X add_relaxed(X* p, std::type_identity_t<X> v) {
   return std::atomic_ref<X>(*p).fetch_add(v, std::memory_order_relaxed);

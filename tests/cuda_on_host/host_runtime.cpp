@@ -197,6 +197,24 @@ void record(const cudaLaunchConfig_t& config, const void* kernel, const Paramete
                       parameters.bytes});
 }
 
+namespace {
+
+struct Captured {
+  cudaLaunchConfig_t config;
+  std::vector<cudaLaunchAttribute> attributes;
+  const void* kernel;
+  std::function<void()> body;
+};
+bool is_capturing = false;
+std::vector<Captured> captured;
+
+}  // namespace
+
+bool captures() { return is_capturing; }
+void capture(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body) {
+  captured.push_back({config, {config.attrs, config.attrs + config.numAttrs}, kernel, std::move(body)});
+}
+
 void note_protocol() { protocol_uses.fetch_add(1, std::memory_order_relaxed); }
 
 void set_registers(const void* kernel, int registers) { state_of(kernel).registers = registers; }
@@ -231,6 +249,19 @@ EXPORTED unsigned anl_host_recorded(uint64_t sizes[5], const char** bytes, uint6
   *bytes = last.parameters.data();
   *count = last.parameters.size();
   return unsigned(recorded.size());
+}
+// From here on launches are kept, instead of those that were; or no longer.
+EXPORTED void anl_host_capture(int on) {
+  is_capturing = on != 0;
+  if (on) captured.clear();
+}
+EXPORTED int anl_host_replay() {
+  for (Captured& one : captured) {
+    one.config.attrs = one.attributes.data();
+    const auto run = [](void* body) { (*static_cast<std::function<void()>*>(body))(); };
+    if (const cudaError_t error = launch(one.config, one.kernel, run, &one.body)) return error;
+  }
+  return cudaSuccess;
 }
 // ---- the runtime -----------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -138,6 +139,10 @@ void record(const cudaLaunchConfig_t& config, const void* kernel, const Paramete
 // The kernel as the engine runs it: body(context) in every thread.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* context);
 
+// As a graph does: keeps launches while a test asks for it, to run them again with the same parameters.
+bool captures();
+void capture(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
+
 // Counts what CTAs do to one another: memory that orders them, clusters, bulk copies (csrc/cuda/kernels.h, Protocol).
 void note_protocol();
 
@@ -154,8 +159,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   const auto body = [&] { std::apply(kernel, parameters); };
   using Body = decltype(body);
-  return anl::host::launch(*config, reinterpret_cast<const void*>(kernel),
-                           [](void* context) { (*static_cast<Body*>(context))(); }, const_cast<void*>(static_cast<const void*>(&body)));
+  const auto address = reinterpret_cast<const void*>(kernel);
+  const auto run = [](void* context) { (*static_cast<Body*>(context))(); };
+  void* const context = const_cast<void*>(static_cast<const void*>(&body));
+  const cudaError_t error = anl::host::launch(*config, address, run, context);
+  if (!error && anl::host::captures())
+    anl::host::capture(*config, address, [kernel, parameters] { std::apply(kernel, parameters); });
+  return error;
 }
 
 // ---- the driver's contexts --------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ REACHED_BY = {
     "spatial.cu": "spatial",
     "staged.cuh": "block,block_apart",
     "sums.cuh": "block,cluster,split",
+    "tickets.cuh": "block,split",
 }
 EVERYTHING = "small,block,cluster,split,spatial"
 ARGUMENTS = r"\(((?:[^()]|\([^()]*\))*)\)"  # with one more pair of parentheses inside
@@ -48,6 +49,7 @@ MUTATIONS = [
     (rf"\bbarrier_expect{ARGUMENTS}", [*REMOVED, ("relaxed", r"barrier_expect_relaxed(\1)")]),
     (rf"\bcopy_async_wait<\w+>{ARGUMENTS}", REMOVED),
     (rf"\bload_acquire{ARGUMENTS}", [("relaxed", r"load_relaxed(\1)")]),
+    (rf"\bstore_release{ARGUMENTS}", [("relaxed", r"store_relaxed(\1)")]),
     (rf"\badd_release{ARGUMENTS}", [("relaxed", r"add_relaxed(\1)")]),
     (
         rf"\badd_acq_rel{ARGUMENTS}",

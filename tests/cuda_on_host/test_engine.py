@@ -60,6 +60,11 @@ def test_ctas_run_in_no_particular_order(checks):
     assert sorted(out[:40]) == list(range(40)) and out[:40] != list(range(40))
 
 
+def test_a_launch_that_starts_early(checks):
+    error, out, _ = checks("early")
+    assert error == "cudaSuccess" and out[:64] == list(range(64))
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -71,6 +76,7 @@ def test_ctas_run_in_no_particular_order(checks):
         ("bulk_too_little", "expect fewer bytes"),
         ("bulk_too_much", "a deadlock"),
         ("shuffle_from_nobody", "a lane that takes no part"),
+        ("early_by_half", "has not waited for the one ahead"),
     ],
 )
 def test_what_is_undefined_on_a_device_fails_here(checks, name, message):

@@ -3,6 +3,7 @@
 SELECT, PLANS, REDUCE = "csrc/cuda/select.cpp", "csrc/cuda/plans.h", "csrc/cuda/reduce.cuh"
 SUMS, RESULTS, PRIMITIVES = "csrc/cuda/sums.cuh", "csrc/cuda/results.cuh", "csrc/cuda/primitives.cuh"
 SMALL, BLOCK, STAGED = "csrc/cuda/rows_small.cu", "csrc/cuda/rows_block.cu", "csrc/cuda/staged.cuh"
+TICKETS_CUH, PREPARE = "csrc/cuda/tickets.cuh", "csrc/cuda/prepare.cu"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
 GRADIENT, SPATIAL = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu"
 COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
@@ -17,9 +18,9 @@ BELOW = f'tests/test_special_rows.py -k "just_below and nfl and {HOST}"'
 MASKED_NAN = f'tests/test_special_rows.py -k "masked_too and {HOST}"'
 ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
 COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
-MANY_GROUPS = 'tests/test_conformance.py -k "thousands and float32 and rows and cuda-host-sm80"'
 LAUNCHES = "tests/backends/test_cuda_launches.py"
 MODELS = "tests/cuda_on_host/test_devices.py"
+TICKETS = "tests/cuda_on_host/test_tickets.py"
 LAUNCHERS = "anl_kernels/backends/cuda.py"
 
 MUTANTS = [
@@ -123,9 +124,9 @@ MUTANTS = [
     ),
     (
         SPLIT,
-        "split.separate_launches ? 0 : 1 + 2 * num_rows",
-        "split.separate_launches ? 0 : 1 + num_rows",
-        MANY_GROUPS,
+        "split.separate_launches ? 0 : 2 + 2 * num_rows",
+        "split.separate_launches ? 0 : 2 + num_rows",
+        f"{TICKETS} -k 'held_anything and split'",
     ),
     (
         SPLIT,
@@ -181,6 +182,11 @@ MUTANTS = [
         "while (2 * cluster < widest) cluster *= 2;",
         f"{MODELS} -k widest_cluster_of",
     ),
+    (TICKETS_CUH, "(seen ^ mark) >> COUNT_BITS && ", "seen == 0 && ", f"{TICKETS} -k 'held_anything and block'"),
+    (RESULTS, "if (last) give_back(p.loss_ticket);", "", f"{TICKETS} -k 'run_again and block'"),
+    (SPLIT, "== gridDim.x - 1) give_back(p.claim);", "== gridDim.x) give_back(p.claim);", f"{TICKETS} -k run_again"),
+    (RESULTS, "    wait_for_previous_launch();\n", "", f"{TICKETS} -k 'test_launches and block'"),
+    (PREPARE, "int64_t(labels[r]) : call.ignore_index;", "int64_t(labels[r]) : 0;", f"{TICKETS} -k denominator"),
     (DEVICE, "    case cudaErrorNotSupported:\n", "", f"{LAUNCHES} -k falls_to_the_next"),
     (DEVICE, "if (pushed_) driver().pop(&popped);", "", f"{MODELS} -k contexts"),
     (MODULE, "by_ticket && p.plan.loss_parts > 1", "by_ticket", f"{LAUNCHES} -k one_cluster"),
