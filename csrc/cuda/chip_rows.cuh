@@ -20,6 +20,7 @@ struct RowMemory {
   RowSweep<T, FULL> sweep;
   RowGradient<T, FULL> gradient;
   bool sweeps_again, all_exist;
+  int64_t y;
   double denominator, loss;  // thread 0's: what the CTA keeps for all its rows
 
   ANL_DEVICE void start(double known_denominator) {
@@ -47,6 +48,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   const bool first_warp = threadIdx.x < WARP, first_thread = threadIdx.x == 0;
   const T edge = part.edge_logit();
   const T z_y = first_warp ? part.logit_of(live.y) : T(0);
+  if (first_thread) shared.y = live.y;
 
   auto sums = none<AnchoredSums<T, FULL>>();
   part.first_sweep(sums, [&](const auto& f) { chip.each(part, false, f); });
@@ -85,7 +87,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
       if (writes) write_statistics(p, live.r, row);
     } else {
       RowGradient<T, FULL> gradient;
-      const T weight = row_weight<T>(call, live.y, Label::LIVE);
+      const T weight = row_weight<T>(call, shared.y, Label::LIVE);
       const T loss = finish_row<T, FULL>(p, live.r, row, weight, shared.denominator, writes, gradient);
       if (first_thread) {
         shared.gradient = gradient;

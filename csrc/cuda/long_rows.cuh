@@ -62,10 +62,9 @@ struct GlobalRowPart {
   int first;
   S* grad;          // likewise, or null
   int packs;
-  int target;       // as an element of the packs, if they hold it; else -1
+  int target;       // as an element of the packs, whether they hold it or not
   int target_pack;  // the pack that holds it, if that is one of the thread's; else far below 0
   int edge;         // the thread's edge class, as an element of the packs; NO_EDGE: it has none
-  bool edge_is_target;
   static constexpr int NO_EDGE = INT32_MIN;
 
   // most: packs that the part has at most. Rows have 2^30 classes at most; y may be anything.
@@ -78,21 +77,20 @@ struct GlobalRowPart {
     packs = left < 0 ? 0 : left < most ? left : most;
     logits = row + k0;
     grad = row_grad ? row_grad + k0 : nullptr;
-    target = unsigned(label - k0) < unsigned(packs * P) && label >= 0 ? label - k0 : -1;
-    target_pack = target >= 0 && target / P % int(blockDim.x) == int(threadIdx.x) ? target / P : INT32_MIN / 2;
+    target = label - k0;
+    const bool held = unsigned(target) < unsigned(packs * P);
+    target_pack = held && target / P % int(blockDim.x) == int(threadIdx.x) ? target / P : INT32_MIN / 2;
     edge = NO_EDGE;
-    edge_is_target = false;
     const int t = int(threadIdx.x);
     if (!edges || t >= 2 * P) return;
     const int k = t < P ? (t < head ? t : num_classes) : head + body * P + (t - P);
     if (k < num_classes) edge = k - k0;
-    edge_is_target = k == label;
   }
 
   ANL_DEVICE T logit_of(int64_t y) const { return widen(logits[y - first]); }
 
   // The edge class's logit, or -inf if it is in no sum.
-  ANL_DEVICE T edge_logit() const { return edge != NO_EDGE && !edge_is_target ? widen(logits[edge]) : minus_inf<T>(); }
+  ANL_DEVICE T edge_logit() const { return edge != NO_EDGE && edge != target ? widen(logits[edge]) : minus_inf<T>(); }
 
   // The words of U packs; zeros outside.
   template <int U, class Packs>
@@ -281,7 +279,7 @@ struct GlobalRowPart {
     if (!grad || edge == NO_EDGE) return;
     by_parts<FULL>(program, [&](auto parts) {
       const T value = gradient.template at<decltype(parts)::value>(logit);
-      grad[edge] = edge_is_target ? target_value : narrow<S>(value);
+      grad[edge] = edge == target ? target_value : narrow<S>(value);
     });
   }
 

@@ -38,7 +38,7 @@ struct BlockChip {
 };
 
 template <class S, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 2)
     rows_block_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   using Memory = RowMemory<S, FULL, MAX_WARPS>;

@@ -191,7 +191,7 @@ struct ClusterRows {
 };
 
 template <class S, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS) rows_cluster_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(MAX_THREADS, 1) rows_cluster_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(unsigned char, ring);
   using Memory = Shared<S, FULL>;

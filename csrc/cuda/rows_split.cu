@@ -88,12 +88,12 @@ struct Shared {
   unsigned state;
   bool last, finished;
   double loss;
-  union {  // by warp: of a part, and of the merge of all
+  union {  // by warp: of a part
     AnchoredSums<T, FULL> first[MAX_THREADS / WARP];
     SecondSums<Scalar<T>, FULL> second[MAX_THREADS / WARP];
-    AnchoredSums<double, FULL> all_first[MAX_THREADS / WARP];
-    SecondSums<Scalar<double>, FULL> all_second[MAX_THREADS / WARP];
   };
+  AnchoredSums<double, FULL> all_first[MAX_THREADS / WARP];  // of all parts
+  SecondSums<Scalar<double>, FULL> all_second[MAX_THREADS / WARP];
 };
 
 template <class S, bool FULL>
