@@ -208,17 +208,18 @@ struct GlobalRowPart {
   ANL_DEVICE void write_gradient(const Program& program, const RowGradient<T, FULL>& gradient, bool all_exist,
                                  bool whole_packs, const EachChunk& each_chunk) const {
     if (!whole_packs) return write_elements<FULL>(program, gradient, each_chunk);
-    const bool one_slope = gradient.row.slope == gradient.row.slope_above;
     const auto write_parts = [&](auto parts) {
       const auto replace = [&](auto& words) { replace_each<decltype(parts)::value>(gradient, words); };
       write_packs<C, FULL_PACKS<S, FULL>>(replace, each_chunk);
     };
     if constexpr (IS_PACKED<S, FULL>) {
       constexpr int TILE = TILE_PACKS<S>;
-      if (all_exist && one_slope) return write_packs<C, TILE>(PackedGradient<S, false>(gradient), each_chunk);
+      const bool needs_exact = PackedGradient<S, false>::needs_exact(gradient.row);
+      if (int(all_exist) & int(!needs_exact))
+        return write_packs<C, TILE>(PackedGradient<S, false>(gradient), each_chunk);
       if (all_exist) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), each_chunk);
     } else if constexpr (!FULL) {
-      if (all_exist && one_slope) return write_parts(Parts<CLAMPED_OFFSET>());
+      if (all_exist && gradient.row.slope == gradient.row.slope_above) return write_parts(Parts<CLAMPED_OFFSET>());
     }
     by_parts<FULL>(program, write_parts);
   }

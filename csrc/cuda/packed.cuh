@@ -84,10 +84,16 @@ ANL_DEVICE uint32_t above2(uint32_t a, uint32_t bound) {
 }
 #undef ANL_PACKED
 
+// Kept in a register: not made anew wherever it is used.
+ANL_DEVICE uint32_t kept(uint32_t word) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(word));
+  return word;
+}
+
 // A lane's part of the diagonal matrix of a number.
 ANL_DEVICE uint32_t diagonal(uint16_t factor) {
   const unsigned lane = threadIdx.x % WARP, row = lane % 4 * 2, column = lane / 4;
-  return (row == column ? factor : 0) | uint32_t(row + 1 == column ? factor : 0) << 16;
+  return kept((row == column ? factor : 0) | uint32_t(row + 1 == column ? factor : 0) << 16);
 }
 
 // The four numbers times that of the diagonal, plus c.
@@ -111,7 +117,7 @@ ANL_DEVICE Quad times_diagonal(uint32_t a, uint32_t b, uint32_t diagonal, Quad c
 template <class S>
 ANL_DEVICE uint32_t halves() {
   const unsigned lane = threadIdx.x % WARP;
-  return lane % 4 == lane / 8 ? twice(Bits<S>::ONE) : 0;
+  return kept(lane % 4 == lane / 8 ? twice(Bits<S>::ONE) : 0);
 }
 
 // Its of[0] + of[2] is the sum of the lane's eight numbers, and of those of c.
@@ -144,25 +150,37 @@ namespace gpu {
 // to four in a row, and copies of one would be made anew for each.
 ANL_DEVICE Quad quad(float x) { return times_diagonal<bfloat16_t>(0, 0, 0, {x, x, x, x}); }
 
-// The diagonal matrices whose sum is that of a number, to the last bit of a float.
+// The diagonal matrices whose sum is that of a number: with 3 of them to the last bit of a float, with 2 to 2^-17 of it.
+template <int PARTS>
 struct Diagonals {
-  uint32_t part[3];
+  uint32_t part[PARTS];
 };
-template <class S>
-ANL_DEVICE Quad times_diagonals(uint32_t a, uint32_t b, const Diagonals& factor, Quad c) {
+template <class S, int PARTS>
+ANL_DEVICE Quad times_diagonals(uint32_t a, uint32_t b, const Diagonals<PARTS>& factor, Quad c) {
 #pragma unroll
   for (const uint32_t part : factor.part) c = times_diagonal<S>(a, b, part, c);
   return c;
 }
 // log2(e)
+template <class S, int PARTS>
+ANL_DEVICE Diagonals<PARTS> log2e_diagonals() {
+  constexpr uint16_t PART[3] = {Bits<S>::LOG2_E[0], Bits<S>::LOG2_E[1], Bits<S>::LOG2_E[2]};
+  Diagonals<PARTS> d;
+  d.part[0] = diagonal(PART[0]);
+  d.part[1] = diagonal(PART[1]);
+  if constexpr (PARTS == 3) d.part[2] = diagonal(PART[2]);
+  return d;
+}
+// What two parts leave of it.
 template <class S>
-ANL_DEVICE Diagonals log2e_diagonals() {
-  return {diagonal(Bits<S>::LOG2_E[0]), diagonal(Bits<S>::LOG2_E[1]), diagonal(Bits<S>::LOG2_E[2])};
+ANL_DEVICE float log2e_rest() {
+  constexpr uint16_t LAST = Bits<S>::LOG2_E[2];
+  return widen(S{LAST});
 }
 // Any number, as the factor of what above2<S> gives, by products of bfloat16: half precision's 1 is 2^-7 in it.
-template <class S>
-ANL_DEVICE Diagonals diagonals_of_above(float x) {
-  Diagonals d;
+template <class S, int PARTS>
+ANL_DEVICE Diagonals<PARTS> diagonals_of_above(float x) {
+  Diagonals<PARTS> d;
   float rest = std::is_same_v<S, half_t> ? x * 128.0f : x;
 #pragma unroll
   for (uint32_t& part : d.part) {

@@ -23,7 +23,7 @@ struct PackedFirstSweep {
   using Sums = AnchoredSums<float, false>;
   static constexpr float ROOM = 20.0f;  // above base: a sum of exp(20) is as good as one of 1
 
-  const Diagonals log2e = log2e_diagonals<S>();
+  const Diagonals<3> log2e = log2e_diagonals<S, 3>();
   const uint32_t both = halves<S>();
   float base = 0.0f, tail = 0.0f, sum = 0.0f, count = 0.0f;
   Quad shift = {};
@@ -141,22 +141,28 @@ struct PackedSecondSweep {
   }
 };
 
-// The gradient of classes that all exist. SLOPES: what multiplies the exps depends on the clamp, too.
-template <class S, bool SLOPES>
+// The gradient of classes that all exist. EXACT: what multiplies the exps depends on the clamp, too, or what is added for
+// classes above it is a small difference. Else two parts of each factor are enough for a gradient of 16 bits.
+template <class S, bool EXACT>
 struct PackedGradient {
-  const Diagonals log2e = log2e_diagonals<S>();
+  static constexpr int PARTS = EXACT ? 3 : 2;
+  const Diagonals<PARTS> log2e = log2e_diagonals<S, PARTS>();
   uint32_t bound;
   Quad shift, offset, slope;
-  Diagonals more_offset, more_slope;  // of classes above the clamp
+  Diagonals<PARTS> more_offset, more_slope;  // of classes above the clamp
+
+  static ANL_DEVICE bool needs_exact(const GradientRow<Scalar<float>>& row) {
+    return row.slope != row.slope_above || !(fabsf(row.offset_above - row.offset) <= fabsf(row.offset_above));
+  }
 
   ANL_DEVICE explicit PackedGradient(const RowGradient<float, false>& g)
       : bound(PackedSecondSweep<S>(g.bound).bound), shift(quad(g.exps.shift)), offset(quad(g.row.offset)),
-        more_offset(diagonals_of_above<S>(g.row.offset_above - g.row.offset)) {
-    if constexpr (SLOPES) {
+        more_offset(diagonals_of_above<S, PARTS>(g.row.offset_above - g.row.offset)) {
+    if constexpr (EXACT) {
       slope = quad(g.row.slope);
-      more_slope = diagonals_of_above<S>(g.row.slope_above - g.row.slope);
+      more_slope = diagonals_of_above<S, PARTS>(g.row.slope_above - g.row.slope);
     } else {
-      slope.of[0] = g.row.slope;
+      slope.of[0] = g.row.slope * exp2_approx(g.max * log2e_rest<S>());
     }
   }
 
@@ -168,10 +174,10 @@ struct PackedGradient {
       const uint32_t a = above2<S>(words[j], bound), b = above2<S>(words[j + 1], bound);
       const Quad x = times_diagonals<S>(words[j], words[j + 1], log2e, shift);
       Quad value = times_diagonals<bfloat16_t>(a, b, more_offset, offset), slopes;
-      if constexpr (SLOPES) slopes = times_diagonals<bfloat16_t>(a, b, more_slope, slope);
+      if constexpr (EXACT) slopes = times_diagonals<bfloat16_t>(a, b, more_slope, slope);
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        value.of[k] = fmaf(exp2_approx(x.of[k]), SLOPES ? slopes.of[k] : slope.of[0], value.of[k]);
+        value.of[k] = fmaf(exp2_approx(x.of[k]), EXACT ? slopes.of[k] : slope.of[0], value.of[k]);
       words[j] = narrow2<S>(value.of[0], value.of[1]);
       words[j + 1] = narrow2<S>(value.of[2], value.of[3]);
     }

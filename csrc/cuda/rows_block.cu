@@ -11,7 +11,7 @@ namespace {
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int REGISTERS = 80;               // per thread, of lean kernels
-constexpr int PACKS_PER_THREAD = 12;        // or up to twice as many: what a warp does per row, few warps do
+constexpr int PACKS_PER_THREAD = 24;        // at most, and half as many at least: what every warp does per row, few do
 constexpr int64_t MOST_CTAS = 32;           // that a multiprocessor holds
 constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides the row
 

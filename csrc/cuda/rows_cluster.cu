@@ -12,7 +12,7 @@ namespace anl {
 namespace gpu {
 namespace {
 
-constexpr int MAX_THREADS = 512;
+constexpr int MAX_THREADS = 384;  // of a multiprocessor: 168 registers each
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
