@@ -102,7 +102,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     part.template write_gradient<FULL, Cache::STREAM>(program, gradient, shared.all_exist, live.packs, last_sweep);
   else
     last_sweep([](int, int, const auto&) {});
-  part.template write_rest<FULL>(program, gradient, edge, live.packs);
+  part.template write_edge<FULL>(program, gradient, edge);
 }
 
 }  // namespace gpu

@@ -12,11 +12,11 @@ namespace anl {
 namespace gpu {
 
 template <class S>
-constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : 4;  // that a thread takes at a time
+constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 8 : 4;  // that a thread takes at a time
 // The same where classes are looked at one by one: in full kernels 4 packs of half precision do not fit in a thread's
 // registers, and lean ones seldom do so.
 template <class S, bool FULL>
-constexpr int FULL_PACKS = sizeof(S) > 2 ? TILE_PACKS<S> : FULL ? 2 : 1;
+constexpr int FULL_PACKS = sizeof(S) == 8 ? TILE_PACKS<S> : sizeof(S) == 4 ? (FULL ? 4 : TILE_PACKS<S>) : FULL ? 2 : 1;
 
 // Whether lean kernels sweep over words of two classes.
 template <class S, bool FULL>
@@ -27,14 +27,16 @@ struct Count {
   static constexpr int value = U;
 };
 
-// f(Count<U>(), i, inside) for the thread's packs i, i + blockDim.x, ... (U of them) of [begin, end), as often for all of
-// a warp's lanes; where the last packs are not enough for them, some are not inside.
+// f(Count<U>(), i, inside) for the packs i, i + WARP, ... (U of them) that are this thread's of [begin, end), as often for
+// all of a warp's lanes. Warps take whole tiles in turn, and what is left in turn, too: there, some lanes are not inside.
 template <int U, class F>
 ANL_DEVICE void each_tile(int begin, int end, const F& f) {
-  const int step = int(blockDim.x), last_lane = WARP - 1 - int(lane_index());
-  int i = begin + int(threadIdx.x);
-  for (; i + last_lane + (U - 1) * step < end; i += U * step) f(Count<U>(), i, true);
-  for (; i + last_lane - (WARP - 1) < end; i += step) f(Count<1>(), i, i < end);
+  constexpr int TILE = U * WARP;
+  const int lane = int(lane_index()), warps = int(blockDim.x) / WARP, tiles = (end - begin) / TILE;
+  int tile = int(threadIdx.x) / WARP;
+  for (; tile < tiles; tile += warps) f(Count<U>(), begin + tile * TILE + lane, true);
+  const int rest = begin + tiles * TILE;
+  for (int i = rest + (tile - tiles) * WARP + lane; i - lane < end; i += warps * WARP) f(Count<1>(), i, i < end);
 }
 
 // Packs in shared memory.
@@ -63,7 +65,7 @@ struct GlobalRowPart {
   S* grad;          // likewise, or null
   int packs;
   int target;       // as an element of the packs, whether they hold it or not
-  int target_pack;  // the pack that holds it, if that is one of the thread's; else far below 0
+  int target_pack;  // the pack that holds it, or far below 0
   int edge;         // the thread's edge class, as an element of the packs; NO_EDGE: it has none
   static constexpr int NO_EDGE = INT32_MIN;
 
@@ -78,8 +80,7 @@ struct GlobalRowPart {
     logits = row + k0;
     grad = row_grad ? row_grad + k0 : nullptr;
     target = label - k0;
-    const bool held = unsigned(target) < unsigned(packs * P);
-    target_pack = held && target / P % int(blockDim.x) == int(threadIdx.x) ? target / P : INT32_MIN / 2;
+    target_pack = unsigned(target) < unsigned(packs * P) ? target / P : INT32_MIN / 2;
     edge = NO_EDGE;
     const int t = int(threadIdx.x);
     if (!edges || t >= 2 * P) return;
@@ -97,7 +98,7 @@ struct GlobalRowPart {
   ANL_DEVICE void load_words(int i, bool inside, const Packs& packs, uint32_t (&words)[U * 4]) const {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const uint4 bits = inside ? packs.load(i + u * int(blockDim.x)) : uint4{};
+      const uint4 bits = inside ? packs.load(i + u * WARP) : uint4{};
       const uint32_t pack[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
       for (int v = 0; v < 4; ++v) words[u * 4 + v] = pack[v];
@@ -131,11 +132,12 @@ struct GlobalRowPart {
   // Whether the target is among the classes of these U packs, and which of them it is; below 0: none.
   template <int U>
   ANL_DEVICE bool has_target(int i) const {
-    return unsigned(target_pack - i) <= unsigned((U - 1) * int(blockDim.x));
+    const unsigned away = unsigned(target_pack - i);
+    return away <= (U - 1) * WARP && away % WARP == 0;
   }
   template <int U>
   ANL_DEVICE int target_in(int i) const {
-    return has_target<U>(i) ? (target_pack - i) / int(blockDim.x) * P + target % P : -1;
+    return has_target<U>(i) ? (target_pack - i) / WARP * P + target % P : -1;
   }
 
   // The sums of the thread's packs. each_chunk(f): f(begin, end, packs) for all of them; pack i is packs.load(i).
@@ -169,7 +171,7 @@ struct GlobalRowPart {
   ANL_DEVICE void each_other(int i, const Packs& packs, const F& f) const {
 #pragma unroll 1
     for (int j = 0; j < U * P; ++j)
-      if (j != target_in<U>(i)) f(packs.element((i + j / P * int(blockDim.x)) * P + j % P));
+      if (j != target_in<U>(i)) f(packs.element((i + j / P * WARP) * P + j % P));
   }
 
   template <bool FULL, class EachChunk>
@@ -202,22 +204,23 @@ struct GlobalRowPart {
     });
   }
 
-  // The gradient of every class but the edges; of the target, write_rest. all_exist: no class of the row is missing.
+  // The gradient of every class but the edges. all_exist: no class of the row is missing.
   // whole_packs: the gradient's packs are aligned as the logits' are.
   template <bool FULL, Cache C, class EachChunk>
   ANL_DEVICE void write_gradient(const Program& program, const RowGradient<T, FULL>& gradient, bool all_exist,
                                  bool whole_packs, const EachChunk& each_chunk) const {
     if (!whole_packs) return write_elements<FULL>(program, gradient, each_chunk);
+    const S target_value = narrow<S>(gradient.row.target);
     const auto write_parts = [&](auto parts) {
       const auto replace = [&](auto& words) { replace_each<decltype(parts)::value>(gradient, words); };
-      write_packs<C, FULL_PACKS<S, FULL>>(replace, each_chunk);
+      write_packs<C, FULL_PACKS<S, FULL>>(replace, target_value, each_chunk);
     };
     if constexpr (IS_PACKED<S, FULL>) {
       constexpr int TILE = TILE_PACKS<S>;
       const bool needs_exact = PackedGradient<S, false>::needs_exact(gradient.row);
       if (int(all_exist) & int(!needs_exact))
-        return write_packs<C, TILE>(PackedGradient<S, false>(gradient), each_chunk);
-      if (all_exist) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), each_chunk);
+        return write_packs<C, TILE>(PackedGradient<S, false>(gradient), target_value, each_chunk);
+      if (all_exist) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), target_value, each_chunk);
     } else if constexpr (!FULL) {
       if (all_exist && gradient.row.slope == gradient.row.slope_above) return write_parts(Parts<CLAMPED_OFFSET>());
     }
@@ -226,17 +229,18 @@ struct GlobalRowPart {
 
   // replace(words): the gradient in the place of the logits.
   template <Cache C, int TILE, class Replace, class EachChunk>
-  ANL_DEVICE void write_packs(const Replace& replace, const EachChunk& each_chunk) const {
+  ANL_DEVICE void write_packs(const Replace& replace, S target_value, const EachChunk& each_chunk) const {
     each_chunk([&](int begin, int end, const auto& packs) {
       each_tile<TILE>(begin, end, [&](auto count, int i, bool inside) {
         constexpr int U = decltype(count)::value;
         uint32_t words[U * 4];
         load_words<U>(i, inside, packs, words);
         replace(words);
+        if (has_target<U>(i)) put<U>(words, target_in<U>(i), target_value);
         if (!inside) return;
 #pragma unroll
         for (int u = 0; u < U; ++u)
-          store16<C>(grad + int64_t(i + u * int(blockDim.x)) * P,
+          store16<C>(grad + int64_t(i) * P + u * WARP * P,
                      make_uint4(words[4 * u], words[4 * u + 1], words[4 * u + 2], words[4 * u + 3]));
       });
     });
@@ -272,15 +276,26 @@ struct GlobalRowPart {
     });
   }
 
-  // The edge class, and the target where packs were written: by the thread that wrote its pack.
+  // `value` in the place of an element.
+  template <int U>
+  static ANL_DEVICE void put(uint32_t (&words)[U * 4], int at, S value) {
+    if constexpr (sizeof(S) == 2) {
+      put_half(words, at, twice(value.bits));
+    } else {
+      constexpr int WORDS = sizeof(S) / 4;
+      uint32_t bits[WORDS];
+      memcpy(bits, &value, sizeof(S));
+#pragma unroll
+      for (int j = 0; j < U * 4; ++j) words[j] = j / WORDS == at ? bits[j % WORDS] : words[j];
+    }
+  }
+
   template <bool FULL>
-  ANL_DEVICE void write_rest(const Program& program, const RowGradient<T, FULL>& gradient, T logit, bool whole_packs) const {
-    const S target_value = narrow<S>(gradient.row.target);
-    if (grad && whole_packs && target_pack >= 0) grad[target] = target_value;
+  ANL_DEVICE void write_edge(const Program& program, const RowGradient<T, FULL>& gradient, T logit) const {
     if (!grad || edge == NO_EDGE) return;
     by_parts<FULL>(program, [&](auto parts) {
       const T value = gradient.template at<decltype(parts)::value>(logit);
-      grad[edge] = edge == target ? target_value : narrow<S>(value);
+      grad[edge] = narrow<S>(edge == target ? gradient.row.target : value);
     });
   }
 

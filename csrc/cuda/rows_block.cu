@@ -1,6 +1,6 @@
 // A row in one CTA's shared memory: read once, swept there, its gradient written once.
 //
-// Several CTAs share a multiprocessor, so that one computes while another loads. A thread sweeps the packs that it copied.
+// Several CTAs share a multiprocessor, so that one computes while another loads.
 #include "chip_rows.cuh"
 #include "plans.h"
 
@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 2)
     S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
     const GlobalRowPart<S> part(logits, grad, call.num_classes, y, 0, INT32_MAX, true);
     if (kind == Label::LIVE) {
+      __syncthreads();  // the row before has been swept
       chip.load(part);
       copy_async_wait<0>();
+      __syncthreads();
       const ChipRow live = {r, y, p.plan.block.packs, true};
       run_chip_row<S, FULL>(p, live, part, chip, shared);
-      if (!live.packs) __syncthreads();  // a thread has written the gradient of packs that others copied
     } else {
       if (threadIdx.x == 0) shared.loss += double(write_unread_row<T>(p, r, kind));
       if (grad) part.fill(unread_value<T>(kind), p.plan.block.packs);

@@ -17,7 +17,7 @@ constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
 constexpr int64_t STATIC_SHARED = 7 << 10;
-constexpr int CHUNK_PACKS = 2 * TILE_PACKS<float>;  // per thread
+constexpr int CHUNK_PACKS = 8;    // per thread
 constexpr int FEWEST_CHUNKS = 4;                    // of such, in a ring; else there are shorter ones
 
 // Which chunk is copied next; thread 0's.

@@ -235,7 +235,7 @@ struct SplitRows {
     const T edge = part.edge_logit();
     const auto once = [&](const auto& f) { f(0, part.packs, GlobalPacks<S, Cache::STREAM>{part.logits}); };
     part.template write_gradient<FULL, Cache::STREAM>(program, gradient, row.all_exist, p.plan.split.packs, once);
-    part.template write_rest<FULL>(program, gradient, edge, p.plan.split.packs);
+    part.template write_edge<FULL>(program, gradient, edge);
   }
 
   ANL_DEVICE void run_unread(const Item& item, int64_t y, Label kind) const {
