@@ -113,7 +113,7 @@ class Trace:
     waits: int = 0  # how often it waits for global memory
     in_flight: int = 0  # bytes of global memory that it has asked for at a time, at most
 
-    def add(self, other: Trace, times: float = 1.0) -> None:
+    def add(self, other: Trace, times: int = 1) -> None:
         for mine, theirs in ((self.issued, other.issued), (self.moved, other.moved)):
             for key, count in theirs.items():
                 mine[key] += times * count
