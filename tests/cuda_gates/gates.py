@@ -114,3 +114,9 @@ def code_problems(kernel: Kernel, arch: int) -> list[str]:
         return loop_problems(kernel, hot)
     halved = arch >= 100 and kernel.parameters[:1] == ["double"]  # ptxas reads the two numbers of 16 bytes one by one
     return width_problems(kernel) if kernel.base_name in WIDE and not halved else []
+
+
+def gpu_membars_in_loops(kernel: Kernel) -> int:
+    """Fences that wait until all the memory of the GPU has seen what a thread wrote."""
+    inside = {i.address: i for loop in kernel.loops for i in loop.instructions}
+    return sum(i.base == "MEMBAR" and "GPU" in i.opcode.split(".") for i in inside.values())
