@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 
+import table
 from counts import DEVICE_OF_ARCH, Counts, count, loops_of
 from predict import GPUS, predict, tail_seconds
 from scenario import Case
@@ -39,7 +40,8 @@ def show(counts: Counts, with_loops: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("-K", type=int, help="classes")
+    parser.add_argument("-K", type=int, help="classes; without it, the table of all kernels")
+    parser.add_argument("--gpu", help="one GPU's part of the table alone")
     parser.add_argument("-N", type=int, help="rows; else so many that there are 2^30 logits")
     parser.add_argument("--pixels", type=int, default=1, help="(N / pixels, K, pixels) instead of (N, K)")
     parser.add_argument("--dtype", default="bfloat16")
@@ -48,6 +50,8 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--loops", action="store_true", help="by loop")
     options = parser.parse_args()
+    if options.K is None:
+        return table.main([gpu for gpu in GPUS if options.gpu in (None, gpu.name)])
     rows = options.N or max(1, (1 << 30) // options.K // options.pixels) * options.pixels
     device = DEVICE_OF_ARCH[options.arch]
     case = Case(options.dtype, options.loss, options.K, rows, options.pixels, device, options.gradient)
