@@ -24,10 +24,10 @@ SHAPES = (  # the losses with their gradient; ~2^28 logits or more
     Case(classes=128256, rows=1 << 13, gradient_alone=True),
 )
 FOCAL = ("anl_fl", (1000, 128256))  # a loss of the full kernels, for those numbers of classes
-HEADINGS = """GPU | kernel | dtype | loss | rows x classes | instructions a class | EX2 | registers |
-threads x cluster | shared memory, KB | warps an SM | KB in flight an SM | bound | us | share of a copy""".replace(
-    "\n", " "
-).split(" | ")
+HEADINGS = (
+    "GPU,kernel,dtype,loss,rows x classes,instructions a class,EX2,registers,threads x cluster,shared KB,warps an SM,"
+    "KB in flight an SM,bound,us,share of a copy"
+).split(",")
 ABOUT = f"""# Model, not measured
 
 What every kernel's warps issue, counted in the machine code of the GPU's architecture along the plain path
