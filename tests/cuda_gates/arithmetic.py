@@ -69,11 +69,14 @@ def multiply_add(state, op, mask):
         high = (lambda w: 0 if "U32" in op.words or w < 1 << 31 else WORD) if c.kind == "int" else None
         low, top = state.word(c), lift(high, state.word(c)) if high else state.word(c, 1)
         total = lift(lambda p, q, r: p + q + (r << 32), product, low, top)
-        if "HI" in op.words:
-            return state.put(op, mask, kind, name, lift(lambda t: t >> 32 & WORD, total))
-        state.put(op, mask, kind, name, lift(lambda t: t & WORD, total))
-        return state.put(op, mask, kind, name + 1, lift(lambda t: t >> 32 & WORD, total)) if name != "RZ" else None
-    put_sum(state, op, mask, lift(lambda *all: sum(all) & WORD, product, state.word(c), *carries))
+        parts = [1] if "HI" in op.words else [0, 1]
+        for at, part in enumerate(parts):
+            if name != "RZ":
+                state.put(op, mask, kind, name + at, lift(lambda t, part=part: t >> 32 * part & WORD, total))
+        for more in op.results[1:]:
+            state.put(op, mask, *more, lift(lambda t: int(t >> 64 > 0), total))
+        return
+    put_sum(state, op, mask, lift(lambda p, *others: (p & WORD) + sum(others), product, state.word(c), *carries))
 
 
 @effect("LEA")

@@ -131,3 +131,9 @@ def tail_problems(kernel: Kernel) -> list[str]:
         if len(loads) == TURN and len(sums) >= TURN:
             return [] if loads[-1] < sums[0] else [f"{kernel.name}: the loss's parts are added before all are read"]
     return [f"{kernel.name}: no turn of {TURN} parts of the loss"]
+
+
+def gpu_membars_in_loops(kernel: Kernel) -> int:
+    """Fences that wait until all the memory of the GPU has seen what a thread wrote."""
+    inside = {i.address: i for loop in kernel.loops for i in loop.instructions}
+    return sum(i.base == "MEMBAR" and "GPU" in i.opcode.split(".") for i in inside.values())

@@ -91,6 +91,8 @@ def compile_one(instruction: Instruction) -> Op:
     words = instruction.opcode.split(".")
     predicate = instruction.predicate.lstrip("@")
     control = CONTROL.get(words[0])
+    if control == "call" and predicate:
+        control = "branch"
     op = Op(instruction.address, instruction.opcode, words[0], words[1:],
             split_operands(predicate)[0] if predicate else None, [], control)  # fmt: skip
     text = instruction.operands
@@ -123,7 +125,7 @@ def compile_one(instruction: Instruction) -> Op:
 # Opcodes with several results: their kinds, in order; of P there may be fewer.
 RESULTS = {
     "PR": "LOP3 SHFL ATOMG ATOM R2UR ELECT MATCH",
-    "RPP": "IADD3",
+    "RPP": "IADD3 VIMNMX",
     "RP": "LEA IMAD VIADD VOTE VOTEU B2R",
     "PP": "ISETP FSETP DSETP HSETP2 PLOP3",
 }

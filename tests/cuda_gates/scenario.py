@@ -7,7 +7,6 @@ import importlib.util
 import re
 import shutil
 import struct
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from binaries import ROOT
 from disassembly import Kernel, run, tool
 from machine import State
-from walk import Graph, Trace, Walk
+from walk import Graph, Lost, Trace, Walk
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # of csrc/call.h
 DTYPES = {"float32": (FLOAT32, 4, "float"), "float64": (FLOAT64, 8, "double"), "float16": (FLOAT16, 2, "half_t"),
@@ -203,21 +202,21 @@ FEW_ROWS = 4
 # ---- a CTA -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Blocks:
-    """The warps of one CTA."""
+class Arrived(dict):
+    """How often every counter that CTAs share was raised: so many times before, if nothing else is known."""
 
-    warps: list[Trace]
+    def __init__(self, before: int = 0):
+        super().__init__()
+        self.before = before
 
-    @property
-    def whole(self) -> Trace:
-        total = Trace()
-        for trace in self.warps:
-            total.add(trace)
-        return total
+    def __missing__(self, address):
+        return self.before
 
 
-def walk_block(graph: Graph, kernel: Kernel, binary: Path, launch: Launch, arch: int, block: int, case: Case) -> Blocks:
+def walk_block(
+    graph: Graph, kernel: Kernel, binary: Path, launch: Launch, arch: int, block: int, case: Case, before: int = 0
+) -> list[Trace]:
+    """What each warp of a CTA does; before: how many CTAs are done by then."""
     label = case.classes // 2 + 1 if case.classes > 2 else 1
 
     def load(address: int, size: int) -> int | None:
@@ -227,7 +226,7 @@ def walk_block(graph: Graph, kernel: Kernel, binary: Path, launch: Launch, arch:
 
     constant = Constants(binary, kernel, launch, arch)
     shared: dict[int, int] = {}
-    arrived: Counter = Counter()
+    arrived = Arrived(before)
     traces = []
     for warp in range((launch.block + 31) // 32):
         special = {
@@ -236,7 +235,7 @@ def walk_block(graph: Graph, kernel: Kernel, binary: Path, launch: Launch, arch:
             "SR_CgaSize": launch.cluster,
         }  # fmt: skip
         traces.append(Walk(graph, State(constant, load, special, shared, arrived)).run())
-    return Blocks(traces)
+    return traces
 
 
 def kernel_of(launch: Launch, found: list[Kernel]) -> Kernel:
@@ -247,31 +246,46 @@ def kernel_of(launch: Launch, found: list[Kernel]) -> Kernel:
     return matching[0]
 
 
-def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case) -> tuple[Trace, float, list[Trace]]:
-    """(what a launch's warps issue for so many elements, elements, the first CTA's warps).
+@dataclass
+class Work:
+    """What the warps of a cluster issue for so many classes: of all CTAs together, and of each warp of the first."""
 
-    Kernels whose CTAs go on with further rows are walked with few, and what another row takes is what counts."""
+    all: Trace
+    warps: list[Trace]
+    elements: float
+
+
+def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, last=False, alone=False) -> Work:
+    """What a launch's first cluster does; where clusters take more rows than a few, what two more rows take.
+
+    alone: the first CTA alone, for few rows; last: besides, the others are done, and it adds up the loss."""
     launch = launch_of(case)
     graph = Graph(kernel.instructions, jump_tables(binary).get(kernel.symbol, {}))
     clusters = launch.grid // launch.cluster
-    rows = case.rows / clusters
 
     def cluster(case, launch):
-        first = walk_block(graph, kernel, binary, launch, arch, 0, case)
-        total = first.whole
-        if launch.cluster > 1:
-            other = walk_block(graph, kernel, binary, launch, arch, 1, case)
-            total.add(other.whole, launch.cluster - 1)
-        return total, first.warps
+        warps = walk_block(graph, kernel, binary, launch, arch, 0, case, clusters - 1 if last else 0)
+        total = Trace()
+        for trace in warps:
+            total.add(trace)
+        if launch.cluster > 1 and not alone:
+            for trace in walk_block(graph, kernel, binary, launch, arch, 1, case):
+                total.add(trace, launch.cluster - 1)
+        return Work(total, warps, case.elements / clusters)
 
+    rows = case.rows / clusters
     if rows <= FEW_ROWS or rows * case.classes <= 1 << 16:
-        total, warps = cluster(case, launch)
-        return total, case.elements / clusters, warps
+        return cluster(case, launch)
     few, more = (replace(case, rows=clusters * n) for n in (1, 3))
     launches = [launch_of(few), launch_of(more)]
     if not all(launch.same_shape(other) for other in launches):
-        raise RuntimeError(f"{kernel.name}: another plan for {few.rows} or {more.rows} rows than for {case.rows}")
-    (total, warps), (less, _) = cluster(more, launches[1]), cluster(few, launches[0])
-    total.add(less, -1)
-    total.issued = Counter({key: count for key, count in total.issued.items() if count > 0})
-    return total, 2.0 * case.classes, warps
+        raise Lost(f"{kernel.name}: another plan for {few.rows} or {more.rows} rows than for {case.rows}")
+    less = cluster(few, launches[0])
+    if alone:
+        return less
+    work = cluster(more, launches[1])
+    work.all.add(less.all, -1)
+    for trace, other in zip(work.warps, less.warps):
+        trace.add(other, -1)
+    work.elements -= less.elements
+    return work

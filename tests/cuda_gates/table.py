@@ -1,131 +1,83 @@
-"""Which kernel runs which rows, and what it takes, as a Markdown table. Needs nvcc and g++, no GPU.
-
-    python tests/cuda_gates/table.py [ROWS] > benchmarks/results/cuda-kernels.md
-
-The choice is the one that csrc/cuda/select.cpp makes with the limits of two devices, by the build for the host.
-"""
+"""The model of every kernel on several GPUs as a Markdown table (model.py prints it)."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from os import cpu_count
 
-from binaries import ROOT, cubins
-from disassembly import Kernel, kernels
+from counts import count
+from predict import COPY, GPUS, SUSTAINED, Gpu, predict
+from scenario import Case, host_build, launch_of
+from walk import Lost
 
-DEVICES = {"H100": (3, 90), "A100": (4, 80)}  # of tests/cuda_on_host/host_runtime.cpp
-DTYPES = {"bfloat16": (3, 2, "bfloat16_t"), "float32": (0, 4, "float"), "float64": (1, 8, "double")}
-LARGEST = 1 << 23  # classes
-
-
-def load_build():
-    """tests/cuda_on_host/build.py."""
-    spec = importlib.util.spec_from_file_location("build_on_host", ROOT / "tests" / "cuda_on_host" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def ranges(plan_of) -> list[tuple[int, int]]:
-    """[(first, last number of classes)] that one kernel runs."""
-    found, first = [], 2
-    while first < LARGEST:
-        kernel, low, high = plan_of(first)["kernel"], first, first + 1
-        while high < LARGEST and plan_of(high)["kernel"] == kernel:
-            low, high = high, high + max(1, (high - first) // 2)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if plan_of(middle)["kernel"] == kernel else (low, middle)
-        found.append((first, low))
-        first = high
-    return found
-
-
-def instances(found: list[Kernel], name: str, storage: str) -> list[Kernel]:
-    return [k for k in found if k.base_name == f"{name}_kernel" and k.parameters[:1] == [storage]]
-
-
-def span(amounts, unit=1) -> str:
-    low, high = (f"{x / unit:.4g}" for x in (min(amounts), max(amounts)))
-    return low if low == high else f"{low} to {high}"
-
-
-def rows_of_table(kernels_here, module, device, rows):
-    for dtype, (code, size, storage) in DTYPES.items():
-
-        def plan_of(classes, code=code):
-            return module.plan_for(code, (rows, classes, 1), (classes, 1, 0), device)
-
-        for first, last in ranges(plan_of):
-            plans = [plan_of(classes) for classes in sorted({first, (first + last) // 2, last})]
-            name = plans[0]["kernel"]
-            used = instances(kernels_here, name, storage)
-            yield (
-                name,
-                dtype,
-                f"{first} to {last}" if last < LARGEST - 1 else f"from {first}",
-                f"{size} + {size}" + ", again from L2" * (name == "rows_split"),
-                span([kernel.registers for kernel in used]),
-                span([plan["shared_bytes"] + max(k.shared for k in used) for plan in plans], 1024),
-                span([plan["cluster"] for plan in plans]),
-                span([plan["threads"] for plan in plans]),
-                MEASURED,
-            )
-
-
-# Their rows need no range: bytes per class, in units of the storage type.
-OTHERS = {
-    "spatial": "1 + 1; again through the caches where the pixels' classes do not fit in shared memory",
-    "rows_gradient": "1 + 1",
-    "rows_gradient_entropy": "1 + 1, twice again through the caches for the mean of log q",
-    "spatial_gradient": "1 + 1",
-    "column_sums": "1 + 0",
-    "pixel_sums": "1 + 0",
-}
-MEASURED = "not measured on a GPU"
-
-
-def others_of_table(kernels_here):
-    for name, traffic in OTHERS.items():
-        for dtype, (_, _, storage) in DTYPES.items():
-            used = instances(kernels_here, name, storage)
-            yield name, dtype, traffic, span([kernel.registers for kernel in used]), MEASURED
-
-
-HEADINGS = (
-    "kernel",
-    "dtype",
-    "classes",
-    "bytes per class: read + written",
-    "registers",
-    "shared memory, KB",
-    "cluster",
-    "threads",
-    "share of copy bandwidth",
+PIXELS = 512 * 512
+SHAPES = (  # the losses with their gradient; ~2^28 logits or more
+    Case(classes=10, rows=1 << 23),
+    Case(classes=100, rows=1 << 21),
+    Case(classes=1000, rows=1 << 18),
+    Case(classes=10000, rows=1 << 14),
+    Case(classes=32000, rows=1 << 14),
+    Case(classes=128256, rows=1 << 13),
+    Case(classes=262144, rows=1 << 12),
+    Case(classes=21, rows=16 * PIXELS, pixels=PIXELS),
+    Case(classes=128256, rows=1 << 13, gradient_alone=True),
 )
-OTHER_HEADINGS = ("kernel, any K", "dtype", "logits read + written", "registers", "share of copy bandwidth")
+FOCAL = ("anl_fl", (1000, 128256))  # a loss of the full kernels, for those numbers of classes
+HEADINGS = (
+    "GPU,kernel,dtype,loss,rows x classes,instructions a class,EX2,registers,threads x cluster,shared KB,warps an SM,"
+    "KB in flight an SM,bound,us,share of a copy"
+).split(",")
+ABOUT = f"""# Model, not measured
+
+What every kernel's warps issue, counted in the machine code of the GPU's architecture along the plain path
+(tests/cuda_gates/walk.py), with everything of a row divided by its classes; and the time that follows: the largest of
+several bounds (tests/cuda_gates/predict.py), with a copy at {100 * COPY:.0f} % of the data sheet's bandwidth and long
+loops at {100 * SUSTAINED:.0f} % of the issue rate. No GPU was there. Written by `python tests/cuda_gates/model.py`.
+"""
 
 
-def show(headings, rows):
-    print(f"\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+def cases() -> list[Case]:
+    found = [replace(case, dtype=dtype) for case in SHAPES for dtype in ("bfloat16", "float32")]
+    loss, classes = FOCAL
+    return found + [replace(c, loss=loss) for c in found if c.classes in classes and not c.gradient_alone]
+
+
+@dataclass(frozen=True)
+class Line:
+    gpu: Gpu
+    case: Case
+
+    def __call__(self) -> tuple[str, ...]:
+        case = replace(self.case, device=self.gpu.device)
+        what = "gradient alone" if case.gradient_alone else case.loss
+        shape = f"{case.rows} x {case.classes}" + " (pixels)" * (case.pixels > 1)
+        kernel = launch_of(case).kernel.removesuffix("_kernel")
+        head = (self.gpu.name, kernel, case.dtype, what, shape)
+        if kernel == "rows_split":
+            return (*head, "its CTAs take parts of rows by tickets: not modelled", *[""] * (len(HEADINGS) - 6))
+        try:
+            counts = count(case, self.gpu.arch)
+        except Lost as lost:
+            return (*head, f"not found: {lost}", *[""] * (len(HEADINGS) - 6))
+        p = predict(counts, self.gpu)
+        memory = (counts.launch.shared_bytes + counts.kernel.shared) / 1024
+        plan = f"{counts.launch.block} x {counts.launch.cluster}"
+        counted = f"{counts.total:.1f}", f"{counts.opcode('MUFU.EX2'):.2f}", f"{counts.kernel.registers}"
+        held = f"{memory:.1f}", f"{p.warps}", f"{p.in_flight / 1024:.0f}"
+        return (*head, *counted, plan, *held, p.bound, f"{1e6 * p.seconds:.0f}", f"{100 * p.share:.0f} %")
+
+
+def line(of: Line) -> tuple[str, ...]:
+    return of()
+
+
+def main(gpus=GPUS) -> None:
+    host_build()
+    lines = [Line(gpu, case) for gpu in gpus for case in cases()]
+    with ProcessPoolExecutor(min(2, cpu_count() or 1)) as pool:
+        rows = list(pool.map(line, lines))
+    print(ABOUT)
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
     for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
-def main(rows=4096):
-    build = load_build()
-    path = build.build()
-    module, library = build.load(path), ctypes.CDLL(str(path))
-    print(f"Kernels of a loss with its gradient, {rows} contiguous rows. Loads and stores of 128 bits, no spills; one")
-    print("MUFU.EX2 per class in each sweep, without the focal losses (tests/cuda_gates).")
-    for name, (device, arch) in DEVICES.items():
-        assert library.anl_host_use_device(device) == 0
-        found = [kernel for path in cubins(arch).values() for kernel in kernels(path)]
-        print(f"\n{name}, sm_{arch}:")
-        show(HEADINGS, rows_of_table(found, module, device, rows))
-        show(OTHER_HEADINGS, others_of_table(found))
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+        print(f"| {' | '.join(row)} |", flush=True)

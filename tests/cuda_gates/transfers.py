@@ -59,7 +59,7 @@ def store_shared(state, op, mask):
         for lane in range(32):
             if not active >> lane & 1:
                 continue
-            if lanes[lane] is None:  # it may be anywhere
+            if type(lanes[lane]) is not int:  # it may be anywhere
                 state.shared.clear()
                 break
             for j in range(min(size, 4)):
@@ -83,7 +83,7 @@ def add_and_fetch(state, op, mask):
         state.arrived[at] += 1
 
 
-@effect("LDC")
+@effect("LDC", "LDCU")
 def load_constant(state, op, mask):
     bank, (base, _, uniform, offset) = op.sources[0].name
     size, place = width(op.opcode), state.place(base, False, uniform, offset)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import arithmetic  # noqa: F401
 import transfers  # noqa: F401
 from disassembly import Instruction, dominators, natural_loops, successors
-from machine import Lanes, State, compiled
+from machine import TARGET, Lanes, State, compiled
 from opcodes import tidy
 
 MOST = 5_000_000  # instructions of a warp
@@ -44,6 +44,8 @@ class Graph:
         for i, instruction in enumerate(code):
             if instruction.base == "BRX":
                 self.after[i] = sorted({self.index[t] for t in tables.get(instruction.address, [])})
+            elif instruction.base == "CALL" and instruction.predicate:  # a loop is left so, without coming back
+                self.after[i] = [self.index[int(TARGET.search(instruction.operands)[1], 16)], i + 1]
             elif instruction.opcode.startswith("BRA.DIV") or instruction.base in ("BPT", "WARPSYNC"):
                 self.after[i] = [i + 1] if i + 1 < len(code) else []
         self._meet = self._post_dominators()
@@ -113,7 +115,7 @@ class Trace:
     waits: int = 0  # how often it waits for global memory
     in_flight: int = 0  # bytes of global memory that it has asked for at a time, at most
 
-    def add(self, other: Trace, times: float = 1.0) -> None:
+    def add(self, other: Trace, times: int = 1) -> None:
         for mine, theirs in ((self.issued, other.issued), (self.moved, other.moved)):
             for key, count in theirs.items():
                 mine[key] += times * count
@@ -217,13 +219,10 @@ class Walk:
         return None
 
     def _call(self, op, pc, mask):
-        _, no, unknown = self._condition(op, mask)
-        if no or unknown:
-            raise Lost(f"at {op.address:#x}: a call on a condition")
         self.calls.append(None)
         self._run(self.graph.index[op.target], mask, None)
         where = self.calls.pop()
-        return self.graph.index.get(where, pc + 1) if where is not None else pc + 1
+        return pc + 1 if where is None else self.graph.index.get(where, pc + 1)
 
     def _jump_table(self, op, pc, mask):
         where = self.state.word(op.operands[0])
