@@ -16,6 +16,10 @@ namespace {
 template <class S>
 constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 
+// Threads whose registers are a multiprocessor's: 80 for each, so that 24 warps of smaller CTAs are on one.
+template <class S>
+constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : 768;
+
 template <int N>
 struct Units {
   static constexpr int value = N;
@@ -26,40 +30,48 @@ ANL_DEVICE int misaligned(const S* p) {  // by so many elements
   return int(reinterpret_cast<uintptr_t>(p) / sizeof(S) % PACK<S>);
 }
 
-// ---- to and from shared memory: by thread t of `threads` -----------------------------------------------------------------
+// ---- to and from shared memory, by lane i of `lanes` --------------------------------------------------------------------
+
+// Elements of n that lie before, and packs that lie between, boundaries of 16 bytes.
+template <class S>
+struct Packs {
+  static constexpr int P = PACK<S>;
+  int n, head, packs;
+  ANL_DEVICE Packs(const S* p, int count) : n(count), head(min(count, (P - misaligned(p)) % P)), packs((count - head) / P) {}
+
+  // f(element) for those outside the packs.
+  template <class F>
+  ANL_DEVICE void edges(int i, int lanes, const F& f) const {
+#pragma unroll 1
+    for (; i < n - packs * P; i += lanes) f(i < head ? i : i + packs * P);
+  }
+};
 
 // n elements to shared memory that is aligned as they are; asynchronous.
 template <class S>
-ANL_DEVICE void copy_in(S* to, const S* from, int n, int t, int threads) {
-  constexpr int P = PACK<S>;
-  const int head = min(n, (P - misaligned(from)) % P), packs = (n - head) / P;
+ANL_DEVICE void copy_in(S* to, const S* from, int n, int i, int lanes) {
+  const Packs<S> at(from, n);
 #pragma unroll 4
-  for (int q = t; q < packs; q += threads) copy_async16(to + head + q * P, from + head + q * P);
-  for (int e = t; e < n - packs * P; e += threads) {
-    const int k = e < head ? e : e + packs * P;
-    to[k] = from[k];
-  }
+  for (int q = i; q < at.packs; q += lanes) copy_async16(to + at.head + q * at.P, from + at.head + q * at.P);
+  at.edges(i, lanes, [&](int k) { to[k] = from[k]; });
 }
 
 template <class S>
-ANL_DEVICE void copy_out(S* to, const S* from, int n, int t, int threads) {
-  constexpr int P = PACK<S>;
-  const int head = min(n, (P - misaligned(to)) % P), packs = (n - head) / P;
-  if (misaligned(to) == misaligned(from)) {
+ANL_DEVICE void copy_out(S* to, const S* from, int n, int i, int lanes, bool alike) {
+  const Packs<S> at(to, n);
+  if (alike) {
 #pragma unroll 4
-    for (int q = t; q < packs; q += threads) store16(to + head + q * P, load16(from + head + q * P));
+    for (int q = i; q < at.packs; q += lanes) store16(to + at.head + q * at.P, load16(from + at.head + q * at.P));
   } else {
-    for (int q = t; q < packs; q += threads) {
-      acc_t<S> pack[P];
+#pragma unroll 1
+    for (int q = i; q < at.packs; q += lanes) {
+      acc_t<S> pack[PACK<S>];
 #pragma unroll
-      for (int v = 0; v < P; ++v) pack[v] = widen(from[head + q * P + v]);
-      store16(to + head + q * P, narrow_pack<S>(pack));
+      for (int v = 0; v < at.P; ++v) pack[v] = widen(from[at.head + q * at.P + v]);
+      store16(to + at.head + q * at.P, narrow_pack<S>(pack));
     }
   }
-  for (int e = t; e < n - packs * P; e += threads) {
-    const int k = e < head ? e : e + packs * P;
-    to[k] = from[k];
-  }
+  at.edges(i, lanes, [&](int k) { to[k] = from[k]; });
 }
 
 // ---- a row's classes, but for the displaced one ------------------------------------------------------------------------
@@ -90,6 +102,13 @@ struct alignas(BYTES) Unit {
     for (int i = 0; i < WORDS; ++i) unit.word[i] = w[i];
     return unit;
   }
+  // The last element counts no more than the one before.
+  ANL_DEVICE Unit last_as_before() const {
+    Unit unit = *this;
+    uint32_t& last = unit.word[WORDS - 1];
+    last = sizeof(S) == 2 ? (last & 0xffff) | last << 16 : unit.word[WORDS - 2];
+    return unit;
+  }
 };
 
 // The largest and the smallest of a lane's classes: 16-bit numbers two at a time, else one. NaN is neither.
@@ -98,9 +117,11 @@ struct Extremes {
   using T = acc_t<S>;
   T high = minus_inf<T>(), low = -minus_inf<T>();
 
+  ANL_DEVICE void add_high(T z) { high = z > high ? z : high; }
+  ANL_DEVICE void add_low(T z) { low = z < low ? z : low; }
   ANL_DEVICE void add(T z) {
-    high = z > high ? z : high;
-    low = z < low ? z : low;
+    add_high(z);
+    add_low(z);
   }
   template <int BYTES>
   ANL_DEVICE void add(const Unit<S, BYTES>& unit) {
@@ -135,35 +156,75 @@ struct Extremes<S, true> {
   }
 };
 
-// What a lane has of each row: of `rounds` in which every lane of its group has a whole unit, and of one in which it has
-// `left` classes.
+// What a lane has of each row: `whole` units, `step` apart, and of one more its first `left` classes: all or all but one
+// of them, or none. Lanes that read 16 bytes take turns, others have units that lie side by side: so they meet in few
+// banks of shared memory.
 template <class S, int BYTES>
 struct Share {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
-  static constexpr int P = U::P, TILE = P > 8 ? 1 : 8 / P;
+  static constexpr bool TURNS = BYTES == 16;
+  static constexpr int P = U::P, TILE = P > 8 ? 1 : 8 / P, REST = P > 1 ? P - 1 : 1;
 
-  int lane, lanes, rounds, left;
+  int lane, lanes, start, whole, left;
 
-  ANL_DEVICE Share(int group, int classes) : lane(int(threadIdx.x) % group), lanes(group), rounds(classes / (group * P)) {
-    left = min(P, max(0, classes - (rounds * lanes + lane) * P));
+  ANL_DEVICE Share(int group, int classes) : lane(int(threadIdx.x) % group), lanes(group) {
+    const int units = classes / P;
+    if (TURNS) {
+      whole = units / lanes;
+      start = lane;
+      left = max(0, min(P, classes - (whole * lanes + lane) * P));
+    } else {
+      const int most = (classes + P * lanes - 1) / (P * lanes) | 1;
+      start = lane * most;
+      whole = max(0, min(most, units - start));
+      left = units >= start && units < start + most ? classes % P : 0;
+    }
   }
+  ANL_DEVICE int step() const { return TURNS ? lanes : 1; }
 
-  // f(Units<N>(), its first unit) for the whole rounds, g(unit) for the last.
+  // f(Units<N>(), its first unit) for the whole units, g(unit) for what is left.
   template <class F, class G>
   ANL_DEVICE void each(U* row, const F& f, const G& g) const {
-    U* unit = row + lane;
-    int n = rounds;
-    for (; n >= TILE; n -= TILE, unit += TILE * lanes) f(Units<TILE>(), unit);
-    for (; n > 0; --n, unit += lanes) f(Units<1>(), unit);
-    if (left > 0) g(unit);
+    U* unit = row + start;
+    int n = whole;
+#pragma unroll 1
+    for (; n >= TILE; n -= TILE, unit += TILE * step()) f(Units<TILE>(), unit);
+    if constexpr (TILE > 1) {
+#pragma unroll 1
+      for (; n > 0; --n, unit += step()) f(Units<1>(), unit);
+    }
+    if (P > 1 && left > 0) g(unit);
+  }
+  // The same of their classes: f(array). They are looked at one by one, as a neighbour may write to what is left of a unit.
+  template <class F>
+  ANL_DEVICE void each_class(U* row, const F& f) const {
+    each(row, [&](auto n, const U* unit) {
+      T x[decltype(n)::value * P];
+      load<decltype(n)::value>(unit, x);
+      f(x);
+    }, [&](const U* unit) {
+      const S* classes = reinterpret_cast<const S*>(unit);
+      T x[REST], last[1];
+      if (TURNS) {
+        T all[P];
+        unit->widen(all);
+#pragma unroll
+        for (int v = 0; v < REST; ++v) x[v] = all[v];
+        last[0] = all[P - 1];
+      } else {
+        x[0] = widen(classes[0]);
+      }
+      f(x);
+      if (TURNS && left == P) f(last);
+    });
   }
 
   template <int N>
   ANL_DEVICE void load(const U* unit, T (&x)[N * P]) const {
     U units[N];
 #pragma unroll
-    for (int u = 0; u < N; ++u) units[u] = unit[u * lanes];
+    for (int u = 0; u < N; ++u) units[u] = unit[u * step()];
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       T pack[P];
@@ -173,15 +234,6 @@ struct Share {
     }
   }
 
-  // f(class) for those of the last round. One by one: a neighbour may be writing to what is left of the unit.
-  template <class F>
-  ANL_DEVICE void each_left(const U* unit, const F& f) const {
-    const S* classes = reinterpret_cast<const S*>(unit);
-#pragma unroll
-    for (int v = 0; v < P; ++v)
-      if (v < left) f(widen(classes[v]));
-  }
-
   // By all lanes of the warp, each for its group's row.
   template <bool FULL>
   ANL_DEVICE AnchoredSums<T, FULL> first_sums(U* row) const {
@@ -189,23 +241,26 @@ struct Share {
     each(row, [&](auto n, const U* unit) {
       U units[decltype(n)::value];
 #pragma unroll
-      for (int u = 0; u < decltype(n)::value; ++u) units[u] = unit[u * lanes];
+      for (int u = 0; u < decltype(n)::value; ++u) units[u] = unit[u * step()];
 #pragma unroll
       for (const U& one : units) found.add(one);
-    }, [&](const U* unit) { each_left(unit, [&](T z) { found.add(z); }); });
+    }, [&](const U* unit) {
+      if (TURNS)
+        found.add(left == P ? *unit : unit->last_as_before());
+      else
+        found.add(widen(*reinterpret_cast<const S*>(unit)));
+    });
     Extremes<S, false> extremes = found.whole();
+#pragma unroll 1
     for (int offset = 1; offset < lanes; offset *= 2) {
-      extremes.add(shuffle_xor(extremes.high, offset));
-      extremes.add(shuffle_xor(extremes.low, offset));
+      extremes.add_high(shuffle_xor(extremes.high, offset));
+      extremes.add_low(shuffle_xor(extremes.low, offset));
     }
     auto s = none<AnchoredSums<T, FULL>>();
     s.max = extremes.high;
     const T anchor = s.anchor();
-    each(row, [&](auto n, const U* unit) {
-      T x[decltype(n)::value * P];
-      load<decltype(n)::value>(unit, x);
-      s.add_all(x, extremes.low, anchor);
-    }, [&](const U* unit) { each_left(unit, [&](T z) { s.add(z, anchor); }); });
+    each_class(row, [&](const auto& x) { s.add_all(x, extremes.low, anchor); });
+#pragma unroll 1
     for (int offset = 1; offset < lanes; offset *= 2) {  // of two lanes' numbers, both have the same sum
       AnchoredSums<T, FULL> other = s;
       other.min = shuffle_xor(s.min, offset);
@@ -219,20 +274,19 @@ struct Share {
   ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T>& sweep, U* row) const {
     auto s = none<SecondSums<Scalar<T>, FULL>>();
     sweep.run(s, [&](const auto& add) {
-      each(row, [&](auto n, const U* unit) {
-        T x[decltype(n)::value * P];
-        load<decltype(n)::value>(unit, x);
+      each_class(row, [&](const auto& x) {
 #pragma unroll
         for (const T z : x) add(z);
-      }, [&](const U* unit) { each_left(unit, add); });
+      });
     });
+#pragma unroll 1
     for (int offset = 1; offset < lanes; offset *= 2) s.add(shuffle_xor(s, offset));
     return s;
   }
 
   template <unsigned PARTS>
   ANL_DEVICE void write(const RowGradient<T>& gradient, U* row) const {
-    each(row, [&](auto n, U* unit) {
+    const auto whole_units = [&](auto n, U* unit) {
       constexpr int N = decltype(n)::value;
       T x[N * P];
       load<N>(unit, x);
@@ -243,11 +297,15 @@ struct Share {
         T pack[P];
 #pragma unroll
         for (int v = 0; v < P; ++v) pack[v] = x[u * P + v];
-        unit[u * lanes] = U::narrow(pack);
+        unit[u * step()] = U::narrow(pack);
       }
-    }, [&](U* unit) {
-      S* classes = reinterpret_cast<S*>(unit);
-      each_left(unit, [&](T z) { *classes++ = narrow<S>(gradient.template at<PARTS>(z)); });
+    };
+    each(row, whole_units, [&](U* unit) {  // 16 bytes that have a class too many have the displaced one, or none
+      S& one = *reinterpret_cast<S*>(unit);
+      if (TURNS)
+        whole_units(Units<1>(), unit);
+      else
+        one = narrow<S>(gradient.template at<PARTS>(widen(one)));
     });
   }
 };
@@ -256,7 +314,7 @@ struct Share {
 template <class T, bool FULL>
 struct alignas(16) Record {
   int begin;  // of the row, as an element of the batch
-  bool live, second, plain;
+  bool live, plain;
   union {
     AnchoredSums<T, FULL> first_sums;
     SecondSums<Scalar<T>, FULL> second_sums;
@@ -267,90 +325,116 @@ struct alignas(16) Record {
   };
 };
 
-// The rows of a CTA that are in shared memory together: thread t has row t, the group g of lanes sweeps row g.
+// Rows `first`, ... of the call, which are in shared memory together. A warp brings and takes away those that it sweeps.
 template <class S>
 struct Batch {
   using T = acc_t<S>;
   const Params& p;
+  S* staged;
   int64_t first;
-  int rows, t, g, lane;
+  int rows, group;  // the thread's
 
+  template <class R>
+  ANL_DEVICE R* row(R* data, const Strides& strides, bool contiguous, int i) const {
+    return data + (contiguous ? (first + i) * p.call.num_classes : row_offset(p.call, strides, first + i));
+  }
   ANL_DEVICE const S* logits(int i) const {
-    return static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, first + i);
+    return row(static_cast<const S*>(p.call.logits), p.call.logits_strides, p.plan.small.contiguous, i);
   }
   ANL_DEVICE S* grad(int i) const {
-    return static_cast<S*>(p.call.grad) + row_offset(p.call, p.call.grad_strides, first + i);
+    return row(static_cast<S*>(p.call.grad), p.call.grad_strides, p.plan.small.contiguous_grad, i);
   }
-  // Where row i stands in shared memory.
+  // Where row i stands.
   ANL_DEVICE int place(int i) const {
     return i * p.plan.small.pitch + misaligned(logits(p.plan.small.contiguous ? 0 : i));
   }
 
-  // swept: the place of row g; live: whether it is to be read. Zeros stand for rows that are not.
-  ANL_DEVICE void load(S* staged, int swept, bool live, bool all_live) const {
-    const int K = int(p.call.num_classes), lanes = p.plan.small.lanes;
-    if (p.plan.small.contiguous && all_live) {
-      copy_in(staged + misaligned(logits(0)), logits(0), rows * K, t, int(blockDim.x));
-    } else if (live) {
-      copy_in(staged + swept, logits(g), K, lane, lanes);
-    } else if (g < rows) {
-      for (int k = lane; k < K; k += lanes) staged[swept + k] = narrow<S>(T(0));
-    }
+  // copy(pointer to a row here, row, elements, lane, lanes): the warp's rows at once, or every group its own.
+  template <class Copy>
+  ANL_DEVICE void by_warp(const Copy& copy) const {
+    const int lanes = p.plan.small.lanes, i = int(threadIdx.x) / WARP * (WARP / lanes), n = min(rows - i, WARP / lanes);
+    if (n > 0) copy(staged + place(i), i, n * int(p.call.num_classes), int(lane_index()), WARP);
+  }
+  template <class Copy>
+  ANL_DEVICE void by_group(int begin, const Copy& copy) const {
+    const int lanes = p.plan.small.lanes;
+    if (group < rows) copy(staged + begin, group, int(p.call.num_classes), int(threadIdx.x) % lanes, lanes);
+  }
+
+  // Zeros stand for rows that are not to be read.
+  ANL_DEVICE void load(int begin, bool live) const {
+    const auto read = [&](S* to, int i, int n, int lane, int lanes) { copy_in(to, logits(i), n, lane, lanes); };
+    if (p.plan.small.contiguous && __all_sync(ALL_LANES, live || group >= rows))
+      by_warp(read);
+    else if (live)
+      by_group(begin, read);
+    else
+      by_group(begin, [](S* to, int, int n, int lane, int lanes) {
+        for (int k = lane; k < n; k += lanes) to[k] = narrow<S>(T(0));
+      });
     copy_async_commit();
     copy_async_wait<0>();
   }
-  ANL_DEVICE void store(const S* staged, int swept) const {
-    const int K = int(p.call.num_classes), lanes = p.plan.small.lanes;
-    if (p.plan.small.contiguous_grad)
-      copy_out(grad(0), staged + misaligned(logits(0)), rows * K, t, int(blockDim.x));
-    else if (g < rows)
-      copy_out(grad(g), staged + swept, K, lane, lanes);
+  ANL_DEVICE void store(int begin) const {
+    const auto write = [&](const S* from, int i, int n, int lane, int lanes) {
+      S* const to = grad(i);
+      copy_out(to, from, n, lane, lanes, p.plan.small.contiguous_grad || misaligned(to) == misaligned(from));
+    };
+    p.plan.small.contiguous_grad ? by_warp(write) : by_group(begin, write);
   }
 };
 
 template <class S, int BYTES, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   const Call& call = p.call;
   const int K = int(call.num_classes), t = int(threadIdx.x), lanes = p.plan.small.lanes;
-  const int rows = int(blockDim.x) / lanes, g = t / lanes;
-  const bool spread = lanes > 1;  // else thread t sweeps row t itself
+  const int rows = int(blockDim.x) / lanes, g = t / lanes;  // thread t has the mathematics of row t, and sweeps row g
+  const bool spread = lanes > 1;                            // else these are one row
   ANL_SHARED(unsigned char, memory);
-  ANL_STATIC_SHARED(unsigned[2 * WARP], votes);
+  ANL_STATIC_SHARED(unsigned[WARP], votes);
   auto* records = reinterpret_cast<Record<T, FULL>*>(memory);
   S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, true>) : 0));
   const Share<S, BYTES> share(lanes, K - 1);
+  const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
-  const int64_t begin = blockIdx.x * p.plan.small.rows_per_cta, end = min(p.num_rows, begin + p.plan.small.rows_per_cta);
-  for (int64_t first = begin; first < end; first += rows) {
-    const Batch<S> batch = {p, first, int(min(int64_t(rows), end - first)), t, g, share.lane};
+  const int64_t begin = blockIdx.x * p.plan.small.rows_per_cta;
+  const int count = int(min(p.num_rows - begin, p.plan.small.rows_per_cta));
+#pragma unroll 1
+  for (int i = 0; i < count; i += rows) {
+    const Batch<S> batch = {p, staged, begin + i, min(rows, count - i), g};
     const bool exists = t < batch.rows, sweeps = g < batch.rows;
-    const int64_t r = first + t, y = exists ? label_at(call, r) : call.ignore_index;
+    const int64_t r = batch.first + t, y = exists ? label_at(call, r) : call.ignore_index;
     const Label kind = label_kind(call, y);
     const bool live = kind == Label::LIVE;
-    const int place = exists ? batch.place(t) : 0;
-    if (spread && t < rows) {
-      records[t].begin = place;
-      records[t].live = live;
+    const int own = exists ? batch.place(t) : 0;
+    int swept = own;
+    bool swept_live = live;
+    if (spread) {
+      if (t < rows) {
+        records[t].begin = own;
+        records[t].live = live;
+      }
+      __syncthreads();
+      swept = records[g].begin;
+      swept_live = records[g].live;
     }
-    const bool all_live = !block_any(exists && !live, votes);
-    const int swept = spread ? records[g].begin : place;
-    batch.load(staged, swept, spread ? records[g].live : live, all_live);
-    __syncthreads();
+    batch.load(swept, swept_live);
+    sync();
 
     // A row that begins within a unit begins with its displaced class, any other ends with it.
-    const auto odd = [](int at) { return int(at * sizeof(S) % BYTES / sizeof(S)); };
-    S* const row_y = staged + place + (live ? int(y) : 0);
-    S* const displaced = staged + place + (odd(place) ? 0 : K - 1);
+    const auto inside = [](int at) { return int(at * sizeof(S) % BYTES / sizeof(S)); };
+    S* const at_y = staged + own + (live ? int(y) : 0);
+    S* const displaced = staged + own + (inside(own) ? 0 : K - 1);
     T z_y = T(0);
     if (live) {
-      z_y = widen(*row_y);
-      *row_y = *displaced;
+      z_y = widen(*at_y);
+      *at_y = *displaced;
     }
-    if (spread) __syncthreads();
-    U* const units = reinterpret_cast<U*>(staged + swept + odd(swept));
+    sync();
+    U* const units = reinterpret_cast<U*>(staged + swept + inside(swept));
     auto first_sums = share.template first_sums<FULL>(units);
     if (spread) {
       if (share.lane == 0) records[g].first_sums = first_sums;
@@ -361,7 +445,7 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
     Row<T> row;
     row.second = false;
     if (live) row.set_first_sums(call.program, first_sums, z_y);
-    if (needs_second(call.program) && (spread ? block_any(row.second, votes + WARP) : __any_sync(ALL_LANES, row.second))) {
+    if (needs_second(call.program) && (spread ? block_any(row.second, votes) : __any_sync(ALL_LANES, row.second))) {
       RowSweep<T> sweep = row.sweep(call.program);
       if (spread) {
         if (t < rows) records[t].sweep = sweep;
@@ -377,11 +461,11 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
       if (row.second) row.set_second_sums(call.program, second_sums);
     }
     RowGradient<T> gradient;
-    bool plain = !live;  // whether all classes are alike: there, and above the clamp
     if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, true, gradient));
     if (!call.grad) continue;
 
     const T target = gradient.row.target;
+    bool plain = !live;  // whether all classes are there and above the clamp
     if (live && first_sums.sums.of[COUNT] == T(K - 1) && first_sums.min - row.max > gradient.row.threshold) {
       gradient.row = gradient.row.all_above();
       plain = true;
@@ -402,11 +486,12 @@ __global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __g
       write(Parts<0>());
     else
       by_parts<FULL>(call.program, write);
-    if (spread) __syncthreads();
-    if (exists) *displaced = live ? *row_y : narrow<S>(target);
-    if (live) *row_y = narrow<S>(target);
-    __syncthreads();
-    batch.store(staged, swept);
+    sync();
+    if (exists) *displaced = live ? *at_y : narrow<S>(target);
+    if (live) *at_y = narrow<S>(target);
+    sync();
+    batch.store(swept);
+    __syncwarp();
   }
   if (!p.loss) return;
   ANL_STATIC_SHARED(double[WARP], losses);
@@ -442,7 +527,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64;
   const int64_t N = rows_of(call), K = call.num_classes, size = logit_bytes(call), pack = pack_of(call);
   const int64_t most = wide ? 16 : 32;  // classes of a lane in a batch that is a single CTA
-  const bool aligned = rows_aligned(call), in_packs = aligned && !wide && K >= 2 * pack;
+  const bool aligned = rows_aligned(call), in_packs = aligned && !wide && K % pack == 0 && K > pack;
   SmallPlan small = {};
   small.unit_bytes = in_packs ? int(PACK_BYTES) : int(std::max<int64_t>(size, 4));
   const auto lanes_for = [&](int64_t elements) { return std::min<int64_t>(32, power_of_two(ceil_div(K, elements))); };
