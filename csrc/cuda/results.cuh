@@ -92,7 +92,9 @@ ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight,
   const Program& program = p.call.program;
   T coefs[NUM_COEFS];
   const T loss = evaluate<M, FULL>(program, row.stats, coefs) * weight;
-  const T scale = T(double(weight) / denominator);
+  // A division of doubles takes long: that of 1 is one for all rows.
+  const T inv_denominator = T(1.0 / denominator);
+  const T scale = weight == T(1) ? inv_denominator : T(double(weight) / denominator);
 #pragma unroll
   for (int i = COEF_A; i <= COEF_TARGET; ++i) coefs[i] *= scale;
   coefs[COEF_MAX] = row.max;

@@ -32,46 +32,51 @@ ANL_DEVICE int misaligned(const S* p) {  // by so many elements
 
 // ---- to and from shared memory, by lane i of `lanes` --------------------------------------------------------------------
 
-// Elements of n that lie before, and packs that lie between, boundaries of 16 bytes.
-template <class S>
-struct Packs {
-  static constexpr int P = PACK<S>;
-  int n, head, packs;
-  ANL_DEVICE Packs(const S* p, int count) : n(count), head(min(count, (P - misaligned(p)) % P)), packs((count - head) / P) {}
-
-  // f(element) for those outside the packs.
-  template <class F>
-  ANL_DEVICE void edges(int i, int lanes, const F& f) const {
+// f(to, from) for n elements: in whole packs of 16 bytes, those on whose boundaries `to` lies, four at a time; and one by
+// one what lies before and after them.
+template <class S, class Copy, class One>
+ANL_DEVICE void each_pack(S* to, const S* from, const S* boundaries, int n, int i, int lanes, const Copy& f, const One& one) {
+  constexpr int P = PACK<S>;
+  const int head = min(n, (P - misaligned(boundaries)) % P), packs = int(unsigned(n - head) / P), step = lanes * P;
+  const int at = head + i * P;
+  S* t = to + at;
+  const S* s = from + at;
+  int left = packs - i;
 #pragma unroll 1
-    for (; i < n - packs * P; i += lanes) f(i < head ? i : i + packs * P);
+  for (; left > 3 * lanes; left -= 4 * lanes, t += 4 * step, s += 4 * step) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u) f(t + u * step, s + u * step);
   }
-};
+#pragma unroll 1
+  for (; left > 0; left -= lanes, t += step, s += step) f(t, s);
+#pragma unroll 1
+  for (int e = i; e < n - packs * P; e += lanes) {
+    const int k = e < head ? e : e + packs * P;
+    one(to + k, from + k);
+  }
+}
 
-// n elements to shared memory that is aligned as they are; asynchronous.
+// To shared memory that is aligned as they are; asynchronous.
 template <class S>
 ANL_DEVICE void copy_in(S* to, const S* from, int n, int i, int lanes) {
-  const Packs<S> at(from, n);
-#pragma unroll 4
-  for (int q = i; q < at.packs; q += lanes) copy_async16(to + at.head + q * at.P, from + at.head + q * at.P);
-  at.edges(i, lanes, [&](int k) { to[k] = from[k]; });
+  each_pack(to, from, from, n, i, lanes, [](S* t, const S* s) { copy_async16(t, s); }, [](S* t, const S* s) { *t = *s; });
 }
 
 template <class S>
-ANL_DEVICE void copy_out(S* to, const S* from, int n, int i, int lanes, bool alike) {
-  const Packs<S> at(to, n);
-  if (alike) {
-#pragma unroll 4
-    for (int q = i; q < at.packs; q += lanes) store16(to + at.head + q * at.P, load16(from + at.head + q * at.P));
-  } else {
-#pragma unroll 1
-    for (int q = i; q < at.packs; q += lanes) {
-      acc_t<S> pack[PACK<S>];
+ANL_DEVICE void copy_out(S* to, const S* from, int n, int i, int lanes) {
+  each_pack(to, from, to, n, i, lanes, [](S* t, const S* s) { store16(t, load16(s)); }, [](S* t, const S* s) { *t = *s; });
+}
+
+// The same from memory that is aligned in any way.
+template <class S>
+ANL_DEVICE void gather_out(S* to, const S* from, int n, int i, int lanes) {
+  const auto gather = [](S* t, const S* s) {
+    acc_t<S> pack[PACK<S>];
 #pragma unroll
-      for (int v = 0; v < at.P; ++v) pack[v] = widen(from[at.head + q * at.P + v]);
-      store16(to + at.head + q * at.P, narrow_pack<S>(pack));
-    }
-  }
-  at.edges(i, lanes, [&](int k) { to[k] = from[k]; });
+    for (int v = 0; v < PACK<S>; ++v) pack[v] = widen(s[v]);
+    store16(t, narrow_pack<S>(pack));
+  };
+  each_pack(to, from, to, n, i, lanes, gather, [](S* t, const S* s) { *t = *s; });
 }
 
 // ---- a row's classes, but for the displaced one ------------------------------------------------------------------------
@@ -168,17 +173,18 @@ struct Share {
 
   int lane, lanes, start, whole, left;
 
-  ANL_DEVICE Share(int group, int classes) : lane(int(threadIdx.x) % group), lanes(group) {
-    const int units = classes / P;
+  // Of rows of so many classes; 2^bits lanes share each.
+  ANL_DEVICE Share(int bits, int classes) : lane(int(threadIdx.x & ((1u << bits) - 1))), lanes(1 << bits) {
+    const int units = int(unsigned(classes) / P);
     if (TURNS) {
-      whole = units / lanes;
+      whole = units >> bits;
       start = lane;
-      left = max(0, min(P, classes - (whole * lanes + lane) * P));
+      left = max(0, min(P, classes - ((whole << bits) + lane) * P));
     } else {
-      const int most = (classes + P * lanes - 1) / (P * lanes) | 1;
+      const int most = (int(unsigned(classes + P - 1) / P) + lanes - 1 >> bits) | 1;
       start = lane * most;
       whole = max(0, min(most, units - start));
-      left = units >= start && units < start + most ? classes % P : 0;
+      left = unsigned(units - start) < unsigned(most) ? classes - units * P : 0;
     }
   }
   ANL_DEVICE int step() const { return TURNS ? lanes : 1; }
@@ -325,63 +331,59 @@ struct alignas(16) Record {
   };
 };
 
-// Rows `first`, ... of the call, which are in shared memory together. A warp brings and takes away those that it sweeps.
+// Rows of the call that are in shared memory together. A warp brings and takes away those that it sweeps.
 template <class S>
 struct Batch {
   using T = acc_t<S>;
   const Params& p;
   S* staged;
   int64_t first;
-  int rows, group;  // the thread's
+  int rows, bits, K;
+  int64_t at;  // contiguous: of row `first`
+  int shift;
 
-  template <class R>
-  ANL_DEVICE R* row(R* data, const Strides& strides, bool contiguous, int i) const {
-    return data + (contiguous ? (first + i) * p.call.num_classes : row_offset(p.call, strides, first + i));
-  }
+  ANL_DEVICE Batch(const Params& params, S* shared, int64_t row, int count, int lane_bits)
+      : p(params), staged(shared), first(row), rows(count), bits(lane_bits), K(int(params.call.num_classes)), at(row * K),
+        shift(misaligned(static_cast<const S*>(params.call.logits) + at)) {}
+
   ANL_DEVICE const S* logits(int i) const {
-    return row(static_cast<const S*>(p.call.logits), p.call.logits_strides, p.plan.small.contiguous, i);
-  }
-  ANL_DEVICE S* grad(int i) const {
-    return row(static_cast<S*>(p.call.grad), p.call.grad_strides, p.plan.small.contiguous_grad, i);
+    return static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, first + i);
   }
   // Where row i stands.
   ANL_DEVICE int place(int i) const {
-    return i * p.plan.small.pitch + misaligned(logits(p.plan.small.contiguous ? 0 : i));
+    return i * p.plan.small.pitch + (p.plan.small.contiguous ? shift : misaligned(logits(i)));
   }
 
-  // copy(pointer to a row here, row, elements, lane, lanes): the warp's rows at once, or every group its own.
-  template <class Copy>
-  ANL_DEVICE void by_warp(const Copy& copy) const {
-    const int lanes = p.plan.small.lanes, i = int(threadIdx.x) / WARP * (WARP / lanes), n = min(rows - i, WARP / lanes);
-    if (n > 0) copy(staged + place(i), i, n * int(p.call.num_classes), int(lane_index()), WARP);
-  }
-  template <class Copy>
-  ANL_DEVICE void by_group(int begin, const Copy& copy) const {
-    const int lanes = p.plan.small.lanes;
-    if (group < rows) copy(staged + begin, group, int(p.call.num_classes), int(threadIdx.x) % lanes, lanes);
-  }
-
-  // Zeros stand for rows that are not to be read.
+  // Zeros stand for rows that are not to be read. begin: where the row stands that the thread sweeps, its group's.
   ANL_DEVICE void load(int begin, bool live) const {
-    const auto read = [&](S* to, int i, int n, int lane, int lanes) { copy_in(to, logits(i), n, lane, lanes); };
-    if (p.plan.small.contiguous && __all_sync(ALL_LANES, live || group >= rows))
-      by_warp(read);
-    else if (live)
-      by_group(begin, read);
-    else
-      by_group(begin, [](S* to, int, int n, int lane, int lanes) {
-        for (int k = lane; k < n; k += lanes) to[k] = narrow<S>(T(0));
-      });
+    const int group = int(threadIdx.x >> bits), lanes = 1 << bits, lane = int(threadIdx.x) & (lanes - 1);
+    if (p.plan.small.contiguous && __all_sync(ALL_LANES, live || group >= rows)) {
+      const int i = warp_row() * K;
+      copy_in(staged + shift + i, static_cast<const S*>(p.call.logits) + at + i, warp_rows() * K, int(lane_index()), WARP);
+    } else if (live) {
+      copy_in(staged + begin, logits(group), K, lane, lanes);
+    } else if (group < rows) {
+      for (int k = lane; k < K; k += lanes) staged[begin + k] = narrow<S>(T(0));
+    }
     copy_async_commit();
     copy_async_wait<0>();
   }
+
   ANL_DEVICE void store(int begin) const {
-    const auto write = [&](const S* from, int i, int n, int lane, int lanes) {
-      S* const to = grad(i);
-      copy_out(to, from, n, lane, lanes, p.plan.small.contiguous_grad || misaligned(to) == misaligned(from));
-    };
-    p.plan.small.contiguous_grad ? by_warp(write) : by_group(begin, write);
+    const int group = int(threadIdx.x >> bits), lanes = 1 << bits, lane = int(threadIdx.x) & (lanes - 1);
+    if (p.plan.small.contiguous_grad) {
+      const int i = warp_row() * K;
+      copy_out(static_cast<S*>(p.call.grad) + at + i, staged + shift + i, warp_rows() * K, int(lane_index()), WARP);
+    } else if (group < rows) {
+      S* const to = static_cast<S*>(p.call.grad) + row_offset(p.call, p.call.grad_strides, first + group);
+      const S* const from = staged + begin;
+      misaligned(to) == misaligned(from) ? copy_out(to, from, K, lane, lanes) : gather_out(to, from, K, lane, lanes);
+    }
   }
+
+ private:
+  ANL_DEVICE int warp_row() const { return int(threadIdx.x / WARP * (WARP >> bits)); }
+  ANL_DEVICE int warp_rows() const { return max(0, min(rows - warp_row(), WARP >> bits)); }
 };
 
 template <class S, int BYTES, bool FULL>
@@ -389,14 +391,14 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   const Call& call = p.call;
-  const int K = int(call.num_classes), t = int(threadIdx.x), lanes = p.plan.small.lanes;
-  const int rows = int(blockDim.x) / lanes, g = t / lanes;  // thread t has the mathematics of row t, and sweeps row g
-  const bool spread = lanes > 1;                            // else these are one row
+  const int K = int(call.num_classes), bits = p.plan.small.lane_bits, t = int(threadIdx.x);
+  const int rows = int(blockDim.x) >> bits, g = t >> bits;  // thread t has the mathematics of row t, and sweeps row g
+  const bool spread = bits > 0;                             // else these are one row
   ANL_SHARED(unsigned char, memory);
   ANL_STATIC_SHARED(unsigned[WARP], votes);
   auto* records = reinterpret_cast<Record<T, FULL>*>(memory);
   S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, true>) : 0));
-  const Share<S, BYTES> share(lanes, K - 1);
+  const Share<S, BYTES> share(bits, K - 1);
   const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
@@ -404,7 +406,7 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
   const int count = int(min(p.num_rows - begin, p.plan.small.rows_per_cta));
 #pragma unroll 1
   for (int i = 0; i < count; i += rows) {
-    const Batch<S> batch = {p, staged, begin + i, min(rows, count - i), g};
+    const Batch<S> batch(p, staged, begin + i, min(rows, count - i), bits);
     const bool exists = t < batch.rows, sweeps = g < batch.rows;
     const int64_t r = batch.first + t, y = exists ? label_at(call, r) : call.ignore_index;
     const Label kind = label_kind(call, y);
@@ -543,7 +545,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   while (!one_cta && lanes < lanes_for(4) && ceil_div(N, threads / lanes) < 2 * limits.num_sms) lanes *= 2;
   while (threads > 32 && bytes() > room) threads /= 2;
   const int64_t rows = threads / lanes;
-  small.lanes = int(lanes);
+  while (1 << small.lane_bits < lanes) ++small.lane_bits;
   // Rows of packs whose number is even meet in the same banks of shared memory, unless eight lanes read each.
   small.contiguous = contiguous_rows(call, call.logits_strides) && (!in_packs || lanes >= 8 || K * size / PACK_BYTES % 2);
   small.contiguous_grad = small.contiguous && call.grad && contiguous_rows(call, call.grad_strides) && equally_aligned(call);
