@@ -16,9 +16,9 @@ namespace {
 template <class S>
 constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 
-// Threads whose registers are a multiprocessor's: 80 for each, so that 24 warps of smaller CTAs are on one.
-template <class S>
-constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : 768;
+// Threads whose registers are a multiprocessor's. 768: 80 for each, so that 24 warps of smaller CTAs are on one.
+template <class S, bool FULL>
+constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : FULL ? 512 : 768;
 
 template <int N>
 struct Units {
@@ -164,12 +164,12 @@ struct Extremes<S, true> {
 // What a lane has of each row: `whole` units, `step` apart, and of one more its first `left` classes: all or all but one
 // of them, or none. Lanes that read 16 bytes take turns, others have units that lie side by side: so they meet in few
 // banks of shared memory.
-template <class S, int BYTES>
+template <class S, int BYTES, bool FULL>
 struct Share {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   static constexpr bool TURNS = BYTES == 16;
-  static constexpr int P = U::P, TILE = P > 8 ? 1 : 8 / P, REST = P > 1 ? P - 1 : 1;
+  static constexpr int P = U::P, TILE = (FULL ? 2 : 8) / P > 1 ? (FULL ? 2 : 8) / P : 1, REST = P > 1 ? P - 1 : 1;
 
   int lane, lanes, start, whole, left;
 
@@ -241,7 +241,6 @@ struct Share {
   }
 
   // By all lanes of the warp, each for its group's row.
-  template <bool FULL>
   ANL_DEVICE AnchoredSums<T, FULL> first_sums(U* row) const {
     Extremes<S> found;
     each(row, [&](auto n, const U* unit) {
@@ -276,7 +275,6 @@ struct Share {
     return s;
   }
 
-  template <bool FULL>
   ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T>& sweep, U* row) const {
     auto s = none<SecondSums<Scalar<T>, FULL>>();
     sweep.run(s, [&](const auto& add) {
@@ -387,7 +385,7 @@ struct Batch {
 };
 
 template <class S, int BYTES, bool FULL>
-__global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   const Call& call = p.call;
@@ -398,7 +396,7 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
   ANL_STATIC_SHARED(unsigned[WARP], votes);
   auto* records = reinterpret_cast<Record<T, FULL>*>(memory);
   S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, true>) : 0));
-  const Share<S, BYTES> share(bits, K - 1);
+  const Share<S, BYTES, FULL> share(bits, K - 1);
   const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
@@ -407,7 +405,7 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
 #pragma unroll 1
   for (int i = 0; i < count; i += rows) {
     const Batch<S> batch(p, staged, begin + i, min(rows, count - i), bits);
-    const bool exists = t < batch.rows, sweeps = g < batch.rows;
+    const bool exists = t < batch.rows;
     const int64_t r = batch.first + t, y = exists ? label_at(call, r) : call.ignore_index;
     const Label kind = label_kind(call, y);
     const bool live = kind == Label::LIVE;
@@ -437,7 +435,7 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
     }
     sync();
     U* const units = reinterpret_cast<U*>(staged + swept + inside(swept));
-    auto first_sums = share.template first_sums<FULL>(units);
+    auto first_sums = share.first_sums(units);
     if (spread) {
       if (share.lane == 0) records[g].first_sums = first_sums;
       __syncthreads();
@@ -454,7 +452,7 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
         __syncthreads();
         sweep = records[g].sweep;
       }
-      auto second_sums = share.template second_sums<FULL>(sweep, units);
+      auto second_sums = share.second_sums(sweep, units);
       if (spread) {
         if (share.lane == 0) records[g].second_sums = second_sums;
         __syncthreads();
@@ -482,9 +480,9 @@ __global__ void __launch_bounds__(REGISTERS_FOR<S>, 1) rows_small_kernel(const _
       plain = records[g].plain;
     }
     const auto write = [&](auto parts) {
-      if (sweeps) share.template write<decltype(parts)::value>(gradient, units);
+      if (g < batch.rows) share.template write<decltype(parts)::value>(gradient, units);
     };
-    if (!FULL && __all_sync(ALL_LANES, plain || !sweeps))
+    if (!FULL && __all_sync(ALL_LANES, plain || g >= batch.rows))
       write(Parts<0>());
     else
       by_parts<FULL>(call.program, write);
@@ -529,7 +527,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64;
   const int64_t N = rows_of(call), K = call.num_classes, size = logit_bytes(call), pack = pack_of(call);
   const int64_t most = wide ? 16 : 32;  // classes of a lane in a batch that is a single CTA
-  const bool aligned = rows_aligned(call), in_packs = aligned && !wide && K % pack == 0 && K > pack;
+  const bool aligned = rows_aligned(call), in_packs = !takes_full(call) && aligned && K % pack == 0 && K > pack;
   SmallPlan small = {};
   small.unit_bytes = in_packs ? int(PACK_BYTES) : int(std::max<int64_t>(size, 4));
   const auto lanes_for = [&](int64_t elements) { return std::min<int64_t>(32, power_of_two(ceil_div(K, elements))); };
@@ -546,8 +544,9 @@ Plan plan_small(const Call& call, const Limits& limits) {
   while (threads > 32 && bytes() > room) threads /= 2;
   const int64_t rows = threads / lanes;
   while (1 << small.lane_bits < lanes) ++small.lane_bits;
-  // Rows of packs whose number is even meet in the same banks of shared memory, unless eight lanes read each.
-  small.contiguous = contiguous_rows(call, call.logits_strides) && (!in_packs || lanes >= 8 || K * size / PACK_BYTES % 2);
+  // Rows of 32 bytes or a multiple meet in the same banks of shared memory, unless eight lanes read packs of each.
+  const bool apart = K * size % (2 * PACK_BYTES) || (in_packs && lanes >= 8);
+  small.contiguous = contiguous_rows(call, call.logits_strides) && apart;
   small.contiguous_grad = small.contiguous && call.grad && contiguous_rows(call, call.grad_strides) && equally_aligned(call);
   small.pitch = int(small.contiguous ? K : slot_packs * pack);
   small.rows_per_cta = one_cta ? N : rows * std::max<int64_t>(1, N / (rows * limits.num_sms * 16));
@@ -561,9 +560,9 @@ cudaError_t launch_small(const Params& p, cudaStream_t stream) {
   return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
     using S = typename decltype(s)::type;
     constexpr bool FULL = decltype(full)::value;
-    if constexpr (sizeof(S) < 8)
-      if (p.plan.small.unit_bytes == 4) return launch_units<S, 4, FULL>(p, stream);
-    return launch_units<S, sizeof(S) == 8 ? 8 : 16, FULL>(p, stream);
+    if constexpr (!FULL)
+      if (p.plan.small.unit_bytes == PACK_BYTES) return launch_units<S, PACK_BYTES, FULL>(p, stream);
+    return launch_units<S, sizeof(S) == 8 ? 8 : 4, FULL>(p, stream);
   });
 }
 
