@@ -2,12 +2,9 @@
 //
 // A group of lanes sweeps a row, and one thread has its scalar mathematics: thread i that of the batch's row i, so that a
 // warp does those of 32 rows at once. Logits are read once and the gradient, which takes their place in shared memory, is
-// written once, both by all threads and in 16 aligned bytes. A batch that one CTA holds is a single launch.
-//
-// Sums leave the target out: its place is taken by one other class, the displaced one, which stands at the row's end and is
-// left out of the sweeps there. So no class has to be looked at for what it is.
+// written once, both in 16 aligned bytes. A batch that one CTA holds is a single launch.
 #include "plans.h"
-#include "results.cuh"
+#include "shared_rows.cuh"
 
 namespace anl {
 namespace gpu {
@@ -16,303 +13,9 @@ namespace {
 template <class S>
 constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 
-// Threads whose registers are a multiprocessor's. 768: 80 for each, so that 24 warps of smaller CTAs are on one.
+// Threads whose registers are a multiprocessor's. 640: 96 for each, so that 20 warps of smaller CTAs are on one.
 template <class S, bool FULL>
-constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : FULL ? 512 : 768;
-
-template <int N>
-struct Units {
-  static constexpr int value = N;
-};
-
-template <class S>
-ANL_DEVICE int misaligned(const S* p) {  // by so many elements
-  return int(reinterpret_cast<uintptr_t>(p) / sizeof(S) % PACK<S>);
-}
-
-// ---- to and from shared memory, by lane i of `lanes` --------------------------------------------------------------------
-
-// f(to, from) for n elements: in whole packs of 16 bytes, those on whose boundaries `to` lies, four at a time; and one by
-// one what lies before and after them.
-template <class S, class Copy, class One>
-ANL_DEVICE void each_pack(S* to, const S* from, const S* boundaries, int n, int i, int lanes, const Copy& f, const One& one) {
-  constexpr int P = PACK<S>;
-  const int head = min(n, (P - misaligned(boundaries)) % P), packs = int(unsigned(n - head) / P), step = lanes * P;
-  const int at = head + i * P;
-  S* t = to + at;
-  const S* s = from + at;
-  int left = packs - i;
-#pragma unroll 1
-  for (; left > 3 * lanes; left -= 4 * lanes, t += 4 * step, s += 4 * step) {
-#pragma unroll
-    for (int u = 0; u < 4; ++u) f(t + u * step, s + u * step);
-  }
-#pragma unroll 1
-  for (; left > 0; left -= lanes, t += step, s += step) f(t, s);
-#pragma unroll 1
-  for (int e = i; e < n - packs * P; e += lanes) {
-    const int k = e < head ? e : e + packs * P;
-    one(to + k, from + k);
-  }
-}
-
-// To shared memory that is aligned as they are; asynchronous.
-template <class S>
-ANL_DEVICE void copy_in(S* to, const S* from, int n, int i, int lanes) {
-  each_pack(to, from, from, n, i, lanes, [](S* t, const S* s) { copy_async16(t, s); }, [](S* t, const S* s) { *t = *s; });
-}
-
-template <class S>
-ANL_DEVICE void copy_out(S* to, const S* from, int n, int i, int lanes) {
-  each_pack(to, from, to, n, i, lanes, [](S* t, const S* s) { store16(t, load16(s)); }, [](S* t, const S* s) { *t = *s; });
-}
-
-// The same from memory that is aligned in any way.
-template <class S>
-ANL_DEVICE void gather_out(S* to, const S* from, int n, int i, int lanes) {
-  const auto gather = [](S* t, const S* s) {
-    acc_t<S> pack[PACK<S>];
-#pragma unroll
-    for (int v = 0; v < PACK<S>; ++v) pack[v] = widen(s[v]);
-    store16(t, narrow_pack<S>(pack));
-  };
-  each_pack(to, from, to, n, i, lanes, gather, [](S* t, const S* s) { *t = *s; });
-}
-
-// ---- a row's classes, but for the displaced one ------------------------------------------------------------------------
-
-template <class S, int BYTES>
-struct alignas(BYTES) Unit {
-  using T = acc_t<S>;
-  static constexpr int P = BYTES / int(sizeof(S)), WORDS = BYTES / 4;
-  uint32_t word[WORDS];
-
-  ANL_DEVICE void widen(T (&x)[P]) const {
-    uint32_t w[4] = {};
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) w[i] = word[i];
-    T pack[PACK<S>];
-    widen_pack<S>(make_uint4(w[0], w[1], w[2], w[3]), pack);
-#pragma unroll
-    for (int v = 0; v < P; ++v) x[v] = pack[v];
-  }
-  static ANL_DEVICE Unit narrow(const T (&x)[P]) {
-    T pack[PACK<S>] = {};
-#pragma unroll
-    for (int v = 0; v < P; ++v) pack[v] = x[v];
-    const uint4 bits = narrow_pack<S>(pack);
-    const uint32_t w[4] = {bits.x, bits.y, bits.z, bits.w};
-    Unit unit;
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) unit.word[i] = w[i];
-    return unit;
-  }
-  // The last element counts no more than the one before.
-  ANL_DEVICE Unit last_as_before() const {
-    Unit unit = *this;
-    uint32_t& last = unit.word[WORDS - 1];
-    last = sizeof(S) == 2 ? (last & 0xffff) | last << 16 : unit.word[WORDS - 2];
-    return unit;
-  }
-};
-
-// The largest and the smallest of a lane's classes: 16-bit numbers two at a time, else one. NaN is neither.
-template <class S, bool PAIRS = sizeof(S) == 2>
-struct Extremes {
-  using T = acc_t<S>;
-  T high = minus_inf<T>(), low = -minus_inf<T>();
-
-  ANL_DEVICE void add_high(T z) { high = z > high ? z : high; }
-  ANL_DEVICE void add_low(T z) { low = z < low ? z : low; }
-  ANL_DEVICE void add(T z) {
-    add_high(z);
-    add_low(z);
-  }
-  template <int BYTES>
-  ANL_DEVICE void add(const Unit<S, BYTES>& unit) {
-    T x[Unit<S, BYTES>::P];
-    unit.widen(x);
-    for (const T z : x) add(z);
-  }
-  ANL_DEVICE Extremes whole() const { return *this; }
-};
-template <class S>
-struct Extremes<S, true> {
-  Extremes<S, false> rest;
-  uint32_t high = Unit<S, 4>::narrow({rest.high, rest.high}).word[0], low = Unit<S, 4>::narrow({rest.low, rest.low}).word[0];
-
-  ANL_DEVICE void add(float z) { rest.add(z); }
-  template <int BYTES>
-  ANL_DEVICE void add(const Unit<S, BYTES>& unit) {
-#pragma unroll
-    for (const uint32_t word : unit.word) {
-      high = larger2<S>(high, word);
-      low = smaller2<S>(low, word);
-    }
-  }
-  ANL_DEVICE Extremes<S, false> whole() const {
-    Extremes<S, false> all = rest;
-#pragma unroll
-    for (int shift = 0; shift < 32; shift += 16) {
-      all.high = fmaxf(all.high, widen(S{uint16_t(high >> shift)}));
-      all.low = fminf(all.low, widen(S{uint16_t(low >> shift)}));
-    }
-    return all;
-  }
-};
-
-// What a lane has of each row: `whole` units, `step` apart, and of one more its first `left` classes: all or all but one
-// of them, or none. Lanes that read 16 bytes take turns, others have units that lie side by side: so they meet in few
-// banks of shared memory.
-template <class S, int BYTES, bool FULL>
-struct Share {
-  using T = acc_t<S>;
-  using U = Unit<S, BYTES>;
-  static constexpr bool TURNS = BYTES == 16;
-  static constexpr int P = U::P, TILE = (FULL ? 2 : 8) / P > 1 ? (FULL ? 2 : 8) / P : 1, REST = P > 1 ? P - 1 : 1;
-
-  int lane, lanes, start, whole, left;
-
-  // Of rows of so many classes; 2^bits lanes share each.
-  ANL_DEVICE Share(int bits, int classes) : lane(int(threadIdx.x & ((1u << bits) - 1))), lanes(1 << bits) {
-    const int units = int(unsigned(classes) / P);
-    if (TURNS) {
-      whole = units >> bits;
-      start = lane;
-      left = max(0, min(P, classes - ((whole << bits) + lane) * P));
-    } else {
-      const int most = (int(unsigned(classes + P - 1) / P) + lanes - 1 >> bits) | 1;
-      start = lane * most;
-      whole = max(0, min(most, units - start));
-      left = unsigned(units - start) < unsigned(most) ? classes - units * P : 0;
-    }
-  }
-  ANL_DEVICE int step() const { return TURNS ? lanes : 1; }
-
-  // f(Units<N>(), its first unit) for the whole units, g(unit) for what is left.
-  template <class F, class G>
-  ANL_DEVICE void each(U* row, const F& f, const G& g) const {
-    U* unit = row + start;
-    int n = whole;
-#pragma unroll 1
-    for (; n >= TILE; n -= TILE, unit += TILE * step()) f(Units<TILE>(), unit);
-    if constexpr (TILE > 1) {
-#pragma unroll 1
-      for (; n > 0; --n, unit += step()) f(Units<1>(), unit);
-    }
-    if (P > 1 && left > 0) g(unit);
-  }
-  // The same of their classes: f(array). They are looked at one by one, as a neighbour may write to what is left of a unit.
-  template <class F>
-  ANL_DEVICE void each_class(U* row, const F& f) const {
-    each(row, [&](auto n, const U* unit) {
-      T x[decltype(n)::value * P];
-      load<decltype(n)::value>(unit, x);
-      f(x);
-    }, [&](const U* unit) {
-      const S* classes = reinterpret_cast<const S*>(unit);
-      T x[REST], last[1];
-      if (TURNS) {
-        T all[P];
-        unit->widen(all);
-#pragma unroll
-        for (int v = 0; v < REST; ++v) x[v] = all[v];
-        last[0] = all[P - 1];
-      } else {
-        x[0] = widen(classes[0]);
-      }
-      f(x);
-      if (TURNS && left == P) f(last);
-    });
-  }
-
-  template <int N>
-  ANL_DEVICE void load(const U* unit, T (&x)[N * P]) const {
-    U units[N];
-#pragma unroll
-    for (int u = 0; u < N; ++u) units[u] = unit[u * step()];
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      T pack[P];
-      units[u].widen(pack);
-#pragma unroll
-      for (int v = 0; v < P; ++v) x[u * P + v] = pack[v];
-    }
-  }
-
-  // By all lanes of the warp, each for its group's row.
-  ANL_DEVICE AnchoredSums<T, FULL> first_sums(U* row) const {
-    Extremes<S> found;
-    each(row, [&](auto n, const U* unit) {
-      U units[decltype(n)::value];
-#pragma unroll
-      for (int u = 0; u < decltype(n)::value; ++u) units[u] = unit[u * step()];
-#pragma unroll
-      for (const U& one : units) found.add(one);
-    }, [&](const U* unit) {
-      if (TURNS)
-        found.add(left == P ? *unit : unit->last_as_before());
-      else
-        found.add(widen(*reinterpret_cast<const S*>(unit)));
-    });
-    Extremes<S, false> extremes = found.whole();
-#pragma unroll 1
-    for (int offset = 1; offset < lanes; offset *= 2) {
-      extremes.add_high(shuffle_xor(extremes.high, offset));
-      extremes.add_low(shuffle_xor(extremes.low, offset));
-    }
-    auto s = none<AnchoredSums<T, FULL>>();
-    s.max = extremes.high;
-    const T anchor = s.anchor();
-    each_class(row, [&](const auto& x) { s.add_all(x, extremes.low, anchor); });
-#pragma unroll 1
-    for (int offset = 1; offset < lanes; offset *= 2) {  // of two lanes' numbers, both have the same sum
-      AnchoredSums<T, FULL> other = s;
-      other.min = shuffle_xor(s.min, offset);
-      other.sums = shuffle_xor(s.sums, offset);
-      s.add(other);
-    }
-    return s;
-  }
-
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T>& sweep, U* row) const {
-    auto s = none<SecondSums<Scalar<T>, FULL>>();
-    sweep.run(s, [&](const auto& add) {
-      each_class(row, [&](const auto& x) {
-#pragma unroll
-        for (const T z : x) add(z);
-      });
-    });
-#pragma unroll 1
-    for (int offset = 1; offset < lanes; offset *= 2) s.add(shuffle_xor(s, offset));
-    return s;
-  }
-
-  template <unsigned PARTS>
-  ANL_DEVICE void write(const RowGradient<T>& gradient, U* row) const {
-    const auto whole_units = [&](auto n, U* unit) {
-      constexpr int N = decltype(n)::value;
-      T x[N * P];
-      load<N>(unit, x);
-#pragma unroll
-      for (T& z : x) z = gradient.template at<PARTS>(z);
-#pragma unroll
-      for (int u = 0; u < N; ++u) {
-        T pack[P];
-#pragma unroll
-        for (int v = 0; v < P; ++v) pack[v] = x[u * P + v];
-        unit[u * step()] = U::narrow(pack);
-      }
-    };
-    each(row, whole_units, [&](U* unit) {  // 16 bytes that have a class too many have the displaced one, or none
-      S& one = *reinterpret_cast<S*>(unit);
-      if (TURNS)
-        whole_units(Units<1>(), unit);
-      else
-        one = narrow<S>(gradient.template at<PARTS>(widen(one)));
-    });
-  }
-};
+constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : FULL ? 512 : 640;
 
 // What a row's thread and the lanes that sweep the row tell each other.
 template <class T, bool FULL>
@@ -337,19 +40,17 @@ struct Batch {
   S* staged;
   int64_t first;
   int rows, bits, K;
-  int64_t at;  // contiguous: of row `first`
-  int shift;
 
-  ANL_DEVICE Batch(const Params& params, S* shared, int64_t row, int count, int lane_bits)
-      : p(params), staged(shared), first(row), rows(count), bits(lane_bits), K(int(params.call.num_classes)), at(row * K),
-        shift(misaligned(static_cast<const S*>(params.call.logits) + at)) {}
+  // Contiguous rows: the first one's offset, and where it stands.
+  ANL_DEVICE int64_t at() const { return first * K; }
+  ANL_DEVICE int shift() const { return misaligned(static_cast<const S*>(p.call.logits) + unsigned(at()) % PACK<S>); }
 
   ANL_DEVICE const S* logits(int i) const {
     return static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, first + i);
   }
   // Where row i stands.
   ANL_DEVICE int place(int i) const {
-    return i * p.plan.small.pitch + (p.plan.small.contiguous ? shift : misaligned(logits(i)));
+    return i * p.plan.small.pitch + (p.plan.small.contiguous ? shift() : misaligned(logits(i)));
   }
 
   // Zeros stand for rows that are not to be read. begin: where the row stands that the thread sweeps, its group's.
@@ -357,7 +58,8 @@ struct Batch {
     const int group = int(threadIdx.x >> bits), lanes = 1 << bits, lane = int(threadIdx.x) & (lanes - 1);
     if (p.plan.small.contiguous && __all_sync(ALL_LANES, live || group >= rows)) {
       const int i = warp_row() * K;
-      copy_in(staged + shift + i, static_cast<const S*>(p.call.logits) + at + i, warp_rows() * K, int(lane_index()), WARP);
+      const S* const from = static_cast<const S*>(p.call.logits) + at() + i;
+      copy_in(staged + shift() + i, from, warp_rows() * K, int(lane_index()), WARP);
     } else if (live) {
       copy_in(staged + begin, logits(group), K, lane, lanes);
     } else if (group < rows) {
@@ -371,7 +73,7 @@ struct Batch {
     const int group = int(threadIdx.x >> bits), lanes = 1 << bits, lane = int(threadIdx.x) & (lanes - 1);
     if (p.plan.small.contiguous_grad) {
       const int i = warp_row() * K;
-      copy_out(static_cast<S*>(p.call.grad) + at + i, staged + shift + i, warp_rows() * K, int(lane_index()), WARP);
+      copy_out(static_cast<S*>(p.call.grad) + at() + i, staged + shift() + i, warp_rows() * K, int(lane_index()), WARP);
     } else if (group < rows) {
       S* const to = static_cast<S*>(p.call.grad) + row_offset(p.call, p.call.grad_strides, first + group);
       const S* const from = staged + begin;
@@ -404,10 +106,11 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
   const int count = int(min(p.num_rows - begin, p.plan.small.rows_per_cta));
 #pragma unroll 1
   for (int i = 0; i < count; i += rows) {
-    const Batch<S> batch(p, staged, begin + i, min(rows, count - i), bits);
+    const Batch<S> batch = {p, staged, begin + i, min(rows, count - i), bits, K};
     const bool exists = t < batch.rows;
-    const int64_t r = batch.first + t, y = exists ? label_at(call, r) : call.ignore_index;
-    const Label kind = label_kind(call, y);
+    const int64_t r = batch.first + t, label = exists ? label_at(call, r) : call.ignore_index;
+    const Label kind = label_kind(call, label);
+    const int y = kind == Label::LIVE ? int(label) : 0;
     const bool live = kind == Label::LIVE;
     const int own = exists ? batch.place(t) : 0;
     int swept = own;
@@ -426,7 +129,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
 
     // A row that begins within a unit begins with its displaced class, any other ends with it.
     const auto inside = [](int at) { return int(at * sizeof(S) % BYTES / sizeof(S)); };
-    S* const at_y = staged + own + (live ? int(y) : 0);
+    S* const at_y = staged + own + y;
     S* const displaced = staged + own + (inside(own) ? 0 : K - 1);
     T z_y = T(0);
     if (live) {
@@ -437,7 +140,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
     U* const units = reinterpret_cast<U*>(staged + swept + inside(swept));
     auto first_sums = share.first_sums(units);
     if (spread) {
-      if (share.lane == 0) records[g].first_sums = first_sums;
+      if (share.lane() == 0) records[g].first_sums = first_sums;
       __syncthreads();
       if (exists) first_sums = records[t].first_sums;
     }
@@ -454,7 +157,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
       }
       auto second_sums = share.second_sums(sweep, units);
       if (spread) {
-        if (share.lane == 0) records[g].second_sums = second_sums;
+        if (share.lane() == 0) records[g].second_sums = second_sums;
         __syncthreads();
         if (exists) second_sums = records[t].second_sums;
       }
