@@ -112,7 +112,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
     const Label kind = label_kind(call, label);
     const int y = kind == Label::LIVE ? int(label) : 0;
     const bool live = kind == Label::LIVE;
-    const int own = exists ? batch.place(t) : 0;
+    const int own = batch.place(t);  // of rows that do not exist as well: no other warp writes there
     int swept = own;
     bool swept_live = live;
     if (spread) {
@@ -252,7 +252,8 @@ Plan plan_small(const Call& call, const Limits& limits) {
   small.contiguous = contiguous_rows(call, call.logits_strides) && apart;
   small.contiguous_grad = small.contiguous && call.grad && contiguous_rows(call, call.grad_strides) && equally_aligned(call);
   small.pitch = int(small.contiguous ? K : slot_packs * pack);
-  small.rows_per_cta = one_cta ? N : rows * std::max<int64_t>(1, N / (rows * limits.num_sms * 16));
+  const int64_t parts = std::min<int64_t>(LOSS_PARTS, limits.num_sms * 16);
+  small.rows_per_cta = one_cta ? N : rows * std::max<int64_t>(1, N / (rows * parts));
   Plan plan = plan_of_rows(Kernel::SMALL, call, int(threads), small.rows_per_cta);
   plan.shared_bytes = bytes();
   plan.small = small;
