@@ -124,6 +124,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
       swept = records[g].begin;
       swept_live = records[g].live;
     }
+    __syncwarp();  // the rows before these are done with
     batch.load(swept, swept_live);
     sync();
 
@@ -194,7 +195,6 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
     if (live) *at_y = narrow<S>(target);
     sync();
     batch.store(swept);
-    __syncwarp();
   }
   if (!p.loss) return;
   ANL_STATIC_SHARED(double[WARP], losses);
