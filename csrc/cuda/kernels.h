@@ -38,10 +38,12 @@ enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUM
 // What each kernel has to know besides the fields of Plan. packs: every row's gradient is aligned as its logits are, so that
 // 16 bytes go in and the same 16 come out.
 struct SmallPlan {
-  int lanes;             // that share a row: a power of two, a warp at most
-  int elements;          // classes per lane for which there are registers
+  int lane_bits;         // 2^lane_bits lanes share a row, a warp at most; a CTA's threads over that are the rows of a batch
+  int unit_bytes;        // of a row, that a lane reads at a time
+  int pitch;             // elements between two rows of a batch in shared memory
+  bool contiguous;       // logits: so are a batch's rows there, without gaps
+  bool contiguous_grad;  // likewise, and aligned as the logits are
   int64_t rows_per_cta;
-  bool packs;
 };
 struct BlockPlan {
   bool packs;

@@ -56,6 +56,20 @@ ANL_DEVICE uint32_t floats_to_bfloat162(float low, float high) {
   return bits;
 }
 
+// ---- the larger and the smaller of two pairs of 16-bit numbers; of a NaN and a number, the number ---------------------
+
+#define ANL_OF_PAIRS(name, instruction)                                       \
+  ANL_DEVICE uint32_t name(uint32_t a, uint32_t b) {                          \
+    uint32_t c;                                                               \
+    asm(instruction " %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));               \
+    return c;                                                                 \
+  }
+ANL_OF_PAIRS(larger_half2, "max.f16x2")
+ANL_OF_PAIRS(smaller_half2, "min.f16x2")
+ANL_OF_PAIRS(larger_bfloat162, "max.bf16x2")
+ANL_OF_PAIRS(smaller_bfloat162, "min.bf16x2")
+#undef ANL_OF_PAIRS
+
 // 2^x to 2^-22 of its value; 0 below 2^-126.
 ANL_DEVICE float exp2_approx(float x) {
   float y;
@@ -342,6 +356,18 @@ ANL_DEVICE uint4 narrow_pack(const acc_t<S> (&x)[PACK<S>]) {
       words[i] = floats_to_bfloat162(x[2 * i], x[2 * i + 1]);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Both numbers of a 32-bit word of half_t or bfloat16_t.
+template <class S>
+ANL_DEVICE uint32_t larger2(uint32_t a, uint32_t b) {
+  static_assert(sizeof(S) == 2);
+  return std::is_same_v<S, half_t> ? larger_half2(a, b) : larger_bfloat162(a, b);
+}
+template <class S>
+ANL_DEVICE uint32_t smaller2(uint32_t a, uint32_t b) {
+  static_assert(sizeof(S) == 2);
+  return std::is_same_v<S, half_t> ? smaller_half2(a, b) : smaller_bfloat162(a, b);
 }
 
 // ---- the mathematics of row_math.h, a number per thread -----------------------------------------------------------------

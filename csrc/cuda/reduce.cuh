@@ -68,6 +68,16 @@ ANL_DEVICE X block_reduce(X x, const Merge& merge, X* shared) {
   return shuffle_from(x, 0);
 }
 
+// Whether any thread of the CTA says so, whole warps of which call this. `shared` holds one number per warp; between two
+// uses of it stands a __syncthreads.
+ANL_DEVICE bool block_any(bool x, unsigned* shared) {
+  const unsigned lane = lane_index();
+  x = __any_sync(ALL_LANES, x);
+  if (lane == 0) shared[threadIdx.x / WARP] = x;
+  __syncthreads();
+  return __any_sync(ALL_LANES, lane < blockDim.x / WARP && shared[lane]);
+}
+
 template <class T>
 struct Add {
   ANL_DEVICE T operator()(T a, T b) const { return a + b; }

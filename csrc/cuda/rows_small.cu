@@ -1,202 +1,220 @@
-// Rows of few classes (K <= 1024), in registers: a group of 1 to 32 lanes per row, several rows per warp.
+// Rows of few classes (K <= 1024; float64: 512): a batch of them in a CTA's shared memory, as they are stored.
 //
-// Logits are read once and the gradient is written once. All sums of a row stay in its warp; lanes of a group compute
-// the row's scalar mathematics together, each the whole of it. A batch that one CTA holds is a single launch.
+// A group of lanes sweeps a row, and one thread has its scalar mathematics: thread i that of the batch's row i, so that a
+// warp does those of 32 rows at once. Logits are read once and the gradient, which takes their place in shared memory, is
+// written once, both in 16 aligned bytes. A batch that one CTA holds is a single launch.
 #include "plans.h"
-#include "results.cuh"
+#include "shared_rows.cuh"
 
 namespace anl {
 namespace gpu {
 namespace {
 
 template <class S>
-constexpr int MAX_ELEMENTS = sizeof(S) == 8 ? 16 : 32;
-template <class S>
 constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 
-// Every lane gets the reduction over its aligned group of `lanes`, a power of two.
-struct GroupReduce {
-  int lanes;
+// Threads whose registers are a multiprocessor's. 640: 96 for each, so that 20 warps of smaller CTAs are on one.
+template <class S, bool FULL>
+constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : FULL ? 512 : 640;
 
-  template <class A, class Merge>
-  ANL_DEVICE A operator()(A x, const Merge& merge) const {
-    for (int offset = 1; offset < lanes; offset *= 2) {
-      const A other = shuffle_xor(x, offset);
-      x = lane_index() & unsigned(offset) ? merge(other, x) : merge(x, other);
-    }
-    return x;
-  }
+// What a row's thread and the lanes that sweep the row tell each other.
+template <class T, bool FULL>
+struct alignas(16) Record {
+  int begin;  // of the row, as an element of the batch
+  bool live, plain;
+  union {
+    AnchoredSums<T, FULL> first_sums;
+    SecondSums<Scalar<T>, FULL> second_sums;
+  };
+  union {
+    RowSweep<T, FULL> sweep;
+    RowGradient<T, FULL> gradient;
+  };
 };
 
-// A lane's classes of one row. Element v of chunk c is class first + c chunk_step + v element_step: with packs a chunk is
-// 16 aligned bytes, and the row may begin and end within one; without, neighbouring lanes have neighbouring classes.
-template <class S, int E>
-struct RegisterRow {
+// Rows of the call that are in shared memory together. A warp brings and takes away those that it sweeps.
+template <class S>
+struct Batch {
   using T = acc_t<S>;
-  static constexpr int P = PACK<S>, CHUNKS = E / P;
+  const Params& p;
+  S* staged;
+  int64_t first;
+  int rows, bits, K;
 
-  T x[E];
-  int first, chunk_step, element_step, num_classes, used;
-  bool packs;
+  // Contiguous rows: the first one's offset, and where it stands.
+  ANL_DEVICE int64_t at() const { return first * K; }
+  ANL_DEVICE int shift() const { return misaligned(static_cast<const S*>(p.call.logits) + unsigned(at()) % PACK<S>); }
 
-  ANL_DEVICE void place(const Params& p, const S* row) {
-    packs = p.plan.small.packs;
-    const int lanes = p.plan.small.lanes, lane = int(lane_index()) % lanes;
-    const int shift = packs ? int(reinterpret_cast<uintptr_t>(row) / sizeof(S) % P) : 0;
-    num_classes = int(p.call.num_classes);
-    first = packs ? lane * P - shift : lane;
-    element_step = packs ? 1 : lanes;
-    chunk_step = lanes * P;
-    used = (num_classes + shift + chunk_step - 1) / chunk_step;
+  ANL_DEVICE const S* logits(int i) const {
+    return static_cast<const S*>(p.call.logits) + row_offset(p.call, p.call.logits_strides, first + i);
+  }
+  // Where row i stands.
+  ANL_DEVICE int place(int i) const {
+    return i * p.plan.small.pitch + (p.plan.small.contiguous ? shift() : misaligned(logits(i)));
   }
 
-  ANL_DEVICE bool whole(int k0) const { return packs && k0 >= 0 && k0 + P <= num_classes; }
+  // Zeros stand for rows that are not to be read. begin: where the row stands that the thread sweeps, its group's.
+  ANL_DEVICE void load(int begin, bool live) const {
+    const int group = int(threadIdx.x >> bits), lanes = 1 << bits, lane = int(threadIdx.x) & (lanes - 1);
+    if (p.plan.small.contiguous && __all_sync(ALL_LANES, live || group >= rows)) {
+      const int i = warp_row() * K;
+      const S* const from = static_cast<const S*>(p.call.logits) + at() + i;
+      copy_in(staged + shift() + i, from, warp_rows() * K, int(lane_index()), WARP);
+    } else if (live) {
+      copy_in(staged + begin, logits(group), K, lane, lanes);
+    } else if (group < rows) {
+      for (int k = lane; k < K; k += lanes) staged[begin + k] = narrow<S>(T(0));
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
 
-  ANL_DEVICE void load(const S* row, bool live) {
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      T pack[P];
-#pragma unroll
-      for (T& value : pack) value = live ? minus_inf<T>() : T(0);
-      const int k0 = first + c * chunk_step;
-      if (live && c < used) {
-        if (whole(k0)) {
-          widen_pack<S>(load16(row + k0), pack);
-        } else {
-#pragma unroll
-          for (int v = 0; v < P; ++v) {
-            const int k = k0 + v * element_step;
-            if (unsigned(k) < unsigned(num_classes)) pack[v] = widen(row[k]);
-          }
-        }
-      }
-#pragma unroll
-      for (int v = 0; v < P; ++v) x[c * P + v] = pack[v];
+  ANL_DEVICE void store(int begin) const {
+    const int group = int(threadIdx.x >> bits), lanes = 1 << bits, lane = int(threadIdx.x) & (lanes - 1);
+    if (p.plan.small.contiguous_grad) {
+      const int i = warp_row() * K;
+      copy_out(static_cast<S*>(p.call.grad) + at() + i, staged + shift() + i, warp_rows() * K, int(lane_index()), WARP);
+    } else if (group < rows) {
+      S* const to = static_cast<S*>(p.call.grad) + row_offset(p.call, p.call.grad_strides, first + group);
+      const S* const from = staged + begin;
+      misaligned(to) == misaligned(from) ? copy_out(to, from, K, lane, lanes) : gather_out(to, from, K, lane, lanes);
     }
   }
 
-  ANL_DEVICE void store(S* row) const {
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      T pack[P];
-#pragma unroll
-      for (int v = 0; v < P; ++v) pack[v] = x[c * P + v];
-      const int k0 = first + c * chunk_step;
-      if (c >= used) continue;
-      if (whole(k0)) {
-        store16(row + k0, narrow_pack<S>(pack));
-      } else {
-#pragma unroll
-        for (int v = 0; v < P; ++v) {
-          const int k = k0 + v * element_step;
-          if (unsigned(k) < unsigned(num_classes)) row[k] = narrow<S>(pack[v]);
-        }
-      }
-    }
-  }
-
-  // Class y's element, in the lane that has it.
-  ANL_DEVICE void put(int y, T value) {
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      const int k0 = first + c * chunk_step;
-      if (y < k0 || y >= k0 + chunk_step) continue;
-#pragma unroll
-      for (int v = 0; v < P; ++v)
-        if (k0 + v * element_step == y) x[c * P + v] = value;
-    }
-  }
-
-  // f(element) for the chunks in use.
-  template <class F>
-  ANL_DEVICE void each(const F& f) {
-#pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      if (c >= used) continue;
-#pragma unroll
-      for (int v = 0; v < P; ++v) f(x[c * P + v]);
-    }
-  }
-
-  template <bool FULL>
-  ANL_DEVICE AnchoredSums<T, FULL> first_sums(const GroupReduce& group) {
-    auto s = none<AnchoredSums<T, FULL>>();
-    each([&](T z) { s.max = z > s.max ? z : s.max; });
-    s.max = group(s.max, Largest<T>());
-    const T anchor = s.anchor();
-    each([&](T z) { s.add(z, anchor); });
-    reduce_each(s, group);
-    return s;
-  }
-
-  template <bool FULL>
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, const GroupReduce& group) {
-    auto s = none<SecondSums<Scalar<T>, FULL>>();
-    sweep.run(s, [&](const auto& add) { each(add); });
-    reduce_each(s, group);
-    return s;
-  }
+ private:
+  ANL_DEVICE int warp_row() const { return int(threadIdx.x / WARP * (WARP >> bits)); }
+  ANL_DEVICE int warp_rows() const { return max(0, min(rows - warp_row(), WARP >> bits)); }
 };
 
-template <class S, int E, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS<S>, 1) rows_small_kernel(const __grid_constant__ Params p) {
+template <class S, int BYTES, bool FULL>
+__global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
+  using U = Unit<S, BYTES>;
   const Call& call = p.call;
-  const int lanes = p.plan.small.lanes, groups = int(blockDim.x) / lanes;
-  const int64_t rows = p.plan.small.rows_per_cta;
-  const bool leader = lane_index() % unsigned(lanes) == 0;
+  const int K = int(call.num_classes), bits = p.plan.small.lane_bits, t = int(threadIdx.x);
+  const int rows = int(blockDim.x) >> bits, g = t >> bits;  // thread t has the mathematics of row t, and sweeps row g
+  const bool spread = bits > 0;                             // else these are one row
+  ANL_SHARED(unsigned char, memory);
+  ANL_STATIC_SHARED(unsigned[WARP], votes);
+  auto* records = reinterpret_cast<Record<T, FULL>*>(memory);
+  S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, true>) : 0));
+  const Share<S, BYTES, FULL> share(bits, K - 1);
+  const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
-  for (int64_t i = 0; i < rows; i += groups) {
-    const int64_t r = blockIdx.x * rows + i + threadIdx.x / lanes;
-    const bool exists = r < p.num_rows;
-    const int64_t y = exists ? label_at(call, r) : call.ignore_index;
-    const Label kind = label_kind(call, y);
+  const int64_t begin = blockIdx.x * p.plan.small.rows_per_cta;
+  const int count = int(min(p.num_rows - begin, p.plan.small.rows_per_cta));
+#pragma unroll 1
+  for (int i = 0; i < count; i += rows) {
+    const Batch<S> batch = {p, staged, begin + i, min(rows, count - i), bits, K};
+    const bool exists = t < batch.rows;
+    const int64_t r = batch.first + t, label = exists ? label_at(call, r) : call.ignore_index;
+    const Label kind = label_kind(call, label);
+    const int y = kind == Label::LIVE ? int(label) : 0;
     const bool live = kind == Label::LIVE;
-    const int64_t offset = exists ? row_offset(call, call.logits_strides, r) : 0;
-    const S* logits = static_cast<const S*>(call.logits) + offset;
-    RegisterRow<S, E> own;
-    own.place(p, logits);
-    own.load(logits, live);
-    const T z_y = live ? widen(logits[y]) : T(0);
-    if (live) own.put(int(y), minus_inf<T>());
+    const int own = batch.place(t);  // of rows that do not exist as well: no other warp writes there
+    int swept = own;
+    bool swept_live = live;
+    if (spread) {
+      if (t < rows) {
+        records[t].begin = own;
+        records[t].live = live;
+      }
+      __syncthreads();
+      swept = records[g].begin;
+      swept_live = records[g].live;
+    }
+    __syncwarp();  // the rows before these are done with
+    batch.load(swept, swept_live);
+    sync();
+
+    // A row that begins within a unit begins with its displaced class, any other ends with it.
+    const auto inside = [](int at) { return int(at * sizeof(S) % BYTES / sizeof(S)); };
+    S* const at_y = staged + own + y;
+    S* const displaced = staged + own + (inside(own) ? 0 : K - 1);
+    T z_y = T(0);
+    if (live) {
+      z_y = widen(*at_y);
+      *at_y = *displaced;
+    }
+    sync();
+    U* const units = reinterpret_cast<U*>(staged + swept + inside(swept));
+    auto first_sums = share.first_sums(units);
+    if (spread) {
+      if (share.lane() == 0) records[g].first_sums = first_sums;
+      __syncthreads();
+      if (exists) first_sums = records[t].first_sums;
+    }
 
     Row<T> row;
-    row.set_first_sums(call.program, own.template first_sums<FULL>({lanes}), z_y);
-    if (__any_sync(ALL_LANES, row.second)) {
-      const auto sums = own.template second_sums<FULL>(row.template sweep<FULL>(call.program), {lanes});
-      if (row.second) row.set_second_sums(call.program, sums);
+    row.second = false;
+    if (live) row.set_first_sums(call.program, first_sums, z_y);
+    if (needs_second(call.program) && (spread ? block_any(row.second, votes) : __any_sync(ALL_LANES, row.second))) {
+      RowSweep<T, FULL> sweep = row.template sweep<FULL>(call.program);
+      if (spread) {
+        if (t < rows) records[t].sweep = sweep;
+        __syncthreads();
+        sweep = records[g].sweep;
+      }
+      auto second_sums = share.second_sums(sweep, units);
+      if (spread) {
+        if (share.lane() == 0) records[g].second_sums = second_sums;
+        __syncthreads();
+        if (exists) second_sums = records[t].second_sums;
+      }
+      if (row.second) row.set_second_sums(call.program, second_sums);
     }
-    const bool writes = leader && exists;
     RowGradient<T, FULL> gradient;
-    total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, writes, gradient));
-    __syncwarp();  // in place, a lane overwrites the target's logit, which others have read
-    if (call.grad && exists) {
-      by_parts<FULL>(call.program, [&](auto parts) {
-        own.each([&](T& z) { z = gradient.template at<decltype(parts)::value>(z); });
-      });
-      if (live) own.put(int(y), gradient.row.target);
-      own.store(static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r));
+    if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, true, gradient));
+    if (!call.grad) continue;
+
+    const T target = gradient.row.target;
+    bool plain = !live;  // whether all classes are there and above the clamp
+    if (live && first_sums.sums.of[COUNT] == T(K - 1) && first_sums.min > gradient.bound) {
+      gradient.row = gradient.row.all_above();
+      plain = true;
     }
+    if (spread) {
+      if (exists) {
+        records[t].gradient = gradient;
+        records[t].plain = plain;
+      }
+      __syncthreads();
+      gradient = records[g].gradient;
+      plain = records[g].plain;
+    }
+    const auto write = [&](auto parts) {
+      if (g < batch.rows) share.template write<decltype(parts)::value>(gradient, units);
+    };
+    if (!FULL && __all_sync(ALL_LANES, plain || g >= batch.rows))
+      write(Parts<0>());
+    else
+      by_parts<FULL>(call.program, write);
+    sync();
+    if (exists) *displaced = live ? *at_y : narrow<S>(target);
+    if (live) *at_y = narrow<S>(target);
+    sync();
+    batch.store(swept);
   }
   if (!p.loss) return;
-  ANL_STATIC_SHARED(double[WARP], shared);
-  finish_loss<T>(p, blockIdx.x, block_reduce(total, Add<double>(), shared), denominator);
+  ANL_STATIC_SHARED(double[WARP], losses);
+  finish_loss<T>(p, blockIdx.x, block_reduce(total, Add<double>(), losses), denominator);
 }
 
-template <class S, bool FULL, int E>
-cudaError_t launch_elements(const Params& p, cudaStream_t stream) {
+template <class S, int BYTES, bool FULL>
+cudaError_t launch_units(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  return ANL_LAUNCH((rows_small_kernel<S, E, FULL>), grid, block, NO_CLUSTER, 0, stream, p);
+  return ANL_LAUNCH((rows_small_kernel<S, BYTES, FULL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p);
 }
 
-template <class S, bool FULL>
-cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
-  if constexpr (MAX_ELEMENTS<S> > 16) {
-    if (p.plan.small.elements == 8) return launch_elements<S, FULL, 8>(p, stream);
-    if (p.plan.small.elements == 16) return launch_elements<S, FULL, 16>(p, stream);
-  }
-  return launch_elements<S, FULL, MAX_ELEMENTS<S>>(p, stream);
+int64_t record_bytes(const Call& call, int lanes) {
+  if (lanes == 1) return 0;
+  return call.dtype == FLOAT64 ? sizeof(Record<double, true>) : sizeof(Record<float, true>);
+}
+
+bool contiguous_rows(const Call& call, const Strides& s) {
+  return (call.inner == 1 || s.si == call.num_classes) &&
+         (call.outer == 1 || s.so == call.inner * call.num_classes);
 }
 
 }  // namespace
@@ -206,36 +224,49 @@ bool fits_small(const Call& call, const Limits& limits) {
   return call.num_classes <= limits.registers / (call.dtype == FLOAT64 ? 128 : 64);
 }
 
-// Lanes and elements: as many lanes per row as one CTA has for a small batch, all of a warp where rows are few, and else
-// so many that whole sectors are read, but no more: all of them do a row's mathematics.
+// As many rows at a time as there are threads, and fewer, with more lanes each, where shared memory has no room for so many
+// or where the rows would be in few CTAs.
 Plan plan_small(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64;
-  const int64_t N = rows_of(call), K = call.num_classes, most = wide ? MAX_ELEMENTS<double> : MAX_ELEMENTS<float>;
-  const int pack = pack_of(call), max_shift = rows_aligned(call) ? 0 : pack - 1;
+  const int64_t N = rows_of(call), K = call.num_classes, size = logit_bytes(call), pack = pack_of(call);
+  const int64_t most = wide ? 16 : 32;  // classes of a lane in a batch that is a single CTA
+  const bool aligned = rows_aligned(call), in_packs = !takes_full(call) && aligned && K % pack == 0 && K > pack;
   SmallPlan small = {};
-  small.packs = equally_aligned(call) && K >= 4 * pack && K + max_shift <= WARP * most;
-  const int64_t room = small.packs ? K + max_shift : K;
-  const auto lanes_for = [&](int64_t elements) { return power_of_two(ceil_div(room, elements)); };
+  small.unit_bytes = in_packs ? int(PACK_BYTES) : int(std::max<int64_t>(size, 4));
+  const auto lanes_for = [&](int64_t elements) { return std::min<int64_t>(32, power_of_two(ceil_div(K, elements))); };
   const int64_t single = std::min(wide ? MAX_THREADS<double> : MAX_THREADS<float>, limits.max_threads);
   const bool one_cta = N * lanes_for(most) <= 2 * single;
-  const bool few = N * lanes_for(most) < int64_t(limits.num_sms) * 256;
-  const int64_t wanted = one_cta ? single / N : few ? WARP : small.packs ? 4 : 2;
-  int64_t elements = most;
-  while (elements > most / 4 && lanes_for(elements / 2) <= std::min<int64_t>(WARP, std::max(wanted, lanes_for(elements))))
-    elements /= 2;
-  small.elements = int(elements);
-  small.lanes = int(lanes_for(elements));
-  const int threads = one_cta ? threads_for(N * small.lanes, int(single), limits) : threads_for(128, 128, limits);
-  const int64_t groups = threads / small.lanes;
-  small.rows_per_cta = one_cta ? N : groups * ceil_div(N, groups * LOSS_PARTS);
-  Plan plan = plan_of_rows(Kernel::SMALL, call, threads, small.rows_per_cta);
+  const int64_t slot_packs = ceil_div(K * size + (aligned ? 0 : PACK_BYTES - size), PACK_BYTES) | 1;
+  const int64_t row_bytes = slot_packs * PACK_BYTES;
+  int64_t lanes = one_cta ? std::clamp<int64_t>(single / power_of_two(N), 1, lanes_for(8)) : 1;
+  int64_t threads = one_cta ? threads_for(N * lanes, int(single), limits) : threads_for(128, 128, limits);
+  const auto bytes = [&] { return threads / lanes * (row_bytes + record_bytes(call, int(lanes))) + 2 * PACK_BYTES; };
+  const int64_t room = one_cta ? limits.shared_bytes * 3 / 4 : std::min<int64_t>(limits.shared_bytes / 2, 40 << 10);
+  while (lanes < 32 && bytes() > room) lanes *= 2;
+  while (!one_cta && lanes < lanes_for(4) && ceil_div(N, threads / lanes) < 2 * limits.num_sms) lanes *= 2;
+  while (threads > 32 && bytes() > room) threads /= 2;
+  const int64_t rows = threads / lanes;
+  while (1 << small.lane_bits < lanes) ++small.lane_bits;
+  // Rows of 32 bytes or a multiple meet in the same banks of shared memory, unless eight lanes read packs of each.
+  const bool apart = K * size % (2 * PACK_BYTES) || (in_packs && lanes >= 8);
+  small.contiguous = contiguous_rows(call, call.logits_strides) && apart;
+  small.contiguous_grad = small.contiguous && call.grad && contiguous_rows(call, call.grad_strides) && equally_aligned(call);
+  small.pitch = int(small.contiguous ? K : slot_packs * pack);
+  const int64_t parts = std::min<int64_t>(LOSS_PARTS, limits.num_sms * 16);
+  small.rows_per_cta = one_cta ? N : rows * std::max<int64_t>(1, N / (rows * parts));
+  Plan plan = plan_of_rows(Kernel::SMALL, call, int(threads), small.rows_per_cta);
+  plan.shared_bytes = bytes();
   plan.small = small;
   return plan;
 }
 
 cudaError_t launch_small(const Params& p, cudaStream_t stream) {
   return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
-    return launch_variant<typename decltype(s)::type, decltype(full)::value>(p, stream);
+    using S = typename decltype(s)::type;
+    constexpr bool FULL = decltype(full)::value;
+    if constexpr (!FULL)
+      if (p.plan.small.unit_bytes == PACK_BYTES) return launch_units<S, PACK_BYTES, FULL>(p, stream);
+    return launch_units<S, sizeof(S) == 8 ? 8 : 4, FULL>(p, stream);
   });
 }
 

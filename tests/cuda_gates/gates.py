@@ -42,7 +42,8 @@ HOT = {
     "rows_split_kernel": Hot("LDG", 4),
     "column_sums_kernel": Hot("LDG", 4, writes=False, narrow=True),  # each row's max and sum
 }
-WIDE = ("rows_small_kernel", "rows_gradient_kernel", "rows_gradient_entropy_kernel")  # no loops, but 128 bits as well
+# Other kernels that read and write 128 bits at a time, and by what they read.
+WIDE = {"rows_small_kernel": "LDGSTS", "rows_gradient_kernel": "LDG", "rows_gradient_entropy_kernel": "LDG"}
 TURN = 16  # doubles that each thread of the last CTA reads at a time, when it adds up the loss
 REBASE = 1  # exps of a tile whose largest class is larger than all before
 
@@ -100,7 +101,7 @@ def loop_problems(kernel: Kernel, hot: Hot) -> list[str]:
 
 def width_problems(kernel: Kernel) -> list[str]:
     everything = Loop(kernel.instructions)
-    missing = [name for name in ("LDG", "STG") if not everything.count(name, wide=True)]
+    missing = [name for name in (WIDE[kernel.base_name], "STG") if not everything.count(name, wide=True)]
     return [f"{kernel.name}: no 128-bit {' and '.join(missing)}"] if missing else []
 
 

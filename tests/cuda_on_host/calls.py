@@ -33,6 +33,7 @@ ALL_NEEDS, NUM_STATS, NUM_COEFS = 31, 15, 11
 # 64 classes are few, a thousand fill a CTA.
 CASES = {
     "small": (0, 7, 37, 0, (FLOAT32, FLOAT64, BFLOAT16)),
+    "small_batches": (0, 600, 11, 0, (FLOAT32, BFLOAT16)),  # a row is one thread's
     "one_cta": (3, 5, 10, 0, (FLOAT32, FLOAT16)),
     "block": (0, 5, 403, 0, (FLOAT32, FLOAT64, BFLOAT16)),
     "block_apart": (0, 5, 403, 0, (FLOAT32, BFLOAT16)),

@@ -29,7 +29,8 @@ REACHED_BY = {
     "rows_block.cu": "block",
     "rows_cluster.cu": "cluster",
     "rows_gradient.cu": "small,block",  # one warp has no other barrier
-    "rows_small.cu": "small",
+    "rows_small.cu": "small,small_batches",
+    "shared_rows.cuh": "small,small_batches",
     "rows_split.cu": "split",
     "spatial.cu": "spatial",
     "staged.cuh": "block,block_apart",

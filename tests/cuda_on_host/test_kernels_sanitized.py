@@ -21,7 +21,7 @@ def address():
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(address):
     result = address("all")
     assert result.returncode == 0, result.stderr[:4000]
-    assert result.stdout.count("done") == 11
+    assert result.stdout.count("done") == 12
 
 
 @pytest.mark.parametrize("buffer", ["logits", "grad", "target", "coefs"])
@@ -33,7 +33,7 @@ def test_one_element_too_many_is_seen(address, case, buffer):
 
 # ---- races
 
-RACES = "small,block,cluster,split,spatial"
+RACES = "small,small_batches,block,cluster,split,spatial"
 
 
 @pytest.mark.parametrize("seed", [0, 1])

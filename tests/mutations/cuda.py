@@ -2,7 +2,7 @@
 
 SELECT, PLANS, REDUCE = "csrc/cuda/select.cpp", "csrc/cuda/plans.h", "csrc/cuda/reduce.cuh"
 SUMS, RESULTS, PRIMITIVES = "csrc/cuda/sums.cuh", "csrc/cuda/results.cuh", "csrc/cuda/primitives.cuh"
-SMALL, BLOCK, STAGED = "csrc/cuda/rows_small.cu", "csrc/cuda/rows_block.cu", "csrc/cuda/staged.cuh"
+SMALL, SHARED, BLOCK = "csrc/cuda/rows_small.cu", "csrc/cuda/shared_rows.cuh", "csrc/cuda/rows_block.cu"
 TICKETS_CUH, PREPARE = "csrc/cuda/tickets.cuh", "csrc/cuda/prepare.cu"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
 GRADIENT, SPATIAL = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu"
@@ -25,7 +25,7 @@ LAUNCHERS = "anl_kernels/backends/cuda.py"
 
 MUTANTS = [
     # ---- plans
-    (SMALL, "? 0 : pack - 1;", "? 0 : pack - 2;", "tests/backends/test_cuda.py -k fill_their_lanes"),
+    (SMALL, "(aligned ? 0 : PACK_BYTES - size)", "0", LAYOUT),
     (
         PLANS,
         "call.num_classes * logit_bytes(call) + 2 * PACK_BYTES - 2)",
@@ -82,15 +82,15 @@ MUTANTS = [
     ),
     # ---- rows in registers, and in one CTA's memory
     (
-        SMALL,
-        "used = (num_classes + shift + chunk_step - 1) / chunk_step;",
-        "used = (num_classes + chunk_step - 1) / chunk_step;",
-        "tests/backends/test_cuda.py -k fill_their_lanes",
+        SHARED,
+        "left = unsigned(units - start) < unsigned(most) ? classes - units * P : 0;",
+        "left = classes - units * P;",
+        'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and cuda-host"',
     ),
     (
         SMALL,
-        "if (row.second) row.set_second_sums(call.program, sums);",
-        "row.set_second_sums(call.program, sums);",
+        "if (row.second) row.set_second_sums(call.program, second_sums);",
+        "row.set_second_sums(call.program, second_sums);",
         LOSSES,
         "the sums of a row that needs no second sweep are right as well",
     ),

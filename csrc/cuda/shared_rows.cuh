@@ -1,0 +1,312 @@
+// Rows in shared memory that a group of lanes sweeps: how they come and go, and each lane's share of the sweeps.
+//
+// Sums leave the target out: its place is taken by one other class, the displaced one, which stands at the row's beginning
+// or end and is left out of the sweeps there. So no class has to be looked at for what it is.
+#pragma once
+
+#include "results.cuh"
+
+namespace anl {
+namespace gpu {
+
+template <int N>
+struct Units {
+  static constexpr int value = N;
+};
+
+template <class S>
+ANL_DEVICE int misaligned(const S* p) {  // by so many elements
+  return int(reinterpret_cast<uintptr_t>(p) / sizeof(S) % PACK<S>);
+}
+
+// ---- to and from shared memory, by lane i of `lanes` --------------------------------------------------------------------
+
+// f(to, from) for n elements: in whole packs of 16 bytes, those on whose boundaries `to` lies, four at a time; and one by
+// one what lies before and after them.
+template <class S, class Copy, class One>
+ANL_DEVICE void each_pack(S* to, const S* from, const S* boundaries, int n, int i, int lanes, const Copy& f,
+                          const One& one) {
+  constexpr int P = PACK<S>;
+  const int head = min(n, (P - misaligned(boundaries)) % P), packs = int(unsigned(n - head) / P), step = lanes * P;
+  const int at = head + i * P;
+  S* t = to + at;
+  const S* s = from + at;
+  int left = packs - i;
+#pragma unroll 1
+  for (; left > 3 * lanes; left -= 4 * lanes, t += 4 * step, s += 4 * step) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u) f(t + u * step, s + u * step);
+  }
+#pragma unroll 1
+  for (; left > 0; left -= lanes, t += step, s += step) f(t, s);
+#pragma unroll 1
+  for (int e = i; e < n - packs * P; e += lanes) {
+    const int k = e < head ? e : e + packs * P;
+    one(to + k, from + k);
+  }
+}
+
+// To shared memory that is aligned as they are; asynchronous.
+template <class S>
+ANL_DEVICE void copy_in(S* to, const S* from, int n, int i, int lanes) {
+  each_pack(to, from, from, n, i, lanes, [](S* t, const S* s) { copy_async16(t, s); }, [](S* t, const S* s) { *t = *s; });
+}
+
+template <class S>
+ANL_DEVICE void copy_out(S* to, const S* from, int n, int i, int lanes) {
+  each_pack(to, from, to, n, i, lanes, [](S* t, const S* s) { store16(t, load16(s)); }, [](S* t, const S* s) { *t = *s; });
+}
+
+// The same from memory that is aligned in any way.
+template <class S>
+ANL_DEVICE void gather_out(S* to, const S* from, int n, int i, int lanes) {
+  const auto gather = [](S* t, const S* s) {
+    acc_t<S> pack[PACK<S>];
+#pragma unroll
+    for (int v = 0; v < PACK<S>; ++v) pack[v] = widen(s[v]);
+    store16(t, narrow_pack<S>(pack));
+  };
+  each_pack(to, from, to, n, i, lanes, gather, [](S* t, const S* s) { *t = *s; });
+}
+
+// ---- a row's classes, but for the displaced one ------------------------------------------------------------------------
+
+template <class S, int BYTES>
+struct alignas(BYTES) Unit {
+  using T = acc_t<S>;
+  static constexpr int P = BYTES / int(sizeof(S)), WORDS = BYTES / 4;
+  uint32_t word[WORDS];
+
+  ANL_DEVICE void widen(T (&x)[P]) const {
+    uint32_t w[4] = {};
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) w[i] = word[i];
+    T pack[PACK<S>];
+    widen_pack<S>(make_uint4(w[0], w[1], w[2], w[3]), pack);
+#pragma unroll
+    for (int v = 0; v < P; ++v) x[v] = pack[v];
+  }
+  static ANL_DEVICE Unit narrow(const T (&x)[P]) {
+    T pack[PACK<S>] = {};
+#pragma unroll
+    for (int v = 0; v < P; ++v) pack[v] = x[v];
+    const uint4 bits = narrow_pack<S>(pack);
+    const uint32_t w[4] = {bits.x, bits.y, bits.z, bits.w};
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) unit.word[i] = w[i];
+    return unit;
+  }
+  // The last element counts no more than the one before.
+  ANL_DEVICE Unit last_as_before() const {
+    Unit unit = *this;
+    uint32_t& last = unit.word[WORDS - 1];
+    last = sizeof(S) == 2 ? (last & 0xffff) | last << 16 : unit.word[WORDS - 2];
+    return unit;
+  }
+};
+
+// The largest and the smallest of a lane's classes: 16-bit numbers two at a time, else one. NaN is neither.
+template <class S, bool PAIRS = sizeof(S) == 2>
+struct Extremes {
+  using T = acc_t<S>;
+  T high = minus_inf<T>(), low = -minus_inf<T>();
+
+  ANL_DEVICE void add_high(T z) { high = z > high ? z : high; }
+  ANL_DEVICE void add_low(T z) { low = z < low ? z : low; }
+  ANL_DEVICE void add(T z) {
+    add_high(z);
+    add_low(z);
+  }
+  template <int BYTES>
+  ANL_DEVICE void add(const Unit<S, BYTES>& unit) {
+    T x[Unit<S, BYTES>::P];
+    unit.widen(x);
+    for (const T z : x) add(z);
+  }
+  ANL_DEVICE Extremes whole() const { return *this; }
+};
+template <class S>
+struct Extremes<S, true> {
+  Extremes<S, false> rest;
+  uint32_t high = Unit<S, 4>::narrow({rest.high, rest.high}).word[0];
+  uint32_t low = Unit<S, 4>::narrow({rest.low, rest.low}).word[0];
+
+  ANL_DEVICE void add(float z) { rest.add(z); }
+  template <int BYTES>
+  ANL_DEVICE void add(const Unit<S, BYTES>& unit) {
+#pragma unroll
+    for (const uint32_t word : unit.word) {
+      high = larger2<S>(high, word);
+      low = smaller2<S>(low, word);
+    }
+  }
+  ANL_DEVICE Extremes<S, false> whole() const {
+    Extremes<S, false> all = rest;
+#pragma unroll
+    for (int shift = 0; shift < 32; shift += 16) {
+      all.high = fmaxf(all.high, widen(S{uint16_t(high >> shift)}));
+      all.low = fminf(all.low, widen(S{uint16_t(low >> shift)}));
+    }
+    return all;
+  }
+};
+
+// What a lane has of each row: `whole` units, `step` apart, and of one more its first `left` classes: all or all but one
+// of them, or none. Lanes that read 16 bytes take turns, others have units that lie side by side: so they meet in few
+// banks of shared memory.
+template <class S, int BYTES, bool FULL>
+struct Share {
+  using T = acc_t<S>;
+  using U = Unit<S, BYTES>;
+  static constexpr bool TURNS = BYTES == 16;
+  static constexpr int P = U::P, TILE = (FULL ? 2 : 8) / P > 1 ? (FULL ? 2 : 8) / P : 1, REST = P > 1 ? P - 1 : 1;
+
+  int bits, start, whole, left;
+
+  // Of rows of so many classes; 2^lane_bits lanes share each.
+  ANL_DEVICE Share(int lane_bits, int classes) : bits(lane_bits) {
+    const int units = int(unsigned(classes) / P);
+    if (TURNS) {
+      whole = units >> bits;
+      start = lane();
+      left = max(0, min(P, classes - ((whole << bits) + lane()) * P));
+    } else {
+      const int most = ((int(unsigned(classes + P - 1) / P) + lanes() - 1) >> bits) | 1;
+      start = lane() * most;
+      whole = max(0, min(most, units - start));
+      left = unsigned(units - start) < unsigned(most) ? classes - units * P : 0;
+    }
+  }
+  ANL_DEVICE int lanes() const { return 1 << bits; }
+  ANL_DEVICE int lane() const { return int(threadIdx.x) & (lanes() - 1); }
+  ANL_DEVICE int step() const { return TURNS ? lanes() : 1; }
+
+  // f(Units<N>(), its first unit) for the whole units, g(unit) for what is left.
+  template <class F, class G>
+  ANL_DEVICE void each(U* row, const F& f, const G& g) const {
+    U* unit = row + start;
+    int n = whole;
+#pragma unroll 1
+    for (; n >= TILE; n -= TILE, unit += TILE * step()) f(Units<TILE>(), unit);
+    if constexpr (TILE > 1) {
+#pragma unroll 1
+      for (; n > 0; --n, unit += step()) f(Units<1>(), unit);
+    }
+    if (P > 1 && left > 0) g(unit);
+  }
+  // The same of their classes: f(array). They are looked at one by one, as a neighbour may write to what is left of a unit.
+  template <class F>
+  ANL_DEVICE void each_class(U* row, const F& f) const {
+    each(row, [&](auto n, const U* unit) {
+      T x[decltype(n)::value * P];
+      load<decltype(n)::value>(unit, x);
+      f(x);
+    }, [&](const U* unit) {
+      const S* classes = reinterpret_cast<const S*>(unit);
+      T x[REST], last[1];
+      if (TURNS) {
+        T all[P];
+        unit->widen(all);
+#pragma unroll
+        for (int v = 0; v < REST; ++v) x[v] = all[v];
+        last[0] = all[P - 1];
+      } else {
+        x[0] = widen(classes[0]);
+      }
+      f(x);
+      if (TURNS && left == P) f(last);
+    });
+  }
+
+  template <int N>
+  ANL_DEVICE void load(const U* unit, T (&x)[N * P]) const {
+    U units[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) units[u] = unit[u * step()];
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      T pack[P];
+      units[u].widen(pack);
+#pragma unroll
+      for (int v = 0; v < P; ++v) x[u * P + v] = pack[v];
+    }
+  }
+
+  // By all lanes of the warp, each for its group's row.
+  ANL_DEVICE AnchoredSums<T, FULL> first_sums(U* row) const {
+    Extremes<S> found;
+    each(row, [&](auto n, const U* unit) {
+      U units[decltype(n)::value];
+#pragma unroll
+      for (int u = 0; u < decltype(n)::value; ++u) units[u] = unit[u * step()];
+#pragma unroll
+      for (const U& one : units) found.add(one);
+    }, [&](const U* unit) {
+      if (TURNS)
+        found.add(left == P ? *unit : unit->last_as_before());
+      else
+        found.add(widen(*reinterpret_cast<const S*>(unit)));
+    });
+    Extremes<S, false> extremes = found.whole();
+#pragma unroll 1
+    for (int offset = 1; offset < lanes(); offset *= 2) {
+      extremes.add_high(shuffle_xor(extremes.high, offset));
+      extremes.add_low(shuffle_xor(extremes.low, offset));
+    }
+    auto s = none<AnchoredSums<T, FULL>>();
+    s.max = extremes.high;
+    const T anchor = s.anchor();
+    const auto add = [&](const auto& x) { s.add_all(x, extremes.low, anchor); };
+    if (extremes.low > minus_inf<T>())  // asked here, and so not for each tile
+      each_class(row, add);
+    else
+      each_class(row, add);
+#pragma unroll 1
+    for (int offset = 1; offset < lanes(); offset *= 2) {  // of two lanes' numbers, both have the same sum
+      AnchoredSums<T, FULL> other = s;
+      other.min = shuffle_xor(s.min, offset);
+      other.sums = shuffle_xor(s.sums, offset);
+      s.add(other);
+    }
+    return s;
+  }
+
+  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, U* row) const {
+    auto s = none<SecondSums<Scalar<T>, FULL>>();
+    sweep.run(s, [&](const auto& add) {
+      each_class(row, [&](const auto& x) { add(x); });
+    });
+#pragma unroll 1
+    for (int offset = 1; offset < lanes(); offset *= 2) s.add(shuffle_xor(s, offset));
+    return s;
+  }
+
+  template <unsigned PARTS>
+  ANL_DEVICE void write(const RowGradient<T, FULL>& gradient, U* row) const {
+    const auto whole_units = [&](auto n, U* unit) {
+      constexpr int N = decltype(n)::value;
+      T x[N * P];
+      load<N>(unit, x);
+#pragma unroll
+      for (T& z : x) z = gradient.template at<PARTS>(z);
+#pragma unroll
+      for (int u = 0; u < N; ++u) {
+        T pack[P];
+#pragma unroll
+        for (int v = 0; v < P; ++v) pack[v] = x[u * P + v];
+        unit[u * step()] = U::narrow(pack);
+      }
+    };
+    each(row, whole_units, [&](U* unit) {  // 16 bytes that have a class too many have the displaced one, or none
+      S& one = *reinterpret_cast<S*>(unit);
+      if (TURNS)
+        whole_units(Units<1>(), unit);
+      else
+        one = narrow<S>(gradient.template at<PARTS>(widen(one)));
+    });
+  }
+};
+
+}  // namespace gpu
+}  // namespace anl
