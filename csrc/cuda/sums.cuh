@@ -272,6 +272,9 @@ struct RowGradient {
   ANL_DEVICE T at(T z) const {
     return row.template at<PARTS>(z - max);
   }
+
+  // Whether all classes are above the clamp, the smallest logit being `low`.
+  ANL_DEVICE bool all_above(T low) const { return low - max > row.threshold; }
 };
 
 template <unsigned PARTS>

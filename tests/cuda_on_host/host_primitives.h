@@ -18,6 +18,18 @@ inline uint32_t floats_to_half2(float low, float high) { return uint32_t(float_t
 inline uint32_t floats_to_bfloat162(float low, float high) {
   return uint32_t(float_to_bfloat16(high)) << 16 | float_to_bfloat16(low);
 }
+// Part by part the one of two numbers that is nearer to an infinity, or that is no NaN.
+template <class Widen>
+uint32_t choose_pair(uint32_t a, uint32_t b, float sign, Widen widen) {
+  const auto choose = [&](uint16_t x, uint16_t y) {
+    return sign * widen(y) > sign * widen(x) || widen(x) != widen(x) ? y : x;
+  };
+  return uint32_t(choose(uint16_t(a >> 16), uint16_t(b >> 16))) << 16 | choose(uint16_t(a), uint16_t(b));
+}
+inline uint32_t smaller_half2(uint32_t a, uint32_t b) { return choose_pair(a, b, -1.0f, half_to_float); }
+inline uint32_t smaller_bfloat162(uint32_t a, uint32_t b) { return choose_pair(a, b, -1.0f, bfloat16_to_float); }
+inline uint32_t larger_half2(uint32_t a, uint32_t b) { return choose_pair(a, b, 1.0f, half_to_float); }
+inline uint32_t larger_bfloat162(uint32_t a, uint32_t b) { return choose_pair(a, b, 1.0f, bfloat16_to_float); }
 
 // No better than the device's: half of the results are off by one in the last place, and nothing is below 2^-126.
 inline float exp2_approx(float x) {
@@ -63,9 +75,16 @@ inline unsigned add_acq_rel(unsigned* p, unsigned v) {
 }
 inline void wait_a_little() { host::yield(); }
 
-inline void check_copy(const void* shared, const void* global, unsigned bytes) {
+inline void check_copy(const void* shared, const void* global, unsigned bytes, unsigned unit = 16) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
-  if (bits % 16) host::fail("an asynchronous copy whose addresses or size are no multiples of 16");
+  if (bits % unit) host::fail("an asynchronous copy whose addresses or size are no multiples of its unit");
+}
+
+template <int BYTES>
+void copy_async(void* shared, const void* global) {
+  static_assert(BYTES == 4 || BYTES == 8);
+  check_copy(shared, global, BYTES, BYTES);
+  self().copies.open.push_back({shared, global, BYTES});
 }
 
 inline void copy_async16(void* shared, const void* global) {
