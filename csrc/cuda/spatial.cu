@@ -17,7 +17,6 @@ constexpr int MAX_THREADS = 256;
 template <class S, bool FULL>
 constexpr int THREADS_HELD = sizeof(S) == 8 ? 2 * MAX_THREADS : FULL ? 512 : 640;
 constexpr int UNROLL = 8;
-constexpr int TILE = 4;   // classes of a pixel that are added up together
 constexpr int FOLD = 64;  // so many are added up before they are added to the others
 constexpr int64_t STATIC_SHARED = 3 << 10;
 
@@ -54,19 +53,25 @@ struct Word {
 // Part by part; of a NaN and a number, the number.
 template <class S, int V>
 ANL_DEVICE Word<S, V> larger_parts(Word<S, V> a, Word<S, V> b) {
-  if constexpr (sizeof(S) == 2) return {decltype(a.bits)(larger_pair<S>(a.bits, b.bits))};
-  acc_t<S> x[V];
+  if constexpr (sizeof(S) == 2) {
+    return {decltype(a.bits)(larger_pair<S>(a.bits, b.bits))};
+  } else {
+    acc_t<S> x[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) x[v] = larger(a.part(v), b.part(v));
-  return Word<S, V>::of(x);
+    for (int v = 0; v < V; ++v) x[v] = larger(a.part(v), b.part(v));
+    return Word<S, V>::of(x);
+  }
 }
 template <class S, int V>
 ANL_DEVICE Word<S, V> smaller_parts(Word<S, V> a, Word<S, V> b) {
-  if constexpr (sizeof(S) == 2) return {decltype(a.bits)(smaller_pair<S>(a.bits, b.bits))};
-  acc_t<S> x[V];
+  if constexpr (sizeof(S) == 2) {
+    return {decltype(a.bits)(smaller_pair<S>(a.bits, b.bits))};
+  } else {
+    acc_t<S> x[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) x[v] = smaller(a.part(v), b.part(v));
-  return Word<S, V>::of(x);
+    for (int v = 0; v < V; ++v) x[v] = smaller(a.part(v), b.part(v));
+    return Word<S, V>::of(x);
+  }
 }
 template <class S, int V>
 ANL_DEVICE Word<S, V> all_parts(acc_t<S> value) {
@@ -84,14 +89,16 @@ struct Pixels {
   using T = acc_t<S>;
   using W = Word<S, V>;
   using Index = std::conditional_t<STAGED || V != 1, int, int64_t>;
-  using Step = std::conditional_t<V == 1, int64_t, uint32_t>;  // pairs are where a class's stride is no larger
+  // Pairs are where rows and the bytes from a class to the next are counted by 32 bits.
+  using Row = std::conditional_t<V == 1, int64_t, uint32_t>;
+  using Step = std::conditional_t<V == 1, int64_t, uint32_t>;
 
   int lane, groups, group;
-  int64_t r;  // the first pixel's row
+  Row r;  // of the first pixel
   bool exist;
-  const S* logits;
-  S* grad;
-  Step step, grad_step;  // from one class to the next
+  const char* logits;
+  char* grad;
+  Step step, grad_step;  // bytes from one class to the next
   W* staged;
   Index n;
   bool live[V];     // read; else its logits stand for 0
@@ -99,20 +106,19 @@ struct Pixels {
   Index target[V];  // the same as number j, or -1
 
   ANL_DEVICE Pixels(const Params& p, int tile, char* shared) {
-    const int bits = p.plan.spatial.column_bits;
-    groups = int(blockDim.x) >> bits;
-    group = int(threadIdx.x) >> bits;
-    lane = int(threadIdx.x) & ((1 << bits) - 1);
-    r = int64_t(blockIdx.x) * p.plan.spatial.rows_per_cta + tile * p.plan.spatial.pixels + lane * V;
-    exist = r < p.num_rows;
+    const SpatialPlan& plan = p.plan.spatial;
+    groups = int(blockDim.x) >> plan.column_bits;
+    group = int(threadIdx.x) >> plan.column_bits;
+    lane = int(threadIdx.x) & ((1 << plan.column_bits) - 1);
+    r = Row(blockIdx.x) * Row(plan.rows_per_cta) + Row(tile * plan.pixels + lane * V);
+    exist = r < Row(p.num_rows);
     const Call& call = p.call;
-    const int64_t row = exist ? r : 0, o = outer(p, row), i = row - o * call.inner;
-    const Strides &in = call.logits_strides, &out = call.grad_strides;
-    logits = static_cast<const S*>(call.logits) + o * in.so + i * in.si + group * in.sk;
-    grad = static_cast<S*>(call.grad) + o * out.so + i * out.si + group * out.sk;
-    step = Step(groups) * Step(in.sk);
-    grad_step = Step(groups) * Step(out.sk);
-    n = Index(p.plan.spatial.words_per_lane);
+    const Row row = exist ? r : 0, o = call.outer == 1 ? 0 : row / Row(call.inner), i = row - o * Row(call.inner);
+    logits = static_cast<const char*>(call.logits) + offset(call.logits_strides, o, i);
+    grad = static_cast<char*>(call.grad) + offset(call.grad_strides, o, i);
+    step = Step(groups) * Step(call.logits_strides.sk) * Step(sizeof(S));
+    grad_step = Step(groups) * Step(call.grad_strides.sk) * Step(sizeof(S));
+    n = Index(plan.words_per_lane);
     staged = reinterpret_cast<W*>(shared) + threadIdx.x / WARP * WARP * int(n) + lane_index();
     if (group + (n - 1) * groups >= Index(call.num_classes)) --n;
 #pragma unroll
@@ -122,27 +128,30 @@ struct Pixels {
     }
   }
 
-  // One division, of 32 bits where that will do.
-  static ANL_DEVICE int64_t outer(const Params& p, int64_t row) {
-    if (p.call.outer == 1) return 0;
-    return p.num_rows <= UINT32_MAX ? uint32_t(row) / uint32_t(p.call.inner) : row / p.call.inner;
+  // Of the group's first class.
+  ANL_DEVICE int64_t offset(const Strides& s, Row o, Row i) const {
+    const int64_t along = V == 1 ? i * s.si : i;
+    return (o * s.so + along + (groups == 1 ? 0 : group * s.sk)) * int64_t(sizeof(S));
   }
 
   // Pixel v is one that is read.
   ANL_DEVICE void set_label(int v, int64_t label) {
     live[v] = true;
-    y[v] = Index(label);
-    const Index k = y[v] - group, j = groups == 1 ? k : k / groups;
+    y[v] = target[v] = Index(label);
+    if (groups == 1) return;
+    const Index k = y[v] - group, j = k / groups;
     target[v] = k >= 0 && j * groups == k ? j : -1;
   }
 
-  ANL_DEVICE const W* word(const S* p) const { return reinterpret_cast<const W*>(p); }
+  static ANL_DEVICE W load(const char* p) { return *reinterpret_cast<const W*>(p); }
   // The logit of the target, wherever it is.
   ANL_DEVICE T target_logit(const Call& call, int v) const {
-    return live[v] ? word(logits + (y[v] - group) * int64_t(call.logits_strides.sk))->part(v) : T(0);
+    return live[v] ? load(logits + int64_t(y[v] - group) * call.logits_strides.sk * int64_t(sizeof(S))).part(v) : T(0);
   }
 
-  ANL_DEVICE W at(Index j) const { return STAGED ? staged[j * WARP] : *word(logits + j * int64_t(step)); }
+  ANL_DEVICE W at(Index j) const { return STAGED ? staged[j * WARP] : load(logits + j * int64_t(step)); }
+  // Pixel v's logit number j. Between its use and that of words stands a __syncwarp, for the compiler's sake.
+  ANL_DEVICE S& number(Index j, int v) const { return reinterpret_cast<S*>(staged + j * WARP)[v]; }
 
   // What is read of the pixels, into shared memory. Of a pixel with a target, that changes places with the last number, and
   // is then -inf: so all the others exist, most often. unswap() makes good for the other.
@@ -153,20 +162,20 @@ struct Pixels {
       all = all && live[v];
       any = any || live[v];
     }
-    const S* from = logits;
     if (any) {
+      const char* from = logits;
       if constexpr (sizeof(W) == 2) {
         for (int j0 = 0; j0 < n; j0 += UNROLL, from += UNROLL * step) {
           W z[UNROLL];
 #pragma unroll
           for (int u = 0; u < UNROLL; ++u)
-            if (j0 + u < n) z[u] = *word(from + u * int64_t(step));
+            if (j0 + u < n) z[u] = load(from + u * int64_t(step));
 #pragma unroll
           for (int u = 0; u < UNROLL; ++u)
             if (j0 + u < n) staged[(j0 + u) * WARP] = z[u];
         }
       } else {
-#pragma unroll 8
+#pragma unroll 4
         for (int j = 0; j < n; ++j, from += step) copy_async<sizeof(W)>(staged + j * WARP, from);
         copy_async_commit();
         copy_async_wait<0>();
@@ -174,18 +183,21 @@ struct Pixels {
     }
     if (!all)
       for (int j = 0; j < n; ++j) staged[j * WARP] = any ? living(staged[j * WARP]) : all_parts<S, V>(T(0));
+    __syncwarp();
 #pragma unroll
     for (int v = 0; v < V; ++v)
       if (target[v] >= 0) {
-        const T last = at(n - 1).part(v);
-        staged[target[v] * WARP] = at(target[v]).with(v, last);
-        staged[(n - 1) * WARP] = at(n - 1).with(v, minus_inf<T>());
+        number(target[v], v) = number(n - 1, v);
+        number(n - 1, v) = narrow<S>(minus_inf<T>());
       }
+    __syncwarp();
   }
   ANL_DEVICE void unswap() const {
+    __syncwarp();
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      if (target[v] >= 0) staged[(n - 1) * WARP] = at(n - 1).with(v, at(target[v]).part(v));
+      if (target[v] >= 0) number(n - 1, v) = number(target[v], v);
+    __syncwarp();
   }
   // The word with zeros for pixels that are not read.
   ANL_DEVICE W living(W word) const {
@@ -224,7 +236,7 @@ struct Pixels {
   template <bool FULL>
   ANL_DEVICE void first_sums(AnchoredSums<T, FULL> (&sums)[V], char* scratch) const {
     W high = all_parts<S, V>(minus_inf<T>()), low = all_parts<S, V>(T(INF));
-#pragma unroll 8
+#pragma unroll 4
     for (Index j = 0; j < others(); ++j) {
       W word = at(j);
       if constexpr (!STAGED) word = word.with(0, other(j, word, 0));
@@ -242,34 +254,32 @@ struct Pixels {
       anchor[v] = sums[v].anchor();
       all = all && low.part(v) > minus_inf<T>();
     }
-    by_folds(others(), [&](Index j, Index end) {
+    by_folds(others(), [&](Index begin, Index end) {
       AnchoredSums<T, FULL> part[V];
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        part[v] = none<AnchoredSums<T, FULL>>();
-        part[v].max = sums[v].max;
-      }
+      for (auto& some : part) some = none<AnchoredSums<T, FULL>>();
       if (all) {
-        for (; j + TILE <= end; j += TILE) {
-          T z[V][TILE];
+#pragma unroll 4
+        for (Index j = begin; j < end; ++j) {
+          const W word = at(j);
 #pragma unroll
-          for (int u = 0; u < TILE; ++u)
-#pragma unroll
-            for (int v = 0; v < V; ++v) z[v][u] = at(j + u).part(v);
-#pragma unroll
-          for (int v = 0; v < V; ++v) part[v].add_all(z[v], low.part(v), anchor[v]);
+          for (int v = 0; v < V; ++v) part[v].add_existing(word.part(v), anchor[v]);
         }
-      }
-      for (; j < end; ++j) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) part[v].add(other(j, at(j), v), anchor[v]);
+        for (int v = 0; v < V; ++v) part[v].count_existing(T(end - begin), low.part(v));
+      } else {
+#pragma unroll 1
+        for (Index j = begin; j < end; ++j) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) part[v].add(other(j, at(j), v), anchor[v]);
+        }
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) sums[v].add(part[v]);
     });
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if constexpr (STAGED) sums[v].add(last.part(v), anchor[v]);
+      if (STAGED && target[v] < 0) sums[v].add(last.part(v), anchor[v]);
       sums[v] = combine(sums[v], MergeSameMax(), scratch);
     }
   }
@@ -319,7 +329,7 @@ struct Pixels {
     bool read = true;
 #pragma unroll
     for (int v = 0; v < V; ++v) read = read && live[v];
-    S* to = grad;
+    char* to = grad;
     const Index count = exist ? n : 0;
 #pragma unroll 4
     for (Index j = 0; j < count; ++j, to += grad_step) {
@@ -334,7 +344,8 @@ struct Pixels {
     __syncwarp();  // keeps the target's store behind that of its word, in the compiler as well
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      if (count && target[v] >= 0) grad[target[v] * int64_t(grad_step) + v] = narrow<S>(target_value(v));
+      if (count && target[v] >= 0)
+        reinterpret_cast<S*>(grad + target[v] * int64_t(grad_step))[v] = narrow<S>(target_value(v));
   }
 };
 
@@ -485,8 +496,9 @@ int64_t exchanged_bytes(bool full) {
 
 // Whether the logits of two neighbouring pixels are always one aligned word.
 bool pairs(const void* data, const Strides& s, const Call& call, int64_t size) {
-  const int64_t most = INT32_MAX / (MAX_THREADS / 32) / 8;
-  return s.si == 1 && s.sk <= most && s.sk >= 0 && call.num_classes <= most && call.inner % 2 == 0 &&
+  const int64_t most = UINT32_MAX / size / (MAX_THREADS / 32);
+  return s.si == 1 && s.sk <= most && s.sk >= 0 && call.num_classes <= INT32_MAX / MAX_THREADS && call.inner % 2 == 0 &&
+         rows_of(call) <= INT32_MAX &&
          (reinterpret_cast<uintptr_t>(data) | uintptr_t(s.sk * size) | uintptr_t(call.outer == 1 ? 0 : s.so * size)) %
                  uintptr_t(2 * size) == 0;
 }

@@ -41,6 +41,16 @@ struct AnchoredSums {
     if (x != A(-INF)) min = z < min ? z : min;
   }
 
+  // The same of a class that exists; count_existing(how many, the smallest) does the rest for all that do.
+  ANL_DEVICE void add_existing(A z, A anchor) {
+    sums.add_exp(Scalar<A>::class_exp(z - anchor));
+    sums.template add_gap<false>(z - anchor);
+  }
+  ANL_DEVICE void count_existing(A count, A low) {
+    min = low < min ? low : min;
+    sums.of[COUNT] += count;
+  }
+
   // The same for E of them, the smallest of which is `low`. Most often all exist, and need no looking at.
   template <int E>
   ANL_DEVICE void add_all(const A (&z)[E], A low, A anchor) {
@@ -49,8 +59,7 @@ struct AnchoredSums {
     if (low > A(-INF)) {
 #pragma unroll
       for (int j = 0; j < E; ++j) sums.template add_gap<false>(z[j] - anchor);
-      min = low < min ? low : min;
-      sums.of[COUNT] += A(E);
+      count_existing(A(E), low);
     } else {
 #pragma unroll
       for (int j = 0; j < E; ++j) add_gap(z[j], anchor);
