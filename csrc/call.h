@@ -122,7 +122,7 @@ ANL_HD int64_t label_at(const Call& call, int64_t r) {
   }
 }
 
-ANL_HD bool is_class(const Call& call, int64_t y) { return y >= 0 && y < call.num_classes; }
+ANL_HD bool is_class(const Call& call, int64_t y) { return uint64_t(y) < uint64_t(call.num_classes); }
 
 // Row r = o * inner + i begins here. Divisions are slow, and most calls have one outer index.
 ANL_HD int64_t row_offset(const Call& call, const Strides& s, int64_t r) {

@@ -13,9 +13,11 @@ struct Partials {
   typename M::V a, S, U, P, F, G, Q;
 };
 
-// Adds factor * term to the loss and its partials. Without FULL, terms for which a program needs_full are left out.
+// Adds factor * term to the loss and its partials; of FL the factor to `focal`, so that compilers do not prepare a power for
+// every loss. Without FULL, terms for which a program needs_full are left out.
 template <class M, bool FULL>
-ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, typename M::V& loss, Partials<M>& f) {
+ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, typename M::V& loss, Partials<M>& f,
+                     double& focal) {
   using V = typename M::V;
   const V k = M::set(prog.factor[t]), zero = M::set(0.0), T = M::set(prog.clamp_height);
   const V l = s.target_log_prob, p = s.target_prob, tail = s.target_tail;
@@ -44,12 +46,9 @@ ANL_HD void add_term(const Program& prog, int t, const RowStatistics<M>& s, type
       f.a += above ? M::divide(r * (s.second[ABOVE_SUM] - s.second[ABOVE_COUNT] * (T + l)), U) : zero;
       break;
     }
-    case FL: {
-      const V w = w_y();
-      loss -= k * w * l;
-      f.a += k * w;
+    case FL:
+      focal += prog.factor[t];
       break;
-    }
     case NFL: {  // -w l / F
       if constexpr (!FULL) break;
       const V w = w_y(), F = s.second[FOCAL_SUM] - w * l, r = M::divide(k * w, F);
@@ -130,12 +129,19 @@ ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, ty
   const V zero = M::set(0.0), one = M::set(1.0);
   V loss = zero;
   Partials<M> f = {zero, zero, zero, zero, zero, zero, zero};
-  for (int t = 0; t < prog.num_terms; ++t) add_term<M, FULL>(prog, t, s, loss, f);
+  double focal = 0.0;
+  for (int t = 0; t < prog.num_terms; ++t) add_term<M, FULL>(prog, t, s, loss, f, focal);
+  if (focal != 0.0) {  // FL
+    const V kw = M::set(focal) * focal_weight<M>(s.target_tail, prog.gamma);
+    loss -= kw * s.target_log_prob;
+    f.a += kw;
+  }
 
   const V below_y = s.target_log_prob > M::set(-prog.clamp_height) ? zero : one;
   const V below = s.second[BELOW_MASS] + below_y * s.target_prob;  // 1 - P
   const V square = M::set(2.0) * f.Q;
-  g[COEF_A_ABOVE] = f.a + below * f.P + square * s.below_top;
+  g[COEF_A_ABOVE] = f.a + below * f.P;
+  if constexpr (FULL) g[COEF_A_ABOVE] += square * s.below_top;
   g[COEF_A] = g[COEF_A_ABOVE] - f.P;
   g[COEF_B] = -f.S;
   g[COEF_C] = f.U;
@@ -143,9 +149,11 @@ ANL_HD typename M::V evaluate(const Program& prog, const RowStatistics<M>& s, ty
   g[COEF_CW] = f.G;
   g[COEF_SQUARE] = square;
   // At the target the parts of a p_y + ... + e that are equal cancel by hand: what is left is exact as p_y -> 1.
-  g[COEF_TARGET] = s.classes * f.S - s.second[ABOVE_COUNT] * f.U + s.second[FOCAL_WEIGHT] * f.F -
-                   s.second[FOCAL_ABOVE_WEIGHT] * f.G - f.a * s.target_tail +
-                   (below - below_y) * s.target_prob * f.P - square * s.squares * s.target_prob;
+  V target = s.classes * f.S - s.second[ABOVE_COUNT] * f.U;
+  if constexpr (FULL) target += s.second[FOCAL_WEIGHT] * f.F - s.second[FOCAL_ABOVE_WEIGHT] * f.G;
+  target += (below - below_y) * s.target_prob * f.P - f.a * s.target_tail;
+  if constexpr (FULL) target -= square * s.squares * s.target_prob;
+  g[COEF_TARGET] = target;
   return loss + (s.target_tail - s.target_tail);  // a NaN row is NaN in every loss
 }
 

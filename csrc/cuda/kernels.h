@@ -62,12 +62,18 @@ struct SplitPlan {
   bool packs;
 };
 struct GradientPlan {
-  int lanes;                 // that take a part of a row together: a power of two, a warp at most
-  int64_t classes_per_unit;  // the length of that part
+  int lanes;             // that take a row's part at a time: a power of two, a warp at most
+  int rows_at_once;      // in a warp
+  int rows_per_warp;
+  int classes_per_part;  // of a row that a warp takes: whole packs
+  int parts_per_row;
   bool packs;
 };
 struct SpatialPlan {
-  int pixels;            // rows that a CTA takes at a time, one per lane; its other threads share their classes
+  int pixels;            // rows that a CTA takes at a time: the threads of a column share their classes
+  int word;              // of them that a thread takes: 2, or 1
+  int column_bits;       // 2^column_bits threads are a column's: a pixel's classes are shared by those that are as far in theirs
+  int words_per_lane;    // classes that a thread takes at most
   int64_t rows_per_cta;  // a multiple of that
   int64_t staged_bytes;  // shared memory for the logits of those pixels; 0: every sweep reads them again
 };

@@ -185,7 +185,7 @@ struct GlobalRowPart {
             constexpr int U = decltype(count)::value;
             uint32_t words[U * 4];
             load_words<U>(i, inside, packs, words);
-            if (has_target<U>(i)) put_half(words, target_in<U>(i), twice(Bits<S>::LOWEST));
+            if (has_target<U>(i)) put_half(words, target_in<U>(i), twice(Format<S>::LOWEST));
             __syncwarp();
             sweep.add(sums, words, inside);
           });

@@ -18,14 +18,14 @@ struct Quad {
 
 // A format's bits: 1, and log2(e) as float has it, as the sum of three.
 template <class S>
-struct Bits;
+struct Format;
 template <>
-struct Bits<bfloat16_t> {
+struct Format<bfloat16_t> {
   static constexpr uint16_t ONE = 0x3f80, LOWEST = 0xff7f, INF = 0x7f80, MINUS_INF = 0xff80,
                             LOG2_E[3] = {0x3fb9, 0xbb2c, 0x36ec};
 };
 template <>
-struct Bits<half_t> {
+struct Format<half_t> {
   static constexpr uint16_t ONE = 0x3c00, LOWEST = 0xfbff, INF = 0x7c00, MINUS_INF = 0xfc00,
                             LOG2_E[3] = {0x3dc5, 0x0d1e, 0x8002};
 };
@@ -38,14 +38,6 @@ ANL_DEVICE float low_half(uint32_t word) {
 template <class S>
 ANL_DEVICE float high_half(uint32_t word) {
   return widen(S{uint16_t(word >> 16)});
-}
-
-template <class S>
-ANL_DEVICE uint32_t narrow2(float low, float high) {
-  if constexpr (std::is_same_v<S, half_t>)
-    return floats_to_half2(low, high);
-  else
-    return floats_to_bfloat162(low, high);
 }
 
 #if !defined(ANL_CUDA_ON_HOST)
@@ -117,7 +109,7 @@ ANL_DEVICE Quad times_diagonal(uint32_t a, uint32_t b, uint32_t diagonal, Quad c
 template <class S>
 ANL_DEVICE uint32_t halves() {
   const unsigned lane = threadIdx.x % WARP;
-  return kept(lane % 4 == lane / 8 ? twice(Bits<S>::ONE) : 0);
+  return kept(lane % 4 == lane / 8 ? twice(Format<S>::ONE) : 0);
 }
 
 // Its of[0] + of[2] is the sum of the lane's eight numbers, and of those of c.
@@ -164,7 +156,7 @@ ANL_DEVICE Quad times_diagonals(uint32_t a, uint32_t b, const Diagonals<PARTS>& 
 // log2(e)
 template <class S, int PARTS>
 ANL_DEVICE Diagonals<PARTS> log2e_diagonals() {
-  constexpr uint16_t PART[3] = {Bits<S>::LOG2_E[0], Bits<S>::LOG2_E[1], Bits<S>::LOG2_E[2]};
+  constexpr uint16_t PART[3] = {Format<S>::LOG2_E[0], Format<S>::LOG2_E[1], Format<S>::LOG2_E[2]};
   Diagonals<PARTS> d;
   d.part[0] = diagonal(PART[0]);
   d.part[1] = diagonal(PART[1]);
@@ -174,7 +166,7 @@ ANL_DEVICE Diagonals<PARTS> log2e_diagonals() {
 // What two parts leave of it.
 template <class S>
 ANL_DEVICE float log2e_rest() {
-  constexpr uint16_t LAST = Bits<S>::LOG2_E[2];
+  constexpr uint16_t LAST = Format<S>::LOG2_E[2];
   return widen(S{LAST});
 }
 // Any number, as the factor of what above2<S> gives, by products of bfloat16: half precision's 1 is 2^-7 in it.

@@ -2,7 +2,6 @@
 // widen, scale and add up (packed.cuh). All lanes of a warp call these together; `inside`: the lane has classes at all.
 #pragma once
 
-#include "packed.cuh"
 #include "sums.cuh"
 
 namespace anl {
@@ -27,7 +26,7 @@ struct PackedFirstSweep {
   const uint32_t both = halves<S>();
   float base = 0.0f, tail = 0.0f, sum = 0.0f, count = 0.0f;
   Quad shift = {};
-  uint32_t high = twice(Bits<S>::MINUS_INF), low = twice(Bits<S>::INF), limit = high;
+  uint32_t high = twice(Format<S>::MINUS_INF), low = twice(Format<S>::INF), limit = high;
 
   // W words of classes. target: which of them is the target, or below 0. Where a class of the warp's does not exist,
   // one_by_one(add) calls add(z) for the lane's classes besides the target instead.
@@ -41,8 +40,8 @@ struct PackedFirstSweep {
       largest = larger2<S>(largest, words[j]);
       smallest = smaller2<S>(smallest, words[j]);
     }
-    const uint32_t exist = above2<S>(smallest, twice(Bits<S>::MINUS_INF)), beyond = above2<S>(largest, limit);
-    if (__any_sync(ALL_LANES, inside && exist != twice(Bits<S>::ONE))) {
+    const uint32_t exist = above2<S>(smallest, twice(Format<S>::MINUS_INF)), beyond = above2<S>(largest, limit);
+    if (__any_sync(ALL_LANES, inside && exist != twice(Format<S>::ONE))) {
       if (inside) one_by_one([&](S z) { add_one(z); });
       __syncwarp();
       shift = quad(about(base).shift);
@@ -57,7 +56,7 @@ struct PackedFirstSweep {
     Quad sums = {};
 #pragma unroll
     for (int j = 0; j < W; j += 4) sums = sum_of_eight<S>(words + j, both, sums);
-    if (any_target) put_half(words, target, twice(Bits<S>::LOWEST));
+    if (any_target) put_half(words, target, twice(Format<S>::LOWEST));
     float exps[2] = {};
 #pragma unroll
     for (int j = 0; j < W; j += 2) {
@@ -114,7 +113,7 @@ struct PackedSecondSweep {
   ANL_DEVICE explicit PackedSecondSweep(float clamp_bound) {
     S down = narrow<S>(clamp_bound);
     if (widen(down) > clamp_bound) down.bits += down.bits & 0x8000 ? 1 : down.bits & 0x7fff ? -1 : 0x8001;
-    if (down.bits == Bits<S>::MINUS_INF) down.bits = Bits<S>::LOWEST;
+    if (down.bits == Format<S>::MINUS_INF) down.bits = Format<S>::LOWEST;
     bound = twice(down.bits);
     low = widen(down);
     lift = clamp_bound - low;

@@ -55,21 +55,6 @@ ANL_DEVICE uint32_t floats_to_bfloat162(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
-
-// ---- the larger and the smaller of two pairs of 16-bit numbers; of a NaN and a number, the number ---------------------
-
-#define ANL_OF_PAIRS(name, instruction)                                       \
-  ANL_DEVICE uint32_t name(uint32_t a, uint32_t b) {                          \
-    uint32_t c;                                                               \
-    asm(instruction " %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));               \
-    return c;                                                                 \
-  }
-ANL_OF_PAIRS(larger_half2, "max.f16x2")
-ANL_OF_PAIRS(smaller_half2, "min.f16x2")
-ANL_OF_PAIRS(larger_bfloat162, "max.bf16x2")
-ANL_OF_PAIRS(smaller_bfloat162, "min.bf16x2")
-#undef ANL_OF_PAIRS
-
 // 2^x to 2^-22 of its value; 0 below 2^-126.
 ANL_DEVICE float exp2_approx(float x) {
   float y;
@@ -184,7 +169,14 @@ ANL_DEVICE void wait_for_previous_launch() {
 
 ANL_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 aligned bytes, past L1. What a thread has copied it sees after copy_async_wait, others after a barrier then.
+// 4 or 8 aligned bytes. What a thread has copied it sees after copy_async_wait, others after a barrier then.
+template <int BYTES>
+ANL_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "n"(BYTES)
+               : "memory");
+}
+// 16 aligned bytes, past L1.
 ANL_DEVICE void copy_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global))
@@ -323,6 +315,11 @@ ANL_DEVICE bfloat16_t narrow<bfloat16_t>(float x) {
   return {float_to_bfloat16(x)};
 }
 
+template <class S>
+ANL_DEVICE uint32_t narrow2(float low, float high) {
+  return std::is_same_v<S, half_t> ? floats_to_half2(low, high) : floats_to_bfloat162(low, high);
+}
+
 // 16 bytes of elements.
 template <class S>
 constexpr int PACK = 16 / int(sizeof(S));
@@ -350,24 +347,10 @@ ANL_DEVICE uint4 narrow_pack(const acc_t<S> (&x)[PACK<S>]) {
       words[i] = uint32_t(uint64_t(__double_as_longlong(x[i / 2])) >> (i % 2 * 32));
     else if constexpr (sizeof(S) == 4)
       words[i] = __float_as_uint(x[i]);
-    else if constexpr (std::is_same_v<S, half_t>)
-      words[i] = floats_to_half2(x[2 * i], x[2 * i + 1]);
     else
-      words[i] = floats_to_bfloat162(x[2 * i], x[2 * i + 1]);
+      words[i] = narrow2<S>(x[2 * i], x[2 * i + 1]);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// Both numbers of a 32-bit word of half_t or bfloat16_t.
-template <class S>
-ANL_DEVICE uint32_t larger2(uint32_t a, uint32_t b) {
-  static_assert(sizeof(S) == 2);
-  return std::is_same_v<S, half_t> ? larger_half2(a, b) : larger_bfloat162(a, b);
-}
-template <class S>
-ANL_DEVICE uint32_t smaller2(uint32_t a, uint32_t b) {
-  static_assert(sizeof(S) == 2);
-  return std::is_same_v<S, half_t> ? smaller_half2(a, b) : smaller_bfloat162(a, b);
 }
 
 // ---- the mathematics of row_math.h, a number per thread -----------------------------------------------------------------

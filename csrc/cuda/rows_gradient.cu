@@ -1,83 +1,176 @@
 // The gradient from the rows' coefficients: logits read once (with the entropy term three times), gradient written once.
+//
+// What lies between two 16-byte boundaries of a row is read and written in packs, several at a time; the few classes before
+// and after, its edges, one by one. A row whose gradient is aligned in another way than its logits has edges alone.
 #include "entropy.cuh"
+#include "long_rows.cuh"
 #include "plans.h"
-#include "results.cuh"
 
 namespace anl {
 namespace gpu {
 namespace {
 
-constexpr int MAX_THREADS = 512;
+constexpr int MAX_THREADS = 512, THREADS = 128;
+constexpr int CTAS = 6;  // of THREADS that a multiprocessor should hold, for enough bytes to be under way
 
-template <class S>
-struct GlobalRow {
-  const S* logits;
-  S* grad;
+// A row and all that its gradient depends on, as the one thread that looks at its coefficients finds it.
+template <class S, bool FULL>
+struct GivenRow {
+  using T = acc_t<S>;
+  static constexpr int P = PACK<S>;
 
-  ANL_DEVICE GlobalRow(const Call& call, int64_t r)
-      : logits(static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r)),
-        grad(static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r)) {}
+  RowGradient<T, FULL> gradient;
+  int64_t logits, grad;    // where it begins
+  int head, packs, edges;  // classes before the first pack, packs, classes that are in none
+  int y, target;           // the target's class and pack, or -1
+  bool unread;             // every logit stands for 0
+
+  ANL_DEVICE void set(const Params& p, int64_t r, const KnownRow<T, FULL>& known) {
+    const Call& call = p.call;
+    const int K = int(call.num_classes);
+    gradient = known.gradient;
+    logits = row_offset(call, call.logits_strides, r);
+    grad = row_offset(call, call.grad_strides, r);
+    head = int(-(reinterpret_cast<uintptr_t>(call.logits) / sizeof(S) + logits) % P);
+    packs = p.plan.gradient.packs && head < K ? (K - head) / P : 0;
+    if (packs == 0) head = K;
+    edges = K - packs * P;
+    y = int(known.label(call, r));
+    target = y < head || y >= head + packs * P ? -1 : (y - head) / P;
+    unread = known.unread;
+  }
+
+  ANL_DEVICE const S* in(const Call& call) const { return static_cast<const S*>(call.logits) + logits; }
+  ANL_DEVICE S* out(const Call& call) const { return static_cast<S*>(call.grad) + grad; }
+
+  template <unsigned PARTS>
+  ANL_DEVICE T value(T z, int k) const {
+    return k == y ? gradient.row.target : gradient.template at<PARTS>(z);
+  }
+
+  // The packs [begin, end) by `takers` threads of which this is number `taker`: f(bits, i) puts the gradient of the packs
+  // i, i + takers, ... in the place of their logits.
+  template <int U, class F>
+  ANL_DEVICE void write_packs(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
+    const S* from = in(call) + head + int64_t(begin + taker) * P;
+    S* to = out(call) + head + int64_t(begin + taker) * P;
+    const int64_t step = int64_t(takers) * P;
+    for (int i = begin + taker; i - taker < end; i += U * takers) {  // the takers stay together
+      uint4 bits[U] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u, from += step)
+        if (i + u * takers < end && !unread) bits[u] = load16(from);
+      f(bits, i);
+#pragma unroll
+      for (int u = 0; u < U; ++u, to += step)
+        if (i + u * takers < end) store16(to, bits[u]);
+    }
+  }
+  // After that, the target's, by the thread that wrote its pack. takers: a power of two.
+  ANL_DEVICE void write_target(const Call& call, int begin, int end, int taker, int takers) const {
+    if (target >= begin && target < end && ((target - begin) & (takers - 1)) == taker)
+      out(call)[y] = narrow<S>(gradient.row.target);
+  }
+
+  // The edges [begin, end) likewise: f(z, k) is the gradient of class k.
+  template <class F>
+  ANL_DEVICE void write_edges(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
+#pragma unroll 4
+    for (int e = begin + taker; e < end; e += takers) {
+      const int k = e < head ? e : e + packs * P;
+      out(call)[k] = narrow<S>(f(unread ? T(0) : widen(in(call)[k]), k));
+    }
+  }
 };
 
-// f(k, z_k) to element k of the gradient, for 0 <= k - begin < count, by `takers` threads of which this is number
-// `taker`. With packs, begin is where the row's packs begin: up to one pack before the row. With `unread`, the logits are
-// not read, and z_k is 0.
-template <class S, class F>
-ANL_DEVICE void transform(const Params& p, const GlobalRow<S>& row, int begin, int count, int taker, int takers,
-                          bool unread, const F& f) {
+// The smallest of several packs' logits.
+template <class S, int U>
+ANL_DEVICE acc_t<S> lowest(const uint4 (&bits)[U]) {
   using T = acc_t<S>;
-  constexpr int P = PACK<S>;
-  const int K = int(p.call.num_classes), end = begin + count < K ? begin + count : K;
-  if (!p.plan.gradient.packs) {
-    for (int k = begin + taker; k < end; k += takers) row.grad[k] = narrow<S>(f(k, unread ? T(0) : widen(row.logits[k])));
-    return;
-  }
-  for (int k = begin + taker * P; k < end; k += takers * P) {
-    T x[P] = {};
-    if (k >= 0 && k + P <= K) {
-      if (!unread) widen_pack<S>(load16(row.logits + k), x);
+  if constexpr (sizeof(S) == 2) {
+    uint32_t low = bits[0].x;
 #pragma unroll
-      for (int v = 0; v < P; ++v) x[v] = f(k + v, x[v]);
-      store16(row.grad + k, narrow_pack<S>(x));
-      continue;
+    for (const uint4& pack : bits)
+      low = smaller2<S>(low, smaller2<S>(smaller2<S>(pack.x, pack.y), smaller2<S>(pack.z, pack.w)));
+    return smaller(widen(S{uint16_t(low)}), widen(S{uint16_t(low >> 16)}));
+  } else {
+    T low = T(INF);
+#pragma unroll
+    for (const uint4& pack : bits) {
+      T x[PACK<S>];
+      widen_pack<S>(pack, x);
+#pragma unroll
+      for (const T v : x) low = smaller(low, v);
     }
-#pragma unroll
-    for (int v = 0; v < P; ++v)
-      if (unsigned(k + v) < unsigned(K)) row.grad[k + v] = narrow<S>(f(k + v, unread ? T(0) : widen(row.logits[k + v])));
+    return low;
   }
 }
 
-// Where the packs of the row begin: its first class or up to one pack before it.
-template <class S>
-ANL_DEVICE int first_pack(const Params& p, const GlobalRow<S>& row) {
-  return p.plan.gradient.packs ? -int(reinterpret_cast<uintptr_t>(row.logits) / sizeof(S) % PACK<S>) : 0;
+// The gradient of several packs' logits in their place; `together`: the lanes that do so. Most often all classes are above
+// the clamp, or they exist and the clamp changes what is added alone.
+template <class S, unsigned PARTS, bool FULL, int U>
+ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsigned together, uint4 (&bits)[U]) {
+  const auto each = [&](auto parts, const RowGradient<acc_t<S>, FULL>& row) {
+#pragma unroll
+    for (uint4& pack : bits) {
+      acc_t<S> x[PACK<S>];
+      widen_pack<S>(pack, x);
+#pragma unroll
+      for (auto& v : x) v = row.template at<decltype(parts)::value>(v);
+      pack = narrow_pack<S>(x);
+    }
+  };
+  if constexpr (PARTS == LEAN_PARTS) {
+    const acc_t<S> low = lowest<S>(bits);
+    if (__all_sync(together, gradient.all_above(low))) {
+      RowGradient<acc_t<S>, FULL> above = gradient;
+      above.row = gradient.row.all_above();
+      return each(Parts<0>(), above);
+    }
+    if (__all_sync(together, low > minus_inf<acc_t<S>>()) && gradient.row.slope == gradient.row.slope_above)
+      return each(Parts<CLAMPED_OFFSET>(), gradient);
+  }
+  each(Parts<PARTS>(), gradient);
 }
 
-// A group of lanes takes a unit: some of a row's classes.
-template <class S, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_kernel(const __grid_constant__ Params p) {
+// A warp takes a part of several rows, one at a time, or some of its lanes each.
+template <class S, bool FULL, bool WARP_PER_ROW>
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 || FULL ? 4 : CTAS)
+    rows_gradient_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
-  const int lanes = p.plan.gradient.lanes, classes = int(p.plan.gradient.classes_per_unit);
-  const int64_t units = ceil_div(p.call.num_classes + PACK<S> - 1, classes);
-  const int64_t unit = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const int64_t r = units == 1 ? unit : unit / units;
-  if (r >= p.num_rows) return;
-  const KnownRow<T, FULL> known(p, r);
-  const GlobalRow<S> row(p.call, r);
-  const int y = known.label(p.call, r);
-  const RowGradient<T, FULL> gradient = known.gradient;
-  const int begin = first_pack(p, row) + int(unit - r * units) * classes;
-  by_parts<FULL>(p.call.program, [&](auto parts) {
-    transform(p, row, begin, classes, int(threadIdx.x) % lanes, lanes, known.unread, [&](int k, T z) {
-      return k == y ? gradient.row.target : gradient.template at<decltype(parts)::value>(z);
+  using Given = GivenRow<S, FULL>;
+  ANL_STATIC_SHARED(Given[THREADS], rows);
+  const GradientPlan& plan = p.plan.gradient;
+  const int lane = int(lane_index()), lanes = WARP_PER_ROW ? WARP : plan.lanes, taker = lane % lanes;
+  const unsigned unit = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, group = unit / unsigned(plan.parts_per_row);
+  const int64_t first = int64_t(group) * plan.rows_per_warp, left = p.num_rows - first;
+  if (left <= 0) return;
+  const int count = left < plan.rows_per_warp ? int(left) : plan.rows_per_warp;
+  const int part = int(unit - group * unsigned(plan.parts_per_row)) * plan.classes_per_part;
+  const int end_class = part + plan.classes_per_part, begin = part / PACK<S>, end_pack = end_class / PACK<S>;
+  const unsigned together = (ALL_LANES >> (WARP - lanes)) << (lane - taker);
+  GivenRow<S, FULL>* own = rows + (threadIdx.x - lane);
+  if (lane < count) own[lane].set(p, first + lane, KnownRow<T, FULL>(p, first + lane));
+  __syncwarp();
+  for (int j = lane / lanes; j < count; j += WARP_PER_ROW ? 1 : plan.rows_at_once) {
+    const GivenRow<S, FULL> row = own[j];
+    const int end = end_pack < row.packs ? end_pack : row.packs, end_edge = end_class < row.edges ? end_class : row.edges;
+    by_parts<FULL>(p.call.program, [&](auto parts) {
+      constexpr unsigned PARTS = decltype(parts)::value;
+      row.template write_packs<FULL ? FULL_PACKS<S, true> : TILE_PACKS<S>>(
+          p.call, begin, end, taker, lanes, [&](auto& bits, int) { differentiate<S, PARTS>(row.gradient, together, bits); });
+      row.write_edges(p.call, part, end_edge, taker, lanes,
+                      [&](T z, int k) { return row.template value<PARTS>(z, k); });
     });
-  });
+    __syncwarp(together);  // keeps the target's store behind that of its pack, in the compiler as well
+    row.write_target(p.call, begin, end, taker, lanes);
+  }
 }
 
 // The whole row's sums, by the CTA; a few dozen classes per thread in T, then on in double.
 template <class S>
-ANL_DEVICE EntropySums<double> entropy_sums(const Params& p, const GlobalRow<S>& row,
-                                            const EntropyRow<acc_t<S>>& entropy, EntropySums<double>* shared) {
+ANL_DEVICE EntropySums<double> entropy_sums(const Params& p, const S* logits, const EntropyRow<acc_t<S>>& entropy,
+                                            EntropySums<double>* shared) {
   using T = acc_t<S>;
   constexpr int RUN = 64;
   const T* log_q = static_cast<const T*>(p.call.log_q);
@@ -86,7 +179,7 @@ ANL_DEVICE EntropySums<double> entropy_sums(const Params& p, const GlobalRow<S>&
   for (int begin = int(threadIdx.x); begin < K; begin += step * RUN) {
     const int end = K - begin > step * RUN ? begin + step * RUN : K;
     EntropySums<T> part = {T(0), T(0)};
-    for (int k = begin; k < end; k += step) entropy.add(part, widen(row.logits[k]), log_q[k]);
+    for (int k = begin; k < end; k += step) entropy.add(part, widen(logits[k]), log_q[k]);
     sums = MergeEntropy<double>()(sums, {double(part.mass), double(part.moment)});
   }
   return block_reduce(sums, MergeEntropy<double>(), shared);
@@ -96,25 +189,33 @@ ANL_DEVICE EntropySums<double> entropy_sums(const Params& p, const GlobalRow<S>&
 template <class S, bool FULL>
 __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
+  constexpr int P = PACK<S>;
   ANL_STATIC_SHARED(EntropySums<double>[2 * WARP], shared);
   const int64_t r = blockIdx.x;
   const KnownRow<T, FULL> known(p, r);
-  const GlobalRow<S> row(p.call, r);
-  const RowGradient<T, FULL> gradient = known.gradient;
+  GivenRow<S, FULL> row;
+  row.set(p, r, known);
   const T* log_q = static_cast<const T*>(p.call.log_q);
-  auto entropy = EntropyRow<T>::begin(gradient.max, known.inv_sum, *static_cast<const T*>(p.call.entropy_scale));
-  if (!known.unread) {
-    entropy.set_center(entropy_sums(p, row, entropy, shared));
-    entropy.set_lost(entropy_sums(p, row, entropy, shared + WARP));
+  auto entropy = EntropyRow<T>::begin(row.gradient.max, known.inv_sum, *static_cast<const T*>(p.call.entropy_scale));
+  if (!row.unread) {
+    entropy.set_center(entropy_sums(p, row.in(p.call), entropy, shared));
+    entropy.set_lost(entropy_sums(p, row.in(p.call), entropy, shared + WARP));
   }
   __syncthreads();  // in place, the gradient overwrites what other threads' sums read
-  const int y = known.label(p.call, r);
-  const int begin = first_pack(p, row), count = int(p.call.num_classes) - begin;
+  const int taker = int(threadIdx.x), takers = int(blockDim.x);
   by_parts<FULL>(p.call.program, [&](auto parts) {
-    transform(p, row, begin, count, int(threadIdx.x), int(blockDim.x), known.unread, [&](int k, T z) {
-      const T own = k == y ? gradient.row.target : gradient.template at<decltype(parts)::value>(z);
-      return known.unread ? own : own + entropy.at(z, log_q[k]);
+    const auto value = [&](T z, int k) {
+      const T own = row.template value<decltype(parts)::value>(z, k);
+      return row.unread ? own : own + entropy.at(z, log_q[k]);
+    };
+    row.template write_packs<1>(p.call, 0, row.packs, taker, takers, [&](auto& bits, int i) {
+      T x[P];
+      widen_pack<S>(bits[0], x);
+#pragma unroll
+      for (int v = 0; v < P; ++v) x[v] = value(x[v], row.head + i * P + v);
+      bits[0] = narrow_pack<S>(x);
     });
+    row.write_edges(p.call, 0, row.edges, taker, takers, value);
   });
 }
 
@@ -123,23 +224,31 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
   if (p.call.log_q)
     return ANL_LAUNCH((rows_gradient_entropy_kernel<S, FULL>), grid, block, NO_CLUSTER, 0, stream, p);
-  return ANL_LAUNCH((rows_gradient_kernel<S, FULL>), grid, block, NO_CLUSTER, 0, stream, p);
+  if (p.plan.gradient.lanes == WARP)
+    return ANL_LAUNCH((rows_gradient_kernel<S, FULL, true>), grid, block, NO_CLUSTER, 0, stream, p);
+  return ANL_LAUNCH((rows_gradient_kernel<S, FULL, false>), grid, block, NO_CLUSTER, 0, stream, p);
 }
 
 }  // namespace
 
 Plan plan_gradient(const Call& call, const Limits& limits) {
+  constexpr int64_t LEAST = 1 << 10, MOST = 16 << 10;  // classes that a warp takes: few, or a row's start counts for little
   const int64_t N = rows_of(call), K = call.num_classes, pack = pack_of(call);
   GradientPlan gradient = {};
   gradient.packs = equally_aligned(call) && (call.log_q || K >= 4 * pack);
   gradient.lanes = int(std::min<int64_t>(WARP, power_of_two(ceil_div(K, gradient.packs ? 4 * pack : 4))));
-  gradient.classes_per_unit = std::min<int64_t>(WARP * 4 * 8, power_of_two(K + pack - 1));
+  const int64_t at_once = int64_t(limits.num_sms) * CTAS * THREADS / WARP;  // warps
+  const int64_t classes = std::max(LEAST, std::min(MOST, power_of_two(ceil_div(N * K, at_once))));
+  gradient.classes_per_part = int(std::min(classes, power_of_two(K)));
+  gradient.parts_per_row = int(ceil_div(K, gradient.classes_per_part));
+  gradient.rows_at_once = WARP / gradient.lanes;
+  gradient.rows_per_warp = int(std::min<int64_t>(WARP, std::max<int64_t>(classes / K, gradient.rows_at_once)));
   Plan plan = {};
   plan.kernel = Kernel::GRADIENT;
   plan.cluster = 1;
-  plan.threads = call.log_q ? threads_for(K / 8, MAX_THREADS, limits) : threads_for(128, 128, limits);
-  const int64_t units = N * ceil_div(K + pack - 1, gradient.classes_per_unit);
-  plan.blocks = call.log_q ? N : ceil_div(units * gradient.lanes, plan.threads);
+  plan.threads = call.log_q ? threads_for(K / 8, MAX_THREADS, limits) : threads_for(THREADS, THREADS, limits);
+  const int64_t warps = ceil_div(N, gradient.rows_per_warp) * gradient.parts_per_row;
+  plan.blocks = call.log_q ? N : ceil_div(warps * WARP, plan.threads);
   plan.gradient = gradient;
   return plan;
 }

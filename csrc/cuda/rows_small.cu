@@ -170,7 +170,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel
 
     const T target = gradient.row.target;
     bool plain = !live;  // whether all classes are there and above the clamp
-    if (live && first_sums.sums.of[COUNT] == T(K - 1) && first_sums.min > gradient.bound) {
+    if (live && first_sums.sums.of[COUNT] == T(K - 1) && gradient.all_above(first_sums.min)) {
       gradient.row = gradient.row.all_above();
       plain = true;
     }

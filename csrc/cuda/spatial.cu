@@ -1,239 +1,153 @@
 // Any strides: (N, K, d1, ...), transposed matrices, classes with gaps. Lanes run across rows ("pixels").
 //
-// A CTA takes a tile of pixels, one lane per pixel, and several groups of lanes share a tile's classes where there are
-// many: group g has classes g, g + groups, ... A tile that fits is staged in shared memory, in the logits' own format,
-// and read from there by every sweep; a thread sees only what it staged itself. A longer one is read again.
-#include "entropy.cuh"
+// A thread takes V neighbouring pixels, whose logits of a class are one word: two of them where every such word is aligned.
+// Groups of warps share the classes of the same pixels where there are many: group g has classes g, g + groups, ... Pixels
+// that fit are staged in shared memory, in the logits' own format, and read from there by every sweep; a thread sees only
+// what it staged itself. Others are read again.
+#include "pixels.cuh"
 #include "plans.h"
-#include "results.cuh"
 
 namespace anl {
 namespace gpu {
 namespace {
 
-template <class S>
-constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
-constexpr int UNROLL = 8;
-constexpr int FOLD = 64;  // so many classes are added in float, then on in double
+constexpr int MAX_THREADS = 256;
+// Registers are for so many of a multiprocessor's threads: 640, with 96 each; 512 where more is kept of a row.
+template <class S, bool FULL>
+constexpr int THREADS_HELD = sizeof(S) == 8 ? 2 * MAX_THREADS : FULL ? 512 : 640;
 constexpr int64_t STATIC_SHARED = 3 << 10;
 
-// A pixel, and those of its classes that a thread takes.
-template <class S, bool STAGED>
-struct Pixel {
-  using T = acc_t<S>;
-  using Index = std::conditional_t<STAGED, int, int64_t>;
-
-  int pixels, groups, group, lane;
-  int64_t r;
-  bool exists;
-  const S* logits;
-  S* grad;
-  int64_t sk;
-  S* staged;
-  Index num_classes;  // to be looked at: none if the row is not read
-  Index y;
-
-  ANL_DEVICE Pixel(const Params& p, int tile, S* shared) {
-    pixels = p.plan.spatial.pixels;
-    groups = int(blockDim.x) / pixels;
-    group = int(threadIdx.x) / pixels;
-    lane = int(threadIdx.x) % pixels;
-    r = int64_t(blockIdx.x) * p.plan.spatial.rows_per_cta + tile * pixels + lane;
-    exists = r < p.num_rows;
-    // One division, before there is anything to be saved around it.
-    const int64_t row = exists ? r : 0, o = p.call.outer == 1 ? 0 : row / p.call.inner, i = row - o * p.call.inner;
-    logits = static_cast<const S*>(p.call.logits) + offset(p.call.logits_strides, o, i);
-    grad = static_cast<S*>(p.call.grad) + offset(p.call.grad_strides, o, i);
-    sk = p.call.logits_strides.sk;
-    staged = shared + lane;
-    num_classes = 0;
-    y = -1;
-  }
-
-  static ANL_DEVICE int64_t offset(const Strides& s, int64_t o, int64_t i) { return o * s.so + i * s.si; }
-
-  // Until then the row is one that is not read.
-  ANL_DEVICE void set_label(const Params& p, int64_t label) {
-    num_classes = Index(p.call.num_classes);
-    y = Index(label);
-  }
-
-  // Class k, -inf for the target.
-  ANL_DEVICE T at(Index k) const {
-    if constexpr (STAGED) return widen(staged[k * pixels]);
-    return k == y ? minus_inf<T>() : widen(logits[k * sk]);
-  }
-
-  // f(k, z_k) for the thread's classes; fold() after every FOLD of them.
-  template <class F, class Fold>
-  ANL_DEVICE void each(const F& f, const Fold& fold) const {
-    for (Index k0 = group; k0 < num_classes; k0 += FOLD * groups) {
-      const Index end = k0 + FOLD * groups < num_classes ? k0 + FOLD * groups : num_classes;
-#pragma unroll 4
-      for (Index k = k0; k < end; k += groups) f(k, at(k));
-      fold();
-    }
-  }
-
-  // The largest of the thread's classes, which are staged on the way.
-  ANL_DEVICE T stage() const {
-    T max = minus_inf<T>();
-    for (Index k0 = group; k0 < num_classes; k0 += UNROLL * groups) {
-      S z[UNROLL];
+// f(Parts<...>(), gradient) with what these pixels' gradients can depend on: most often all their classes are above the
+// clamp, or all exist and the clamp changes what is added alone.
+template <bool FULL, class T, int V, class F>
+ANL_DEVICE void by_parts_of(const Program& program, const RowGradient<T, FULL> (&gradient)[V], const bool (&all_above)[V],
+                            const bool (&all_exist)[V], const F& f) {
+  if constexpr (!FULL) {
+    bool above = true, exist = true;
+    RowGradient<T, FULL> simple[V];
 #pragma unroll
-      for (int j = 0; j < UNROLL; ++j)
-        if (k0 + j * groups < num_classes) z[j] = logits[(k0 + j * groups) * sk];
-#pragma unroll
-      for (int j = 0; j < UNROLL; ++j) {
-        const Index k = k0 + j * groups;
-        if (k >= num_classes) continue;
-        if (k == y) z[j] = narrow<S>(minus_inf<T>());
-        if constexpr (STAGED) staged[k * pixels] = z[j];
-        max = Largest<T>()(max, widen(z[j]));
-      }
+    for (int v = 0; v < V; ++v) {
+      above = above && all_above[v];
+      exist = exist && all_exist[v] && gradient[v].row.slope == gradient[v].row.slope_above;
+      simple[v] = {gradient[v].row.all_above(), gradient[v].max};
     }
-    return max;
+    if (__all_sync(ALL_LANES, above)) return f(Parts<0>(), simple);
+    if (__all_sync(ALL_LANES, above || exist)) return f(Parts<CLAMPED_OFFSET>(), gradient);
   }
+  by_parts<FULL>(program, [&](auto parts) { f(parts, gradient); });
+}
 
-  // Every group gets the sums of all: `scratch` has room for one X per thread. All threads of the CTA call this.
-  template <class X, class Merge>
-  ANL_DEVICE X combine(X x, const Merge& merge, void* scratch) const {
-    if (groups == 1) return x;
-    X* all = static_cast<X*>(scratch);
-    all[threadIdx.x] = x;
-    __syncthreads();
-    x = all[lane];
-    for (int g = 1; g < groups; ++g) x = merge(x, all[g * pixels + lane]);
-    __syncthreads();
-    return x;
-  }
-
-  template <bool FULL>
-  ANL_DEVICE AnchoredSums<T, FULL> first_sums(void* scratch) const {
-    auto part = none<AnchoredSums<T, FULL>>();
-    part.max = combine(stage(), Largest<T>(), scratch);
-    auto total = convert<double>(part);
-    const T anchor = part.anchor();
-    each([&](Index, T z) { part.add(z, anchor); },
-         [&] {
-           total.add(convert<double>(part));
-           clear(part);
-         });
-    return combine(convert<T>(total), MergeSameMax(), scratch);
-  }
-
-  template <bool FULL>
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, bool wanted, void* scratch) const {
-    auto part = none<SecondSums<Scalar<T>, FULL>>();
-    auto total = convert<double>(part);
-    if (wanted) {
-      sweep.run(part, [&](const auto& add) {
-        this->each([&](Index, T z) { add(z); },
-                   [&] {
-                     total.add(convert<double>(part));
-                     clear(part);
-                   });
-      });
-    }
-    return combine(convert<T>(total), MergeSameMax(), scratch);
-  }
-
-  ANL_DEVICE EntropySums<T> entropy_sums(const EntropyRow<T>& row, const T* log_q, void* scratch) const {
-    EntropySums<T> part = {T(0), T(0)};
-    EntropySums<double> total = {0.0, 0.0};
-    each([&](Index k, T x) { row.add(part, k == y ? widen(logits[k * sk]) : x, log_q[k]); },
-         [&] {
-           total = MergeEntropy<double>()(total, {double(part.mass), double(part.moment)});
-           part = {T(0), T(0)};
-         });
-    return combine(EntropySums<T>{T(total.mass), T(total.moment)}, MergeEntropy<T>(), scratch);
-  }
-
-  // value(k, z_k) to the gradient of the thread's classes; z_k is 0 in a row that is not read.
-  template <class F>
-  ANL_DEVICE void store(const Params& p, const F& value) const {
-    if (!exists) return;
-    const int64_t step = p.call.grad_strides.sk;
-#pragma unroll 4
-    for (Index k = group; k < Index(p.call.num_classes); k += groups)
-      grad[k * step] = narrow<S>(value(k, num_classes ? at(k) : T(0)));
-  }
-};
-
-template <class S, bool FULL, bool STAGED>
-__global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_kernel(const __grid_constant__ Params p) {
+template <class S, bool FULL, int V, bool STAGED>
+__global__ void __launch_bounds__(THREADS_HELD<S, FULL> / 2, sizeof(S) == 8 ? 1 : 2) spatial_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
-  ANL_SHARED(char, memory);  // scratch, then the tile
+  ANL_SHARED(char, memory);  // scratch, then the pixels
   ANL_STATIC_SHARED(double[WARP], shared);
-  S* staged = reinterpret_cast<S*>(memory + p.plan.shared_bytes - p.plan.spatial.staged_bytes);
   const Call& call = p.call;
   const double denominator = loss_denominator<T>(p);
   double total = 0.0;
   for (int tile = 0; tile < int(p.plan.spatial.rows_per_cta) / p.plan.spatial.pixels; ++tile) {
-    Pixel<S, STAGED> pixel(p, tile, staged);
-    const int64_t r = pixel.r, y = pixel.exists ? label_at(call, r) : call.ignore_index;
-    const Label kind = label_kind(call, y);
-    const bool live = kind == Label::LIVE, writes = pixel.exists && pixel.group == 0;
-    if (live) pixel.set_label(p, y);
-    const T z_y = live ? widen(pixel.logits[y * pixel.sk]) : T(0);
-    Row<T> row;
-    row.set_first_sums(call.program, pixel.template first_sums<FULL>(memory), z_y);
-    const bool second = live && row.second;
-    if (pixel.groups == 1 ? second : __syncthreads_or(second)) {
-      const auto sums = pixel.template second_sums<FULL>(row.template sweep<FULL>(call.program), second, memory);
-      if (second) row.set_second_sums(call.program, sums);
+    Pixels<S, V, STAGED> pixels(p, tile, memory + p.plan.shared_bytes - p.plan.spatial.staged_bytes);
+#pragma unroll
+    for (int v = 0; v < V; ++v) pixels.read_label(call, v);
+    T z_y[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) z_y[v] = pixels.target_logit(call, v);
+    if constexpr (STAGED) pixels.stage();
+    AnchoredSums<T, FULL> sums[V];
+    pixels.template first_sums<FULL>(sums, memory);
+    Row<T> row[V];
+    RowSweep<T, FULL> sweep[V];
+    bool second = false;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      row[v].set_first_sums(call.program, sums[v], z_y[v]);
+      sweep[v] = row[v].template sweep<FULL>(call.program);
+      second = second || (pixels.live(v) && row[v].second);
     }
-    RowGradient<T, FULL> gradient;
-    total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, writes, gradient));
+    if (pixels.groups == 1 ? second : __syncthreads_or(second)) {
+      SecondSums<Scalar<T>, FULL> found[V];
+      pixels.template second_sums<FULL>(sweep, found, second, memory);
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (row[v].second) row[v].set_second_sums(call.program, found[v]);
+    }
+    RowGradient<T, FULL> gradient[V];
+    bool all_above[V], all_exist[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      total += double(finish_any_row<T, FULL>(p, int64_t(pixels.r) + v, pixels.y[v], pixels.kind(v), row[v], denominator,
+                                              pixels.exist && pixels.group == 0, gradient[v]));
+      all_exist[v] = !pixels.live(v) || sums[v].sums.of[COUNT] == T(typename Pixels<S, V, STAGED>::Index(call.num_classes) - 1);
+      all_above[v] = all_exist[v] && (!pixels.live(v) || gradient[v].all_above(sums[v].min));
+    }
     if (!call.grad) continue;
-    by_parts<FULL>(call.program, [&](auto parts) {
-      pixel.store(p, [&](auto k, T z) {
-        return k == pixel.y ? gradient.row.target : gradient.template at<decltype(parts)::value>(z);
-      });
+    if constexpr (STAGED) pixels.unswap();
+    by_parts_of<FULL>(call.program, gradient, all_above, all_exist, [&](auto parts, const RowGradient<T, FULL>(&rows)[V]) {
+      pixels.store([&](int v, T z, auto) { return rows[v].template at<decltype(parts)::value>(z); },
+                   [&](int v) { return rows[v].row.target; });
     });
   }
   if (p.loss) finish_loss<T>(p, blockIdx.x, block_reduce(total, Add<double>(), shared), denominator);
 }
 
-template <class S, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS<S>, 1) spatial_gradient_kernel(const __grid_constant__ Params p) {
+template <class S, bool FULL, int V>
+__global__ void __launch_bounds__(MAX_THREADS, 1) spatial_gradient_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(char, scratch);
   const Call& call = p.call;
-  Pixel<S, false> pixel(p, 0, nullptr);
-  const int64_t r = pixel.exists ? pixel.r : 0;
-  const KnownRow<T, FULL> known(p, r);
-  if (pixel.exists && !known.unread) pixel.set_label(p, known.label(call, r));
   const T* log_q = static_cast<const T*>(call.log_q);
-  const T z_y = pixel.y >= 0 ? widen(pixel.logits[pixel.y * pixel.sk]) : T(0);  // in place, another group overwrites it
-  EntropyRow<T> entropy = {};
-  if (log_q) {
-    entropy = EntropyRow<T>::begin(known.gradient.max, known.inv_sum, *static_cast<const T*>(call.entropy_scale));
-    entropy.set_center(pixel.entropy_sums(entropy, log_q, scratch));
-    entropy.set_lost(pixel.entropy_sums(entropy, log_q, scratch));
+  Pixels<S, V, false> pixels(p, 0, nullptr);
+  RowGradient<T, FULL> gradient[V];
+  T z_y[V];
+  EntropyRow<T> entropy[V] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int64_t r = pixels.exist ? int64_t(pixels.r) + v : 0;
+    const KnownRow<T, FULL> known(p, r);
+    gradient[v] = known.gradient;
+    pixels.set_label(v, pixels.exist && !known.unread ? known.label(call, r) : pixels.IGNORED);
+    z_y[v] = pixels.target_logit(call, v);  // in place, another group overwrites it
+    if (log_q) entropy[v] = EntropyRow<T>::begin(gradient[v].max, known.inv_sum, *static_cast<const T*>(call.entropy_scale));
   }
+  if (log_q) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      entropy[v].set_center(pixels.entropy_sums(entropy[v], v, log_q, scratch));
+      entropy[v].set_lost(pixels.entropy_sums(entropy[v], v, log_q, scratch));
+    }
+  }
+  const auto more = [&](int v, T z, int64_t k) { return log_q && pixels.live(v) ? entropy[v].at(z, log_q[k]) : T(0); };
   by_parts<FULL>(call.program, [&](auto parts) {
-    pixel.store(p, [&](int64_t k, T z) {
-      const bool target = k == pixel.y;
-      const T value = target ? known.gradient.row.target : known.gradient.template at<decltype(parts)::value>(z);
-      return log_q && !known.unread ? value + entropy.at(target ? z_y : z, log_q[k]) : value;
-    });
+    pixels.store(
+        [&](int v, T z, int64_t j) {
+          return gradient[v].template at<decltype(parts)::value>(z) + more(v, z, pixels.group + j * pixels.groups);
+        },
+        [&](int v) { return gradient[v].row.target + more(v, z_y[v], pixels.y[v]); });
   });
+}
+
+template <class S, bool FULL, int V>
+cudaError_t launch_words(const Params& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
+  const size_t bytes = size_t(p.plan.shared_bytes);
+  if (p.call.op == Op::GRAD)
+    return ANL_LAUNCH((spatial_gradient_kernel<S, FULL, V>), grid, block, NO_CLUSTER, bytes, stream, p);
+  if constexpr (sizeof(S) < 8)
+    if (p.plan.spatial.staged_bytes)
+      return ANL_LAUNCH((spatial_kernel<S, FULL, V, true>), grid, block, NO_CLUSTER, bytes, stream, p);
+  if constexpr (V == 1)
+    return ANL_LAUNCH((spatial_kernel<S, FULL, 1, false>), grid, block, NO_CLUSTER, bytes, stream, p);
+  return cudaErrorInvalidConfiguration;  // the plan has no such words
 }
 
 template <class S, bool FULL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-  const size_t bytes = size_t(p.plan.shared_bytes);
-  if (p.call.op == Op::GRAD)
-    return ANL_LAUNCH((spatial_gradient_kernel<S, FULL>), grid, block, NO_CLUSTER, bytes, stream, p);
   if constexpr (sizeof(S) < 8)
-    if (p.plan.spatial.staged_bytes)
-      return ANL_LAUNCH((spatial_kernel<S, FULL, true>), grid, block, NO_CLUSTER, bytes, stream, p);
-  return ANL_LAUNCH((spatial_kernel<S, FULL, false>), grid, block, NO_CLUSTER, bytes, stream, p);
+    if (p.plan.spatial.word == 2) return launch_words<S, FULL, 2>(p, stream);
+  return launch_words<S, FULL, 1>(p, stream);
 }
 
-// What groups of lanes tell one another, in bytes per thread.
+// What groups tell one another, in bytes per thread.
 template <class T>
 int64_t exchanged_bytes(bool full) {
   const size_t first = full ? sizeof(AnchoredSums<T, true>) : sizeof(AnchoredSums<T, false>);
@@ -241,35 +155,58 @@ int64_t exchanged_bytes(bool full) {
   return int64_t(std::max(first, second));
 }
 
-// Groups: enough threads for a multiprocessor although its shared memory holds few pixels, or there are few at all.
-int64_t groups_for(const Call& call, const Limits& limits, int64_t pixel_bytes, int64_t room, int64_t threads) {
-  const int64_t held = std::max<int64_t>(WARP, room / pixel_bytes);
-  const int64_t wanted = std::max(ceil_div(1024, held), ceil_div(256 * int64_t(limits.num_sms), rows_of(call)));
-  int64_t groups = power_of_two(std::max<int64_t>(1, std::min(wanted, call.num_classes / 8)));
-  while (groups > 1 && groups * WARP > threads) groups /= 2;
-  return groups;
+// Whether the logits of two neighbouring pixels are always one aligned word, and 32 bits count what Pixels says.
+bool pairs(const void* data, const Strides& s, const Call& call) {
+  const int64_t size = logit_bytes(call), along = call.outer == 1 ? 0 : s.so;
+  return s.si == 1 && call.inner % 2 == 0 && s.sk >= 0 && s.sk <= UINT32_MAX / size && rows_of(call) <= INT32_MAX &&
+         call.num_classes <= INT32_MAX &&
+         (reinterpret_cast<uintptr_t>(data) | uintptr_t(s.sk * size) | uintptr_t(along * size)) % uintptr_t(2 * size) == 0;
 }
+
+// How a tile of pixels lies in threads: `word` pixels each; a column is a warp's pixels.
+struct Tiling {
+  int64_t word, columns, groups, words_per_lane, room;
+
+  Tiling(const Call& call, const Limits& limits, int64_t pixels_per_word)
+      : word(pixels_per_word), room(limits.shared_bytes - STATIC_SHARED) {
+    const int64_t N = rows_of(call), pixels = WARP * word, bytes = pixels * call.num_classes * logit_bytes(call);
+    const int64_t warps = std::min(limits.max_threads, MAX_THREADS) / WARP;
+    // Groups: enough warps for a multiprocessor although its shared memory holds few columns, or there are few at all.
+    const int64_t held = std::max<int64_t>(1, room / bytes);
+    const int64_t wanted = std::max(ceil_div(16, held), ceil_div(8 * int64_t(limits.num_sms), ceil_div(N, pixels)));
+    groups = power_of_two(std::max<int64_t>(1, std::min(wanted, call.num_classes / 8)));
+    while (groups > warps) groups /= 2;
+    columns = power_of_two(std::min<int64_t>(4, std::max<int64_t>(1, warps / groups)) + 1) / 2;
+    while (columns > 1 && (N < 2 * columns * pixels * limits.num_sms || columns * bytes > room / 4)) columns /= 2;
+    words_per_lane = ceil_div(call.num_classes, groups);
+  }
+  int64_t threads() const { return columns * groups * WARP; }
+  int64_t bytes(const Call& call) const { return threads() * words_per_lane * word * logit_bytes(call); }
+};
 
 }  // namespace
 
 Plan plan_spatial(const Call& call, const Limits& limits) {
-  const bool wide = call.dtype == FLOAT64;
-  const int64_t N = rows_of(call), pixel_bytes = call.num_classes * logit_bytes(call);
-  const int64_t room = limits.shared_bytes - STATIC_SHARED;
-  const int64_t threads = std::min(limits.max_threads, wide ? MAX_THREADS<double> : MAX_THREADS<float>);
-  const int64_t groups = groups_for(call, limits, pixel_bytes, room, threads);
-  int64_t pixels = std::min<int64_t>(4 * WARP, threads / groups / WARP * WARP);
-  while (pixels > WARP && (N < 2 * pixels * limits.num_sms || pixels * pixel_bytes > room / 4)) pixels /= 2;
+  const bool wide = call.dtype == FLOAT64, grad = call.op == Op::GRAD, full = takes_full(call);
+  const bool paired = !wide && pairs(call.logits, call.logits_strides, call) &&
+                      (!call.grad || pairs(call.grad, call.grad_strides, call));
+  Tiling tiling(call, limits, paired ? 2 : 1);
+  if (paired && (tiling.groups > 1 || (!grad && tiling.bytes(call) > tiling.room))) tiling = Tiling(call, limits, 1);
   Plan plan = {};
   plan.kernel = Kernel::SPATIAL;
   plan.cluster = 1;
-  plan.threads = int(pixels * groups);
-  const bool full = takes_full(call);
+  plan.threads = int(tiling.threads());
   const int64_t scratch = plan.threads * (wide ? exchanged_bytes<double>(full) : exchanged_bytes<float>(full));
-  const int64_t used = groups > 1 ? scratch : 0;
-  const bool staged = call.op != Op::GRAD && !wide && used + pixels * pixel_bytes <= room;
-  const int64_t tiles = ceil_div(N, pixels), many = call.op == Op::LOSS ? ceil_div(tiles, LOSS_PARTS) : 1;
-  plan.spatial = {int(pixels), pixels * many, staged ? pixels * pixel_bytes : 0};
+  const int64_t used = tiling.groups > 1 ? scratch : 0;
+  const int64_t bytes = tiling.bytes(call);
+  const bool staged = !grad && !wide && used + bytes <= tiling.room;
+  const int64_t pixels = tiling.columns * tiling.word * WARP, tiles = ceil_div(rows_of(call), pixels);
+  // Several tiles in turn, where there are many more than run at a time.
+  const int64_t at_once = int64_t(limits.num_sms) * (2048 / plan.threads);
+  const int64_t many = grad ? 1 : std::max<int64_t>(1, std::max(tiles / LOSS_PARTS, std::min<int64_t>(8, tiles / at_once)));
+  int bits = 0;
+  while (1 << bits < tiling.columns * WARP) ++bits;
+  plan.spatial = {int(pixels), int(tiling.word), bits, int(tiling.words_per_lane), pixels * many, staged ? bytes : 0};
   plan.shared_bytes = used + plan.spatial.staged_bytes;
   plan.blocks = plan.loss_parts = ceil_div(tiles, many);
   return plan;

@@ -5,6 +5,7 @@
 // -inf too), reads the target's logit apart, and writes the target's gradient last.
 #pragma once
 
+#include "packed.cuh"
 #include "reduce.cuh"
 
 namespace anl {
@@ -84,6 +85,16 @@ struct AnchoredSums {
     add(z, anchor());
   }
 
+  // A class that exists; count_existing(how many, the smallest) does the rest for all that do.
+  ANL_DEVICE void add_class(A z, A anchor) {
+    sums.add_exp(ClassExps<A, FULL>::about(anchor).at(z));
+    sums.template add_gap<false>(z - anchor);
+  }
+  ANL_DEVICE void count_existing(A count, A low) {
+    min = low < min ? low : min;
+    sums.of[COUNT] += count;
+  }
+
   // The same for E of them, the smallest of which is `low`. Most often all exist, and need no looking at.
   template <int E>
   ANL_DEVICE void add_all(const A (&z)[E], A low, A anchor) {
@@ -100,8 +111,7 @@ struct AnchoredSums {
   // Besides their exps: classes that all exist, the sum of anchor - z, and the smallest z.
   ANL_DEVICE void add_existing(A count, A gap, A low) {
     sums.of[GAP] += gap;
-    sums.of[COUNT] += count;
-    min = low < min ? low : min;
+    count_existing(count, low);
   }
 
   // The same sums about a larger max.
@@ -424,6 +434,9 @@ struct RowGradient {
   ANL_DEVICE T at(T z, T e) const {
     return row.template at<PARTS & ~unsigned(EXTRA_SLOPE)>(z > bound, FULL ? z - max : z, e, e);
   }
+
+  // Whether all classes are above the clamp, the smallest logit being `low`.
+  ANL_DEVICE bool all_above(T low) const { return low > bound; }
 };
 
 template <unsigned PARTS>

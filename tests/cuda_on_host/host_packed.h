@@ -24,14 +24,14 @@ uint32_t smaller2(uint32_t a, uint32_t b) {
 }
 template <class S>
 uint32_t above2(uint32_t a, uint32_t bound) {
-  return each_half<S>(a, bound, [](uint16_t x, uint16_t y) { return widen(S{x}) > widen(S{y}) ? Bits<S>::ONE : uint16_t(0); });
+  return each_half<S>(a, bound, [](uint16_t x, uint16_t y) { return widen(S{x}) > widen(S{y}) ? Format<S>::ONE : uint16_t(0); });
 }
 
 // A product's lanes: which number of a diagonal matrix each of them has, so that a wrong one is noticed.
 inline uint32_t diagonal(uint16_t factor) { return factor; }
 template <class S>
 uint32_t halves() {
-  return Bits<S>::ONE;
+  return Format<S>::ONE;
 }
 
 // Tensor cores add in fixed point: below the last place of the largest addend, bits are cut off. (Fasi, Higham, Mikaitis,
@@ -75,7 +75,7 @@ inline unsigned lane_of_four() { return host::lane() / 4 * 4; }
 // Here all lanes meet: those of a warp that came apart would be found waiting.
 template <class S>
 Quad sum_of_eight(const uint32_t* words, uint32_t halves, Quad c) {
-  if (halves != Bits<S>::ONE) host::fail("a product with another matrix than that of the halves");
+  if (halves != Format<S>::ONE) host::fail("a product with another matrix than that of the halves");
   const unsigned votes = __ballot_sync(ALL_LANES, all_finite<S>(words, 4));
   const bool finite = (votes >> lane_of_four() & 15) == 15;
   for (int i = 0; i < 4; ++i) {

@@ -18,23 +18,6 @@ inline uint32_t floats_to_half2(float low, float high) { return uint32_t(float_t
 inline uint32_t floats_to_bfloat162(float low, float high) {
   return uint32_t(float_to_bfloat16(high)) << 16 | float_to_bfloat16(low);
 }
-
-template <class Widen, class Choose>
-uint32_t of_pairs(uint32_t a, uint32_t b, const Widen& widen, const Choose& choose) {
-  uint32_t c = 0;
-  for (int shift = 0; shift < 32; shift += 16) {
-    const uint16_t x = uint16_t(a >> shift), y = uint16_t(b >> shift);
-    c |= uint32_t(widen(y) != widen(y) || choose(widen(x), widen(y)) ? x : y) << shift;
-  }
-  return c;
-}
-inline bool is_larger(float a, float b) { return a > b; }
-inline bool is_smaller(float a, float b) { return a < b; }
-inline uint32_t larger_half2(uint32_t a, uint32_t b) { return of_pairs(a, b, half_to_float, is_larger); }
-inline uint32_t smaller_half2(uint32_t a, uint32_t b) { return of_pairs(a, b, half_to_float, is_smaller); }
-inline uint32_t larger_bfloat162(uint32_t a, uint32_t b) { return of_pairs(a, b, bfloat16_to_float, is_larger); }
-inline uint32_t smaller_bfloat162(uint32_t a, uint32_t b) { return of_pairs(a, b, bfloat16_to_float, is_smaller); }
-
 // No better than the device's: half of the results are off by one in the last place, and nothing is below 2^-126.
 inline float exp2_approx(float x) {
   const float y = exp2f(x);
@@ -100,9 +83,16 @@ inline uint64_t exchange_alone(uint64_t* p, uint64_t expected, uint64_t v) {
 }
 inline void wait_a_little() { host::yield(); }
 
-inline void check_copy(const void* shared, const void* global, unsigned bytes) {
+inline void check_copy(const void* shared, const void* global, unsigned bytes, unsigned unit = 16) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
-  if (bits % 16) host::fail("an asynchronous copy whose addresses or size are no multiples of 16");
+  if (bits % unit) host::fail("an asynchronous copy whose addresses or size are no multiples of its unit");
+}
+
+template <int BYTES>
+void copy_async(void* shared, const void* global) {
+  static_assert(BYTES == 4 || BYTES == 8);
+  check_copy(shared, global, BYTES, BYTES);
+  self().copies.open.push_back({shared, global, BYTES});
 }
 
 inline void copy_async16(void* shared, const void* global) {

@@ -24,6 +24,7 @@ from cuda_on_host import build, sanitizers  # noqa: E402
 # file: the calls that come by. A header's are those of a few files that include it.
 REACHED_BY = {
     "column_sums.cu": "spatial_few,spatial",
+    "pixels.cuh": "spatial",
     "reduce.cuh": "block,spatial,cluster",
     "results.cuh": "block,split,small",
     "rows_block.cu": "block",

@@ -153,8 +153,8 @@ MUTANTS = [
     ),
     (
         TERMS,
-        "f.a += F < infinity ? r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l) / F : zero;",
-        "f.a += r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l) / F;",
+        "f.a += F < infinity ? M::divide(r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l), F) : zero;",
+        "f.a += M::divide(r * (s.second[FOCAL_SUM] + s.second[FOCAL_WEIGHT] * l), F);",
         LOWEST,
     ),
     (TERMS, "const auto top = s.x_y == zero;", "const auto top = s.x_y > M::set(-1e-8);", TOP),

@@ -5,7 +5,7 @@ SUMS, RESULTS, PRIMITIVES = "csrc/cuda/sums.cuh", "csrc/cuda/results.cuh", "csrc
 SMALL, SHARED, BLOCK = "csrc/cuda/rows_small.cu", "csrc/cuda/shared_rows.cuh", "csrc/cuda/rows_block.cu"
 TICKETS_CUH, PREPARE = "csrc/cuda/tickets.cuh", "csrc/cuda/prepare.cu"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
-GRADIENT, SPATIAL = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu"
+GRADIENT, SPATIAL, PIXELS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/pixels.cuh"
 COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
 LAUNCH, CLUSTERS = "csrc/cuda/launch.cuh", "csrc/cuda/clusters.cuh"
 DEVICE, MODULE = "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
@@ -46,8 +46,8 @@ MUTANTS = [
     ),
     (
         GRADIENT,
-        "N * ceil_div(K + pack - 1, gradient.classes_per_unit);",
-        "N * ceil_div(K, gradient.classes_per_unit);",
+        "gradient.parts_per_row = int(ceil_div(K, gradient.classes_per_part));",
+        "gradient.parts_per_row = int(K / gradient.classes_per_part);",
         "tests/backends/test_cuda.py -k edges",
     ),
     (
@@ -135,23 +135,23 @@ MUTANTS = [
         "tests/backends/test_cuda.py -k 'ignored_rows and host'",
     ),
     # ---- gradients from coefficients, any strides, sums down the rows
-    (GRADIENT, "entropy.set_lost(entropy_sums(p, row, entropy, shared + WARP));", "", ENTROPY),
+    (GRADIENT, "entropy.set_lost(entropy_sums(p, row.in(p.call), entropy, shared + WARP));", "", ENTROPY),
     (
         GRADIENT,
-        "return known.unread ? own : own + entropy.at(z, log_q[k]);",
+        "return row.unread ? own : own + entropy.at(z, log_q[k]);",
         "return own + entropy.at(z, log_q[k]);",
         f'tests/test_entropy.py -k "without_rows and {HOST}"',
     ),
     (
         SPATIAL,
-        "if (pixel.groups == 1 ? second : __syncthreads_or(second)) {",
+        "if (pixels.groups == 1 ? second : __syncthreads_or(second)) {",
         "if (second) {",
         f'tests/test_special_rows.py -k "a_row_of_nan and anl_ce and transposed and {HOST}"',
     ),
     (
-        SPATIAL,
-        "           clear(part);\n         });",
-        "         });",
+        PIXELS,
+        "          if (fold < end) clear(sums[v]);\n",
+        "",
         f'tests/test_conformance.py -k "thousands and float32 and transposed and {HOST}"',
     ),
     (COLUMNS, "if (++i == p.call.inner) i = 0, ++o;", "++i;", COLUMN_SUMS),
