@@ -72,7 +72,7 @@ struct GradientPlan {
 struct SpatialPlan {
   int pixels;            // rows that a CTA takes at a time: the threads of a column share their classes
   int word;              // of them that a thread takes: 2, or 1
-  int column_bits;       // 2^column_bits threads are a column's: a pixel's classes are shared by those that are as far in theirs
+  int column_bits;       // 2^column_bits threads have pixels of their own, the next so many share their classes
   int words_per_lane;    // classes that a thread takes at most
   int64_t rows_per_cta;  // a multiple of that
   int64_t staged_bytes;  // shared memory for the logits of those pixels; 0: every sweep reads them again

@@ -133,18 +133,21 @@ struct Pixels {
   ANL_DEVICE Label kind(int v) const { return y[v] >= 0 ? Label::LIVE : y[v] == IGNORED ? Label::IGNORED : Label::BAD; }
   ANL_DEVICE bool live(int v) const { return y[v] >= NO_TARGET; }
 
+  ANL_DEVICE Index count_of(const Call& call) const { return Index(call.num_classes); }
+
   static ANL_DEVICE W load(const char* p) { return *reinterpret_cast<const W*>(p); }
   // The logit of the target, wherever it is.
   ANL_DEVICE T target_logit(const Call& call, int v) const {
-    return y[v] >= 0 ? load(logits + int64_t(y[v] - group) * call.logits_strides.sk * int64_t(sizeof(S))).part(v) : T(0);
+    const int64_t apart = int64_t(y[v] - group) * call.logits_strides.sk * int64_t(sizeof(S));
+    return y[v] >= 0 ? load(logits + apart).part(v) : T(0);
   }
 
   ANL_DEVICE W at(Index j) const { return STAGED ? staged[j * WARP] : load(logits + j * int64_t(step)); }
   // Pixel v's logit number j. Between its use and that of words stands a __syncwarp, for the compiler's sake.
   ANL_DEVICE S& number(Index j, int v) const { return reinterpret_cast<S*>(staged + j * WARP)[v]; }
 
-  // What is read of the pixels, into shared memory. Of a pixel with a target, that changes places with the last number, and
-  // is then -inf: so all the others exist, most often. unswap() makes good for the other.
+  // What is read of the pixels, into shared memory. Of a pixel with a target, that changes places with the last number,
+  // and is then -inf: so all the others exist, most often. unswap() makes good for the other.
   ANL_DEVICE void stage() const {
     bool all = true, any = false;
 #pragma unroll

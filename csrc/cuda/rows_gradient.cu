@@ -106,8 +106,8 @@ ANL_DEVICE acc_t<S> lowest(const uint4 (&bits)[U]) {
   }
 }
 
-// The gradient of several packs' logits in their place; `together`: the lanes that do so. Most often all classes are above
-// the clamp, or they exist and the clamp changes what is added alone.
+// The gradient of several packs' logits in their place; `together`: the lanes that do so. Most often all classes are
+// above the clamp, or they exist and the clamp changes what is added alone.
 template <class S, unsigned PARTS, bool FULL, int U>
 ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsigned together, uint4 (&bits)[U]) {
   const auto each = [&](auto parts, const RowGradient<acc_t<S>, FULL>& row) {
@@ -154,11 +154,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 || FULL ? 4 : CTAS)
   __syncwarp();
   for (int j = lane / lanes; j < count; j += WARP_PER_ROW ? 1 : plan.rows_at_once) {
     const GivenRow<S, FULL> row = own[j];
-    const int end = end_pack < row.packs ? end_pack : row.packs, end_edge = end_class < row.edges ? end_class : row.edges;
+    const int end = end_pack < row.packs ? end_pack : row.packs;
+    const int end_edge = end_class < row.edges ? end_class : row.edges;
     by_parts<FULL>(p.call.program, [&](auto parts) {
       constexpr unsigned PARTS = decltype(parts)::value;
-      row.template write_packs<FULL ? FULL_PACKS<S, true> : TILE_PACKS<S>>(
-          p.call, begin, end, taker, lanes, [&](auto& bits, int) { differentiate<S, PARTS>(row.gradient, together, bits); });
+      const auto in_place = [&](auto& bits, int) { differentiate<S, PARTS>(row.gradient, together, bits); };
+      constexpr int TILE = FULL ? FULL_PACKS<S, true> : TILE_PACKS<S>;
+      row.template write_packs<TILE>(p.call, begin, end, taker, lanes, in_place);
       row.write_edges(p.call, part, end_edge, taker, lanes,
                       [&](T z, int k) { return row.template value<PARTS>(z, k); });
     });
@@ -232,7 +234,7 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
 }  // namespace
 
 Plan plan_gradient(const Call& call, const Limits& limits) {
-  constexpr int64_t LEAST = 1 << 10, MOST = 16 << 10;  // classes that a warp takes: few, or a row's start counts for little
+  constexpr int64_t LEAST = 1 << 10, MOST = 16 << 10;  // classes that a warp takes
   const int64_t N = rows_of(call), K = call.num_classes, pack = pack_of(call);
   GradientPlan gradient = {};
   gradient.packs = equally_aligned(call) && (call.log_q || K >= 4 * pack);

@@ -1,9 +1,9 @@
 // Any strides: (N, K, d1, ...), transposed matrices, classes with gaps. Lanes run across rows ("pixels").
 //
-// A thread takes V neighbouring pixels, whose logits of a class are one word: two of them where every such word is aligned.
-// Groups of warps share the classes of the same pixels where there are many: group g has classes g, g + groups, ... Pixels
-// that fit are staged in shared memory, in the logits' own format, and read from there by every sweep; a thread sees only
-// what it staged itself. Others are read again.
+// A thread takes V neighbouring pixels, whose logits of a class are one word: two where every such word is aligned.
+// Groups of warps share the classes of the same pixels where there are many: group g has classes g, g + groups, ...
+// Pixels that fit are staged in shared memory, in the logits' own format, and read from there by every sweep; a thread
+// sees only what it staged itself. Others are read again.
 #include "pixels.cuh"
 #include "plans.h"
 
@@ -14,7 +14,9 @@ namespace {
 constexpr int MAX_THREADS = 256;
 // Registers are for so many of a multiprocessor's threads: 640, with 96 each; 512 where more is kept of a row.
 template <class S, bool FULL>
-constexpr int THREADS_HELD = sizeof(S) == 8 ? 2 * MAX_THREADS : FULL ? 512 : 640;
+constexpr int THREADS_HELD = sizeof(S) == 8 ? MAX_THREADS : FULL ? 512 : 640;
+template <class S>
+constexpr int CTAS = sizeof(S) == 8 ? 1 : 2;
 constexpr int64_t STATIC_SHARED = 3 << 10;
 
 // f(Parts<...>(), gradient) with what these pixels' gradients can depend on: most often all their classes are above the
@@ -38,7 +40,8 @@ ANL_DEVICE void by_parts_of(const Program& program, const RowGradient<T, FULL> (
 }
 
 template <class S, bool FULL, int V, bool STAGED>
-__global__ void __launch_bounds__(THREADS_HELD<S, FULL> / 2, sizeof(S) == 8 ? 1 : 2) spatial_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
+    spatial_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(char, memory);  // scratch, then the pixels
   ANL_STATIC_SHARED(double[WARP], shared);
@@ -75,9 +78,10 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / 2, sizeof(S) == 8 ? 1 
     bool all_above[V], all_exist[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      total += double(finish_any_row<T, FULL>(p, int64_t(pixels.r) + v, pixels.y[v], pixels.kind(v), row[v], denominator,
-                                              pixels.exist && pixels.group == 0, gradient[v]));
-      all_exist[v] = !pixels.live(v) || sums[v].sums.of[COUNT] == T(typename Pixels<S, V, STAGED>::Index(call.num_classes) - 1);
+      const bool writes = pixels.exist && pixels.group == 0;
+      total += double(finish_any_row<T, FULL>(p, int64_t(pixels.r) + v, pixels.y[v], pixels.kind(v), row[v],
+                                              denominator, writes, gradient[v]));
+      all_exist[v] = !pixels.live(v) || sums[v].sums.of[COUNT] == T(pixels.count_of(call) - 1);
       all_above[v] = all_exist[v] && (!pixels.live(v) || gradient[v].all_above(sums[v].min));
     }
     if (!call.grad) continue;
@@ -107,7 +111,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) spatial_gradient_kernel(const 
     gradient[v] = known.gradient;
     pixels.set_label(v, pixels.exist && !known.unread ? known.label(call, r) : pixels.IGNORED);
     z_y[v] = pixels.target_logit(call, v);  // in place, another group overwrites it
-    if (log_q) entropy[v] = EntropyRow<T>::begin(gradient[v].max, known.inv_sum, *static_cast<const T*>(call.entropy_scale));
+    if (!log_q) continue;
+    entropy[v] = EntropyRow<T>::begin(gradient[v].max, known.inv_sum, *static_cast<const T*>(call.entropy_scale));
   }
   if (log_q) {
 #pragma unroll
@@ -160,7 +165,7 @@ bool pairs(const void* data, const Strides& s, const Call& call) {
   const int64_t size = logit_bytes(call), along = call.outer == 1 ? 0 : s.so;
   return s.si == 1 && call.inner % 2 == 0 && s.sk >= 0 && s.sk <= UINT32_MAX / size && rows_of(call) <= INT32_MAX &&
          call.num_classes <= INT32_MAX &&
-         (reinterpret_cast<uintptr_t>(data) | uintptr_t(s.sk * size) | uintptr_t(along * size)) % uintptr_t(2 * size) == 0;
+         (reinterpret_cast<uintptr_t>(data) | uintptr_t((s.sk | along) * size)) % uintptr_t(2 * size) == 0;
 }
 
 // How a tile of pixels lies in threads: `word` pixels each; a column is a warp's pixels.
@@ -203,7 +208,8 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   const int64_t pixels = tiling.columns * tiling.word * WARP, tiles = ceil_div(rows_of(call), pixels);
   // Several tiles in turn, where there are many more than run at a time.
   const int64_t at_once = int64_t(limits.num_sms) * (2048 / plan.threads);
-  const int64_t many = grad ? 1 : std::max<int64_t>(1, std::max(tiles / LOSS_PARTS, std::min<int64_t>(8, tiles / at_once)));
+  const int64_t in_turn = std::max<int64_t>(tiles / LOSS_PARTS, std::min<int64_t>(8, tiles / at_once));
+  const int64_t many = grad ? 1 : std::max<int64_t>(1, in_turn);
   int bits = 0;
   while (1 << bits < tiling.columns * WARP) ++bits;
   plan.spatial = {int(pixels), int(tiling.word), bits, int(tiling.words_per_lane), pixels * many, staged ? bytes : 0};
