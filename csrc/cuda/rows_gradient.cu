@@ -122,11 +122,7 @@ ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsig
   };
   if constexpr (PARTS == LEAN_PARTS) {
     const acc_t<S> low = lowest<S>(bits);
-    if (__all_sync(together, gradient.all_above(low))) {
-      RowGradient<acc_t<S>, FULL> above = gradient;
-      above.row = gradient.row.all_above();
-      return each(Parts<0>(), above);
-    }
+    if (__all_sync(together, gradient.all_above(low))) return each(Parts<0>(), gradient.all_above());
     if (__all_sync(together, low > minus_inf<acc_t<S>>()) && gradient.row.slope == gradient.row.slope_above)
       return each(Parts<CLAMPED_OFFSET>(), gradient);
   }

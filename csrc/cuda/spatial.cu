@@ -31,7 +31,7 @@ ANL_DEVICE void by_parts_of(const Program& program, const RowGradient<T, FULL> (
     for (int v = 0; v < V; ++v) {
       above = above && all_above[v];
       exist = exist && all_exist[v] && gradient[v].row.slope == gradient[v].row.slope_above;
-      simple[v] = {gradient[v].row.all_above(), gradient[v].max};
+      simple[v] = gradient[v].all_above();
     }
     if (__all_sync(ALL_LANES, above)) return f(Parts<0>(), simple);
     if (__all_sync(ALL_LANES, above || exist)) return f(Parts<CLAMPED_OFFSET>(), gradient);

@@ -435,8 +435,13 @@ struct RowGradient {
     return row.template at<PARTS & ~unsigned(EXTRA_SLOPE)>(z > bound, FULL ? z - max : z, e, e);
   }
 
-  // Whether all classes are above the clamp, the smallest logit being `low`.
+  // Whether all classes are above the clamp, the smallest logit being `low`; and the row as they see it.
   ANL_DEVICE bool all_above(T low) const { return low > bound; }
+  ANL_DEVICE RowGradient all_above() const {
+    RowGradient g = *this;
+    g.row = row.all_above();
+    return g;
+  }
 };
 
 template <unsigned PARTS>

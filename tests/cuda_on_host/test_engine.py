@@ -72,7 +72,7 @@ def test_a_launch_that_starts_early(checks):
         ("barriers_apart", "meet at different barriers"),
         ("past_the_end", "past its shared memory"),
         ("copy_not_waited_for", "ended before its asynchronous copies"),
-        ("copy_of_unaligned", "no multiples of 16"),
+        ("copy_of_unaligned", "no multiples of its unit"),
         ("bulk_too_little", "expect fewer bytes"),
         ("bulk_too_much", "a deadlock"),
         ("shuffle_from_nobody", "a lane that takes no part"),
