@@ -242,7 +242,7 @@ Ring ring_of(const Limits& limits, int ctas) {
   const int64_t bytes = (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
   const int64_t packs = bytes / PACK_BYTES;
   const int most = most_threads(MAX_THREADS / ctas, limits);
-  const int fewest = most;
+  const int fewest = ctas == 1 ? most * 3 / 4 : most;  // alone, to hold the longest rows; together, to finish them soonest
   const int chunk = packs >= fewest * CHUNK_PACKS * FEWEST_CHUNKS ? CHUNK_PACKS : 1;  // packs per thread
   Ring best = {most, most, 0};
   for (int threads = most; threads > 0 && threads >= fewest; threads -= WARP) {  // those that leave least over, the fewest

@@ -172,14 +172,13 @@ struct RowSweep {
     SecondSums<M, FULL>& sums;
 
     ANL_DEVICE void operator()(T z) const {
-      const T one[1] = {z};
-      (*this)(one);
+      row.classes.template add_as<MASS, FOCAL>(sums, z - row.max, z - row.bound, row.exps.at(z));
     }
     template <int E>
     ANL_DEVICE void operator()(const T (&z)[E]) const {
       if constexpr (MASS) {
 #pragma unroll
-        for (T v : z) row.classes.template add_as<MASS, FOCAL>(sums, v - row.max, v - row.bound, row.exps.at(v));
+        for (T v : z) (*this)(v);
       } else {
         row.add_heights(sums, z);
       }

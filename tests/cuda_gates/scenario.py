@@ -208,6 +208,7 @@ class Arrived(dict):
     def __init__(self, before: int = 0):
         super().__init__()
         self.before = before
+        self.began = {}  # address -> the two words that a counter began at
 
     def __missing__(self, address):
         return self.before

@@ -75,11 +75,20 @@ def store_global(state, op, mask):
 
 @effect("ATOMG", "ATOM")
 def add_and_fetch(state, op, mask):
-    """One lane that adds one to a counter that begins at zero, of which no other CTA knows."""
+    """One lane that adds one to a counter, of which no other CTA knows: it begins at what a CAS wrote, or at zero."""
     place, active = place_of(state, op), state.active(op, mask)
+    brought = [state.first(state.word(op.sources[-1], i), active) for i in (0, 1)]
     forget(state, op, mask)
-    if "ADD" in op.words and active.bit_count() == 1 and (at := state.first(place, active)) is not None:
-        state.put(op, mask, *op.results[-1], state.arrived[at])
+    if active.bit_count() != 1 or (at := state.first(place, active)) is None:
+        return
+    if "CAS" in op.words:
+        state.arrived.began[at & 0xFFFFFFFF] = brought
+    if "ADD" in op.words:
+        low, high = state.arrived.began.get(at & 0xFFFFFFFF, (0, 0))
+        kind, name = op.results[-1]
+        state.put(op, mask, kind, name, None if low is None else low + state.arrived[at] & 0xFFFFFFFF)
+        if "64" in op.words:
+            state.put(op, mask, kind, name + 1, high)
         state.arrived[at] += 1
 
 

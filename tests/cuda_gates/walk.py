@@ -20,7 +20,7 @@ from opcodes import tidy
 
 MOST = 5_000_000  # instructions of a warp
 SUBROUTINE = 30  # a call, where paths are compared
-TOGETHER = {"LDG", "LDS", "LD", "STG", "ST", "SHFL", "BAR", "LDSM", "LDGSTS", "RED", "UCGABAR_WAIT"}
+TOGETHER = {"LDG", "LDS", "LD", "STG", "ST", "SHFL", "BAR", "LDSM", "LDGSTS", "RED", "ATOMG", "UCGABAR_WAIT"}
 ENDS = {"EXIT", "KILL", "BPT", "RET"}
 
 
