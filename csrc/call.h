@@ -68,7 +68,7 @@ auto by_storage(DType dtype, F f) {
   }
 }
 
-// Where no GPU was seen, full kernels alone are compiled, which write the same bits.
+// Where no GPU was seen, full kernels alone are compiled, which write the same to rounding.
 #if defined(ANL_FULL_KERNELS_ALONE)
 constexpr bool HAS_LEAN_KERNELS = false;
 #else

@@ -238,14 +238,6 @@ struct SecondSweep {
       M::add_where(M::negate(above), sums.of[BELOW_MASS], e);
     }
   }
-
-  template <bool FULL>
-  ANL_HD void add(SecondSums<M, FULL>& sums, V x) const {
-    if constexpr (FULL)
-      if (focal) return add_as<true, true>(sums, x);
-    if (mass) return add_as<true, false>(sums, x);
-    add_as<false, false>(sums, x);
-  }
 };
 
 // Fields of the statistics (NUM_STATS, N) that a loss written in Python sees.
@@ -340,7 +332,6 @@ struct GradientRow {
   ANL_HD V at(V x, V e, V extra_slope) const {
     return at<PARTS>(x > threshold, x, e, extra_slope);
   }
-  // The same where it is known whether it is above the clamp.
   template <unsigned PARTS, class Mask>
   ANL_HD V at(Mask above, V x, V e, V extra_slope) const {
     V a = PARTS & CLAMPED_SLOPE ? (above ? slope_above : slope) : slope;

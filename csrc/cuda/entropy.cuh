@@ -4,7 +4,7 @@
 // is then known too, and the difference keeps its digits where all log_q are nearly alike.
 #pragma once
 
-#include "primitives.cuh"
+#include "scalar.cuh"
 
 namespace anl {
 namespace gpu {

@@ -6,7 +6,7 @@
 // NaN of its neighbours' products too: callers leave -inf out.
 #pragma once
 
-#include "primitives.cuh"
+#include "scalar.cuh"
 
 namespace anl {
 namespace gpu {

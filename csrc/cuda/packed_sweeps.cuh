@@ -2,7 +2,7 @@
 // widen, scale and add up (packed.cuh). All lanes of a warp call these together; `inside`: the lane has classes at all.
 #pragma once
 
-#include "sums.cuh"
+#include "row_gradient.cuh"
 
 namespace anl {
 namespace gpu {

@@ -22,9 +22,9 @@ inline int64_t power_of_two(int64_t n) {
   return x;
 }
 
-// Shared memory for a row at any misalignment (staged.cuh).
-inline int64_t staged_row_bytes(const Call& call) {
-  return (call.num_classes * logit_bytes(call) + 2 * PACK_BYTES - 2) / PACK_BYTES * PACK_BYTES;
+// Shared memory for a row.
+inline int64_t row_bytes(const Call& call) {
+  return ceil_div(call.num_classes * logit_bytes(call), PACK_BYTES) * PACK_BYTES;
 }
 
 // At most so many threads, in whole warps, as the device allows.

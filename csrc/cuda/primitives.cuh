@@ -353,57 +353,5 @@ ANL_DEVICE uint4 narrow_pack(const acc_t<S> (&x)[PACK<S>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// ---- the mathematics of row_math.h, a number per thread -----------------------------------------------------------------
-
-// exp(x) to 2^-22 of its value, plus |x| roundings: for sums and gradients over many classes, not for scalars.
-ANL_DEVICE float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
-ANL_DEVICE double exp_approx(double x) { return exp(x); }
-
-template <class T>
-struct ScalarMath;
-
-template <>
-struct ScalarMath<float> {
-  using V = float;
-  static ANL_DEVICE float set(double x) { return float(x); }
-  static ANL_DEVICE float exp(float x) { return expf(x); }
-  static ANL_DEVICE float log(float x) { return logf(x); }
-  static ANL_DEVICE float log1p(float x) { return log1pf(x); }
-  static ANL_DEVICE float expm1(float x) { return expm1f(x); }
-  static ANL_DEVICE float sqrt(float x) { return sqrtf(x); }
-  // Divisions by one number share its reciprocal. No divisor is tiny, and what is divided by a huge one may be 0.
-  static ANL_DEVICE float divide(float a, float b) {
-    const float r = reciprocal_approx(b), wrong = fmaxf(fmaf(-b, r, 1.0f), -1.0f);  // -1 where b is infinite, and r 0
-    return a * fmaf(r, wrong, r);
-  }
-};
-
-template <>
-struct ScalarMath<double> {
-  using V = double;
-  static ANL_DEVICE double set(double x) { return x; }
-  static ANL_DEVICE double exp(double x) { return ::exp(x); }
-  static ANL_DEVICE double log(double x) { return ::log(x); }
-  static ANL_DEVICE double log1p(double x) { return ::log1p(x); }
-  static ANL_DEVICE double expm1(double x) { return ::expm1(x); }
-  static ANL_DEVICE double sqrt(double x) { return ::sqrt(x); }
-  static ANL_DEVICE double divide(double a, double b) { return a / b; }
-};
-
-// The policy of row_math.h: one row or one class per thread.
-template <class T>
-struct Scalar : ScalarMath<T> {
-  static ANL_DEVICE T class_exp(T x) { return exp_approx(x); }
-  static ANL_DEVICE T class_exp_and_rest(T l, T& rest) {
-    const T e = exp_approx(l);
-    rest = l > T(-0.5) ? -ScalarMath<T>::expm1(l) : T(1) - e;
-    return e;
-  }
-  static ANL_DEVICE void add_where(bool mask, T& sum, T x) {
-    if (mask) sum += x;
-  }
-  static ANL_DEVICE bool negate(bool mask) { return !mask; }
-};
-
 }  // namespace gpu
 }  // namespace anl

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "sums.cuh"
+#include "row_gradient.cuh"
 #include "tickets.cuh"
 
 namespace anl {

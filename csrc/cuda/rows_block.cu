@@ -74,8 +74,6 @@ cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   return ANL_LAUNCH((rows_block_kernel<S, FULL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p);
 }
 
-int64_t row_bytes(const Call& call) { return ceil_div(call.num_classes * logit_bytes(call), PACK_BYTES) * PACK_BYTES; }
-
 // How many CTAs with a row each a multiprocessor has shared memory for.
 int64_t ctas_for(const Call& call, const Limits& limits) {
   return (limits.shared_bytes + RESERVED_SHARED) / (row_bytes(call) + STATIC_SHARED + RESERVED_SHARED);

@@ -22,7 +22,7 @@ constexpr int64_t SHARED_BY_FOUR = 48 << 10;
 // Rows whose classes lie side by side, for LOSS and STATS.
 Plan plan_rows(const Call& call, const Limits& limits) {
   if (fits_small(call, limits)) return plan_small(call, limits);
-  const int64_t bytes = staged_row_bytes(call);
+  const int64_t bytes = row_bytes(call);
   const bool few = rows_of(call) * ceil_div(bytes, SHARED_BY_FOUR) < limits.num_sms / 2;
   const bool long_row = bytes > std::min<int64_t>(SHARED_BY_FOUR, limits.shared_bytes / 4);
   if (!long_row && !(few && bytes > SHARED_BY_FOUR / 2)) return plan_block(call, limits);

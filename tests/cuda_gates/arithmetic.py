@@ -270,7 +270,8 @@ def compare_pairs(state, op, mask):
 def packed_infinity(state, operand) -> float | None:
     """inf or -inf where that is all that the operand holds; None: it is not known to be."""
     if operand.kind == "float":
-        return {"inf": float("inf"), "-inf": float("-inf")}.get(("-" if operand.minus else "") + operand.name.strip("+-").lower())
+        minus = operand.minus or operand.name.startswith("-")
+        return (float("-inf") if minus else float("inf")) if operand.name.strip("+- ").lower() == "inf" else None
     word = state.word(operand) if operand.kind in ("R", "UR", "int", "const") else None
     return {0x7F807F80: float("inf"), 0xFF80FF80: float("-inf")}.get(word) if type(word) is int else None
 

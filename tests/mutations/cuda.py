@@ -1,16 +1,20 @@
 """Mutants of the CUDA kernels and their launchers, as those of python.py."""
 
 SELECT, PLANS, REDUCE = "csrc/cuda/select.cpp", "csrc/cuda/plans.h", "csrc/cuda/reduce.cuh"
-SUMS, RESULTS, PRIMITIVES = "csrc/cuda/sums.cuh", "csrc/cuda/results.cuh", "csrc/cuda/primitives.cuh"
+SUMS, RESULTS = "csrc/cuda/sums.cuh", "csrc/cuda/results.cuh"
 SMALL, SHARED, BLOCK = "csrc/cuda/rows_small.cu", "csrc/cuda/shared_rows.cuh", "csrc/cuda/rows_block.cu"
 TICKETS_CUH, PREPARE = "csrc/cuda/tickets.cuh", "csrc/cuda/prepare.cu"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "csrc/cuda/rows_split.cu"
 GRADIENT, SPATIAL, PIXELS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/pixels.cuh"
+SCALAR = "csrc/cuda/scalar.cuh"
+CHIP, PACKED = "csrc/cuda/chip_rows.cuh", "csrc/cuda/packed_sweeps.cuh"
 COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
 LAUNCH, CLUSTERS = "csrc/cuda/launch.cuh", "csrc/cuda/clusters.cuh"
 DEVICE, MODULE = "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
 HOST = "cuda-host and not (sm80 or warp or launches)"
 NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
+PAIRS = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and {HOST}"'
+ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
@@ -27,15 +31,9 @@ MUTANTS = [
     # ---- plans
     (SMALL, "(aligned ? 0 : PACK_BYTES - size)", "0", LAYOUT),
     (
-        PLANS,
-        "call.num_classes * logit_bytes(call) + 2 * PACK_BYTES - 2)",
-        "call.num_classes * logit_bytes(call) + PACK_BYTES - 1)",
-        NUMBERS,
-    ),
-    (
         BLOCK,
-        "staged_row_bytes(call) + STATIC_SHARED + RESERVED_SHARED;",
-        "staged_row_bytes(call) + RESERVED_SHARED;",
+        "(row_bytes(call) + STATIC_SHARED + RESERVED_SHARED);",
+        "(row_bytes(call) + RESERVED_SHARED);",
         f"{LAUNCHES} -k rows_that_one_cta",
     ),
     (
@@ -71,10 +69,10 @@ MUTANTS = [
     ),
     (SUMS, "sums.rebase(sums.of[COUNT] > A(0) ? larger - max : A(0));", "sums.rebase(larger - max);", STRETCHES),
     (SUMS, "return FULL && needs_focal(prog) ? T(1) : inv_sum;", "return inv_sum;", BELOW),
-    (SUMS, "if (lane >= warps) clear(one);", "", NUMBERS),
+    (SUMS, "if (own < count) s = convert<double>(places[own]);", "s = convert<double>(places[own]);", NUMBERS),
     ("csrc/row_math.h", "? missing : value) : value;", "? M::set(0.0) : value) : value;", MASKED_NAN),
     (
-        PRIMITIVES,
+        SCALAR,
         "rest = l > T(-0.5) ? -ScalarMath<T>::expm1(l) : T(1) - e;",
         "rest = T(1) - e;",
         f'tests/test_accuracy.py -k "plain_pytorch and nnfl and {HOST}"',
@@ -95,31 +93,27 @@ MUTANTS = [
         "the sums of a row that needs no second sweep are right as well",
     ),
     (
-        BLOCK,
-        "if (needs_second(program)) {\n      __syncthreads();",
+        CHIP,
+        "if (needs_second(program)) {\n    __syncthreads();",
         "if (needs_second(program)) {",
         NUMBERS,
     ),
-    (STAGED, "packs((shift + count + P - 1) / P)", "packs((count + P - 1) / P)", NUMBERS),
-    (
-        STAGED,
-        "const bool straight = int(reinterpret_cast<uintptr_t>(grad) / sizeof(S) % P) == shift;",
-        "const bool straight = shift == 0;",
-        "tests/backends/test_cuda.py -k aligned_otherwise",
-    ),
+    (LONG, "if (!whole_packs) return write_elements", "if (false) return write_elements", ALIGNED),
     # ---- long rows
-    (LONG, "edge_is_target = has && k == y;", "edge_is_target = false;", "tests/backends/test_cuda.py -k edges"),
-    (
-        LONG,
-        "unsigned(away) > unsigned((U - 1) * step)",
-        "unsigned(away) >= unsigned((U - 1) * step)",
-        "tests/backends/test_cuda.py -k edges",
-    ),
+    (LONG, "edge == target ? gradient.row.target : value", "value", "tests/backends/test_cuda.py -k edges"),
+    (LONG, "return away <= (U - 1) * WARP", "return away < (U - 1) * WARP", "tests/backends/test_cuda.py -k edges"),
+    # ---- words of two classes
+    (PACKED, "count += 2.0f * W - (target >= 0 ? 1.0f : 0.0f);", "count += 2.0f * W;", PAIRS),
+    (PACKED, "if (any_target) put_half(words, target, 0);", "", PAIRS),
+    (PACKED, "if (any_target) put_half(words, target, twice(Format<S>::LOWEST));", "", PAIRS),
+    (PACKED, "fmaf(-found, lift, fmaf(-2.0f * W, low, sum.of[0] + sum.of[2]))", "sum.of[0] + sum.of[2]", PAIRS),
+    (PACKED, "if (z == -float(INF)) return;", "", PAIRS),
+    (PACKED, "tail *= about(base).scale_to(about(largest));", "", PAIRS),
     (LONG, "if (all_exist && gradient.row.slope", "if (gradient.row.slope", STRETCHES),
     (
         CLUSTER,
-        "if (slot >= slots()) {",
-        "if (slot > slots()) {",
+        "slot = s;\n    round = turns;",
+        "slot = s;",
         f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"',
     ),
     (
