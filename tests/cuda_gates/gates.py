@@ -12,7 +12,7 @@ ELEMENTS = {"float": 4, "half_t": 8, "bfloat16_t": 8, "double": 2}  # of 16 byte
 REGISTERS = {
     "rows_small_kernel": 128,
     "rows_block_kernel": 128,
-    "rows_cluster_kernel": 128,
+    "rows_cluster_kernel": 168,  # at most 384 threads a multiprocessor: its rows take the shared memory
     "rows_split_kernel": 128,
     "rows_gradient_kernel": 128,
     "rows_gradient_entropy_kernel": 128,

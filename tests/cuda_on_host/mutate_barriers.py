@@ -23,18 +23,18 @@ from cuda_on_host import build, sanitizers  # noqa: E402
 
 # file: the calls that come by. A header's are those of a few files that include it.
 REACHED_BY = {
+    "chip_rows.cuh": "block,cluster",
     "column_sums.cu": "spatial_few,spatial",
     "pixels.cuh": "spatial",
     "reduce.cuh": "block,spatial,cluster",
     "results.cuh": "block,split,small",
-    "rows_block.cu": "block",
+    "rows_block.cu": "block,block_apart",
     "rows_cluster.cu": "cluster",
     "rows_gradient.cu": "small,block",  # one warp has no other barrier
     "rows_small.cu": "small,small_batches",
     "shared_rows.cuh": "small,small_batches",
     "rows_split.cu": "split",
     "spatial.cu": "spatial",
-    "staged.cuh": "block,block_apart",
     "sums.cuh": "block,cluster,split",
     "tickets.cuh": "block,split",
 }
@@ -65,10 +65,7 @@ MUTATIONS = [
 # (file, line, mutation): why nothing can notice. The line is its text without the comment; after the line before, if it
 # is the same in many places.
 FILLED = "barrier_expect(&shared.filled[c.slot], unsigned(packs) * 16);"
-ONE_OF_TWO = "one of the two between rows is enough: a thread sweeps what it staged itself"
 SURVIVORS = {
-    ("rows_block.cu", "staged.wait_and_mask(y); __syncthreads();", "removed"): ONE_OF_TWO,
-    ("rows_block.cu", "} __syncthreads();", "removed"): ONE_OF_TWO,
     ("results.cuh", "ANL_STATIC_SHARED(unsigned, last); __syncthreads();", "removed"): (
         "every CTA that brings several parts of the loss has a barrier between them for other reasons"
     ),
