@@ -68,11 +68,19 @@ ANL_DEVICE uint32_t smaller2(uint32_t a, uint32_t b) {
 // 1 in each half that is above `bound`, 0 in others.
 template <class S>
 ANL_DEVICE uint32_t above2(uint32_t a, uint32_t bound) {
-  uint32_t x;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // which has no such instruction for bfloat16
+  if constexpr (std::is_same_v<S, bfloat16_t>) {
+    const bool low = low_half<S>(a) > low_half<S>(bound), high = high_half<S>(a) > high_half<S>(bound);
+    return (low ? Format<S>::ONE : 0u) | (high ? uint32_t(Format<S>::ONE) << 16 : 0u);
+  } else
+#endif
+  {
+    uint32_t x;
 #define ANL_ABOVE(format) "set.gt." #format "x2." #format "x2 %0, %1, %2;"
-  ANL_PACKED(S, x, ANL_ABOVE, "r"(a), "r"(bound));
+    ANL_PACKED(S, x, ANL_ABOVE, "r"(a), "r"(bound));
 #undef ANL_ABOVE
-  return x;
+    return x;
+  }
 }
 #undef ANL_PACKED
 

@@ -10,9 +10,12 @@ namespace gpu {
 // The half of `value` in the place of a class, if that is one of the words'.
 template <int W>
 ANL_DEVICE void put_half(uint32_t (&words)[W], int at, uint32_t value) {
-  const uint32_t keep = at % 2 ? 0x0000ffffu : 0xffff0000u, put = value & ~keep;
+  const uint32_t half = at % 2 ? 0xffff0000u : 0x0000ffffu;
 #pragma unroll
-  for (int j = 0; j < W; ++j) words[j] = at >= 0 && j == at / 2 ? (words[j] & keep) | put : words[j];
+  for (int j = 0; j < W; ++j) {
+    const uint32_t mask = at >= 0 && j == at / 2 ? half : 0;  // a choice of words would be made by an index, in memory
+    words[j] = (words[j] & ~mask) | (value & mask);
+  }
 }
 
 // Exps are about `base`, some logit that was the largest when it was chosen: another is only chosen where exps would become

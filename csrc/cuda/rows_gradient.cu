@@ -11,7 +11,7 @@ namespace gpu {
 namespace {
 
 constexpr int MAX_THREADS = 512, THREADS = 128;
-constexpr int CTAS = 6;  // of THREADS that a multiprocessor should hold, for enough bytes to be under way
+constexpr int CTAS = 5;  // of THREADS that a multiprocessor should hold, for enough bytes to be under way
 
 // A row and all that its gradient depends on, as the one thread that looks at its coefficients finds it.
 template <class S, bool FULL>
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 || FULL ? 4 : CTAS)
     by_parts<FULL>(p.call.program, [&](auto parts) {
       constexpr unsigned PARTS = decltype(parts)::value;
       const auto in_place = [&](auto& bits, int) { differentiate<S, PARTS>(row.gradient, together, bits); };
-      constexpr int TILE = FULL ? FULL_PACKS<S, true> : TILE_PACKS<S>;
+      constexpr int TILE = FULL ? FULL_PACKS<S, true> : 4;
       row.template write_packs<TILE>(p.call, begin, end, taker, lanes, in_place);
       row.write_edges(p.call, part, end_edge, taker, lanes,
                       [&](T z, int k) { return row.template value<PARTS>(z, k); });

@@ -257,7 +257,7 @@ ANL_DEVICE Item dealt_item(const Params& p, Step step, Phase phase, int64_t i) {
 
 // Items come by tickets (Step::ALL), or are dealt to the CTAs beforehand.
 template <class S, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS, CTAS)
+__global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : CTAS)
     rows_split_kernel(const __grid_constant__ Params p, const Step step, const Phase phase) {
   using T = acc_t<S>;
   using Memory = Shared<T, FULL>;

@@ -64,12 +64,15 @@ def resource_problems(kernel: Kernel) -> list[str]:
 
 
 def hot_loops(kernel: Kernel, hot: Hot) -> list[Loop]:
-    """The innermost loops that read whole tiles and take exps."""
-    return [
-        loop
-        for loop in kernel.innermost_loops
-        if loop.count(hot.load, wide=True) >= hot.packs and loop.count("MUFU.EX2") > 0
-    ]
+    """The loops that read whole tiles and take exps, without the loops within them, which take classes one by one."""
+    loops = kernel.loops
+    found = []
+    for loop in loops:
+        within = frozenset().union(*(other.addresses for other in loops if other.addresses < loop.addresses))
+        own = Loop([i for i in loop.instructions if i.address not in within])
+        if own.count(hot.load, wide=True) >= hot.packs and own.count("MUFU.EX2") > 0:
+            found.append(own)
+    return found
 
 
 def loop_problems(kernel: Kernel, hot: Hot) -> list[str]:
