@@ -1,8 +1,7 @@
 // The part of a long row in global memory that a CTA takes: the sweeps over it, wherever its 16-byte packs are kept.
 //
 // What lies between two 16-byte boundaries is the body of a row, read and written in packs. The few classes before and
-// after it are the edges, one per thread. A thread meets the same packs and the same edge class in every sweep, several
-// packs at a time, so that their exps are independent.
+// after it are the edges, one per thread. A thread takes several packs at a time, so that their exps are independent.
 #pragma once
 
 #include "packed_sweeps.cuh"
