@@ -59,12 +59,11 @@ struct GlobalRowPart {
   using T = acc_t<S>;
   static constexpr int P = PACK<S>;
 
-  const S* logits;  // of the first pack, which is class `first`
-  int first;
+  const S* logits;  // of the first pack
+  int first;        // its class
   S* grad;          // likewise, or null
   int packs;
   int target;       // as an element of the packs, whether they hold it or not
-  int target_pack;  // the pack that holds it, or far below 0
   int edge;         // the thread's edge class, as an element of the packs; NO_EDGE: it has none
   static constexpr int NO_EDGE = INT32_MIN;
 
@@ -79,7 +78,6 @@ struct GlobalRowPart {
     logits = row + k0;
     grad = row_grad ? row_grad + k0 : nullptr;
     target = label - k0;
-    target_pack = unsigned(target) < unsigned(packs * P) ? target / P : INT32_MIN / 2;
     edge = NO_EDGE;
     const int t = int(threadIdx.x);
     if (!edges || t >= 2 * P) return;
@@ -131,13 +129,14 @@ struct GlobalRowPart {
   // Whether the target is among the classes of these U packs, and which of them it is; below 0: none.
   template <int U>
   ANL_DEVICE bool has_target(int i) const {
-    const unsigned away = unsigned(target_pack - i);
+    const unsigned away = packs_to_target(i);
     return away <= (U - 1) * WARP && away % WARP == 0;
   }
   template <int U>
   ANL_DEVICE int target_in(int i) const {
-    return has_target<U>(i) ? (target_pack - i) / WARP * P + target % P : -1;
+    return has_target<U>(i) ? int(packs_to_target(i)) / WARP * P + target % P : -1;
   }
+  ANL_DEVICE unsigned packs_to_target(int i) const { return unsigned(target - i * P) / P; }
 
   // The sums of the thread's packs. each_chunk(f): f(begin, end, packs) for all of them; pack i is packs.load(i).
   template <bool FULL, class EachChunk>

@@ -13,9 +13,9 @@ namespace {
 template <class S>
 constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 
-// Threads whose registers are a multiprocessor's. 640: 96 for each, so that 20 warps of smaller CTAs are on one.
+// Threads whose registers are a multiprocessor's: 128 for each.
 template <class S, bool FULL>
-constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : FULL ? 512 : 640;
+constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : 512;
 
 // What a row's thread and the lanes that sweep the row tell each other.
 template <class T, bool FULL>

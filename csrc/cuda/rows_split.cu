@@ -12,7 +12,7 @@ namespace anl {
 namespace gpu {
 namespace {
 
-constexpr int MAX_THREADS = 256;
+constexpr int MAX_THREADS = 192;
 constexpr int CTAS = 2;        // per multiprocessor
 constexpr int FEW = 4, MANY = 16;  // packs per thread in a part: fewer than FEW where rows are few and short
 
@@ -85,6 +85,7 @@ struct Scratch {
 template <class T, bool FULL>
 struct Shared {
   Item item;
+  int64_t dealt;  // thread 0's
   unsigned state;
   bool last, finished;
   double loss;
@@ -267,9 +268,11 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : CTAS)
   unsigned ticket = 0;
   if (by_tickets) zero_tickets(p.claim, p.mark, p.tickets, p.plan.num_tickets);
   if (threadIdx.x == 0 && by_tickets) ticket = atomicAdd(rows.next_item(), 1u);
-  for (int64_t i = blockIdx.x;; i += gridDim.x) {
+  if (threadIdx.x == 0) shared.dealt = blockIdx.x;
+  for (;;) {
     if (threadIdx.x == 0) {
-      shared.item = by_tickets ? item_of(p, ticket) : dealt_item(p, step, phase, i);
+      shared.item = by_tickets ? item_of(p, ticket) : dealt_item(p, step, phase, shared.dealt);
+      shared.dealt += gridDim.x;
       if (by_tickets && shared.item.phase != NO_PHASE)
         ticket = atomicAdd(rows.next_item(), 1u);  // comes while this item is worked on
     }

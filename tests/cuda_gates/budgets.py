@@ -31,7 +31,7 @@ BUDGETS = (
     Budget("block", "rows_block_kernel", Case(classes=10000, rows=1 << 14), 24, 24, 18),
     Budget("small 1000", "rows_small_kernel", Case(classes=1000, rows=1 << 17), 28, 28, 20),
     Budget("small 100", "rows_small_kernel", Case(classes=100, rows=1 << 20), 40, 40, 28),
-    Budget("small 10", "rows_small_kernel", Case(classes=10, rows=1 << 23), 120, 120, 60, 4, 20),
+    Budget("small 10", "rows_small_kernel", Case(classes=10, rows=1 << 23), 120, 120, 60, 4, 16),
     Budget("spatial 21", "spatial_kernel", Case(classes=21, rows=16 * PIXELS, pixels=PIXELS), 50, 50, 32),
     Budget("gradient", "rows_gradient_kernel", Case(classes=128256, gradient_alone=True), 12, 12, 8),
     Budget("cluster ANL-FL", "rows_cluster_kernel", Case(loss="anl_fl", classes=128256), 91, 32, 24, 5.2),

@@ -69,8 +69,11 @@ def hot_loops(kernel: Kernel, hot: Hot) -> list[Loop]:
     found = []
     for loop in loops:
         within = frozenset().union(*(other.addresses for other in loops if other.addresses < loop.addresses))
-        own = Loop([i for i in loop.instructions if i.address not in within])
-        if own.count(hot.load, wide=True) >= hot.packs and own.count("MUFU.EX2") > 0:
+        inner, own = (
+            Loop([i for i in loop.instructions if (i.address in within) == inside]) for inside in (True, False)
+        )
+        of_a_row = own.count("BAR") or inner.count(hot.load, wide=True)
+        if own.count(hot.load, wide=True) >= hot.packs and own.count("MUFU.EX2") > 0 and not of_a_row:
             found.append(own)
     return found
 
