@@ -12,10 +12,10 @@ from scenario import Case, host_build, launch_of
 from walk import Lost
 
 PIXELS = 512 * 512
-SHAPES = (  # the losses with their gradient; ~2^28 logits or more
+SHAPES = (  # the losses with their gradient; about 2^27 logits or more
     Case(classes=10, rows=1 << 23),
-    Case(classes=100, rows=1 << 21),
-    Case(classes=1000, rows=1 << 18),
+    Case(classes=100, rows=1 << 20),
+    Case(classes=1000, rows=1 << 17),
     Case(classes=10000, rows=1 << 14),
     Case(classes=32000, rows=1 << 14),
     Case(classes=128256, rows=1 << 13),
