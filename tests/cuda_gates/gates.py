@@ -13,7 +13,7 @@ REGISTERS = {
     "rows_small_kernel": 128,
     "rows_block_kernel": 128,
     "rows_cluster_kernel": 168,  # at most 384 threads a multiprocessor: its rows take the shared memory
-    "rows_split_kernel": 128,
+    "rows_split_kernel": 168,  # two CTAs of 192 threads
     "rows_gradient_kernel": 128,
     "rows_gradient_entropy_kernel": 128,
     "spatial_kernel": 128,
