@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 2)
       if (grad) part.fill(unread_value<T>(kind), p.plan.block.packs);
     }
   }
+  __syncthreads();  // thread 0 has brought its last row
   finish_loss<T>(p, blockIdx.x, shared.loss, shared.denominator);
 }
 

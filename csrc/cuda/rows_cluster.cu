@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_cluster_kernel(const __gr
     if (threadIdx.x == 0 && rank == 0) shared.row.loss += double(write_unread_row<T>(p, r, kind));
     if (p.call.grad) rows.part_of(r, y).fill(unread_value<T>(kind), p.plan.ring.packs);
   }
+  __syncthreads();  // thread 0 has brought its last row
   if (rank == 0) finish_loss<T>(p, cluster, shared.row.loss, shared.row.denominator);
 }
 
