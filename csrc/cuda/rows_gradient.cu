@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(c
       return row.unread ? own : own + entropy.at(z, log_q[k]);
     };
     row.template write_packs<1>(p.call, 0, row.packs, taker, takers, [&](auto& bits, int i) {
+      if (i >= row.packs) return;
       T x[P];
       widen_pack<S>(bits[0], x);
 #pragma unroll
