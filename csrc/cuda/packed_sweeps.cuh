@@ -36,7 +36,7 @@ struct PackedFirstSweep {
   template <int W, class F>
   ANL_DEVICE void add(uint32_t (&words)[W], bool inside, int target, const F& one_by_one) {
     const bool any_target = __any_sync(ALL_LANES, target >= 0);
-    if (any_target) put_half(words, target, words[0]);
+    if (any_target) put_half(words, target, target < 2 ? words[1] : words[0]);  // a class of another word in its place
     uint32_t largest = words[0], smallest = words[0];
 #pragma unroll
     for (int j = 1; j < W; ++j) {

@@ -244,6 +244,7 @@ ANL_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
+// The same variable of the CTA of that rank, for instructions that name shared memory of a cluster.
 ANL_DEVICE uint32_t cluster_address(const void* shared, unsigned rank) {
   uint32_t x = 0;
   ANL_SM90("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(shared_address(shared)), "r"(rank));
@@ -315,6 +316,7 @@ ANL_DEVICE bfloat16_t narrow<bfloat16_t>(float x) {
   return {float_to_bfloat16(x)};
 }
 
+// Two numbers of 16 bits in a word.
 template <class S>
 ANL_DEVICE uint32_t narrow2(float low, float high) {
   return std::is_same_v<S, half_t> ? floats_to_half2(low, high) : floats_to_bfloat162(low, high);

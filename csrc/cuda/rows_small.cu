@@ -13,8 +13,8 @@ namespace {
 template <class S>
 constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 
-// Threads whose registers are a multiprocessor's: 128 for each.
-template <class S, bool FULL>
+// A thread may have the registers that so many threads per CTA would leave it: 128 of 64K, float64 255.
+template <class S>
 constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : 512;
 
 // What a row's thread and the lanes that sweep the row tell each other.
@@ -87,7 +87,7 @@ struct Batch {
 };
 
 template <class S, int BYTES, bool FULL>
-__global__ void __launch_bounds__((REGISTERS_FOR<S, FULL>), 1) rows_small_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   const Call& call = p.call;

@@ -383,3 +383,12 @@ def test_why_it_cannot_run_is_said():
             ak.anl_ce(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64), **unseen)
         finally:
             del os.environ["ANL_KERNELS_BACKEND"]
+
+
+@pytest.mark.parametrize("y", [0, 1, 8, 300])
+def test_the_target_is_in_no_other_class_s_way(device, y):
+    """Where it towers over the others, their exps must not be taken about its logit: they would all be 0."""
+    logits = torch.zeros(1, 512, dtype=torch.bfloat16)
+    logits[0, y] = 88.0
+    loss = ak.cross_entropy(logits, torch.tensor([y]), backend="cuda")
+    assert loss.item() == pytest.approx(511 * math.exp(-88.0), rel=1e-3, abs=0.0)
