@@ -215,8 +215,8 @@ struct Pixels {
     return x;
   }
 
-  // How many numbers are neither the target, nor what changed places with it.
-  ANL_DEVICE Index others() const { return STAGED ? n - 1 : n; }
+  // How many numbers are neither the target, nor what changed places with it; none of a pixel that is not read.
+  ANL_DEVICE Index others() const { return STAGED ? n - 1 : live(0) ? n : 0; }
   // Pixel v's logit number j, for sums: -inf is none.
   ANL_DEVICE T other(Index j, W word, int v) const { return !STAGED && j == target[v] ? minus_inf<T>() : word.part(v); }
 
