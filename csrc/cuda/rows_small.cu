@@ -175,10 +175,8 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       plain = true;
     }
     if (spread) {
-      if (exists) {
-        records[t].gradient = gradient;
-        records[t].plain = plain;
-      }
+      if (exists) records[t].gradient = gradient;
+      if (t < rows) records[t].plain = plain;
       __syncthreads();
       gradient = records[g].gradient;
       plain = records[g].plain;
