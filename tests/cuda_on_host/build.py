@@ -153,11 +153,13 @@ def replace(path, pattern, instead):
 
 
 def copy_for_races(folder):
-    """A copy of csrc that ThreadSanitizer gets through in time: float32 alone, and CTAs that take several rows."""
+    """A copy of csrc that ThreadSanitizer gets through in time: float32 alone, and CTAs of several warps and rows."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     compile_only(csrc, ["FLOAT32"])
     replace(csrc / "cuda" / "plans.h", r"LOSS_PARTS = [^;]*;", "LOSS_PARTS = 2;")
+    replace(csrc / "cuda" / "rows_block.cu", r"MOST_CTAS = [^;]*;", "MOST_CTAS = 1;")
+    replace(csrc / "cuda" / "rows_block.cu", r"PACKS_PER_THREAD = [^;]*;", "PACKS_PER_THREAD = 2;")  # several warps
     return csrc
 
 

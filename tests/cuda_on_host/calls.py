@@ -164,7 +164,8 @@ class Case:
     def note(self, *results):
         for result in results:
             self.digest.update(result.bytes())
-            self.sizes.append(sum(abs(x) for x in decode(result.bytes(), self.acc) if math.isfinite(x)))
+            if self.dtype == FLOAT32:
+                self.sizes.append(sum(abs(x) for x in decode(result.bytes(), self.acc) if math.isfinite(x)))
         return results
 
     def stats(self, gamma):
@@ -197,7 +198,8 @@ class Case:
         self.kernels.column_sums(
             self.dtype, self.shape, logits.address, self.strides, self.coefs.address, sums.address, self.where()
         )
-        found = decode(self.note(sums)[0].bytes(), FLOAT64)
+        self.digest.update(sums.bytes())
+        found = decode(sums.bytes(), FLOAT64)
         assert all(math.isclose(x, y, rel_tol=1e-4, abs_tol=1e-9) for x, y in zip(found, self.expected_sums()))
 
     def expected_sums(self):

@@ -49,9 +49,9 @@ BARRIER = "__syncthreads();\n"
 @pytest.mark.parametrize(
     "source, line, which, instead, case",
     [
-        ("spatial.cu", BARRIER, 0, "\n", "spatial"),
-        ("rows_block.cu", BARRIER, 0, "\n", "block"),
-        ("rows_cluster.cu", "cluster_sync();\n", 1, "\n", "cluster"),
+        ("pixels.cuh", BARRIER, 0, "\n", "spatial"),
+        ("chip_rows.cuh", BARRIER, 0, "\n", "block"),
+        ("rows_cluster.cu", "barrier_wait(&gathered.there, parity);\n", 0, "\n", "cluster"),
         ("rows_cluster.cu", "__syncwarp();\n", 0, "\n", "cluster"),
         ("rows_split.cu", "add_acq_rel(", 0, "add_relaxed(", "split"),
     ],
