@@ -98,6 +98,11 @@ def test_what_is_read_again_under_a_condition_is_read(walk):
     assert [warp["MUFU.EX2"] for warp in warps] == [11, 11]
 
 
+def test_what_is_done_one_by_one_in_a_rare_case_is_not(walk):
+    warp = walk("at_once_kernel", 32, "i", 16)[0]
+    assert (warp["MUFU.EX2"], warp["MUFU.SIN"]) == (16, 0)
+
+
 @pytest.mark.parametrize("a, b, c, d", [(100, 7, 1 << 40, 29), (5, 9, 17, 17), (-20, -3, 1000003, 1009)])
 def test_divisions_come_out(walk, a, b, c, d):
     warp = walk("division_kernel", 32, "iiqq", a, b, c, d)[0]

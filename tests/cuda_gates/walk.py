@@ -2,9 +2,9 @@
 
 Integers that follow from the launch (parameters, thread and block numbers, labels) are computed; numbers that follow
 from logits are not known, but are neither infinite nor NaN. Where a branch depends on those, the walk takes the *plain
-path*: the side that reads memory or exchanges numbers, if one alone does; else the side with fewer instructions, or
-with the shorter loop, as rare cases are more work. A loop that may be left is left. What cannot be followed so raises
-Lost.
+path*, as rare cases are more work: a long side without a loop, where the other has one; else the side that reads memory
+or exchanges numbers, if one alone does; else the one with fewer instructions, or with the shorter loop. A loop that may
+be left is left. What cannot be followed so raises Lost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from opcodes import tidy
 
 MOST = 5_000_000  # instructions of a warp
 SUBROUTINE = 30  # a call, where paths are compared
+SHORT = 30  # instructions that are no alternative to a loop
 TOGETHER = {"LDG", "LDS", "LD", "STG", "ST", "SHFL", "BAR", "LDSM", "LDGSTS", "RED", "ATOMG", "UCGABAR_WAIT"}
 ENDS = {"EXIT", "KILL", "BPT", "RET"}
 
@@ -96,10 +97,13 @@ class Graph:
                 raise Lost(f"at {self.code[branch].address:#x}: it is not known how often a loop with stores runs")
             return taken + fallen - staying[0]
         own = {node: sides[node].instructions - sides[taken + fallen - node].instructions for node in sides}
+        looped = {node: sum(len(loop) for loop in self.loops if loop <= own[node]) for node in sides}
+        straight = min(sides, key=looped.get)
+        if any(looped.values()) and not looped[straight] and len(own[straight]) >= SHORT:
+            return straight
         working = [node for node in sides if {self.code[i].base for i in own[node]} & TOGETHER]
         if len(working) == 1:
             return working[0]
-        looped = {node: sum(len(loop) for loop in self.loops if loop <= own[node]) for node in sides}
         if len(working) == 2 and all(looped.values()):
             return min(sides, key=looped.get)
         return min(sides, key=lambda node: sides[node].least)

@@ -80,6 +80,21 @@ extern "C" __global__ void again_kernel(const float* in, float* out, int n) {
   out[threadIdx.x] = x;
 }
 
+// Numbers all at once, or, in a rare case, one after another as they are read again.
+extern "C" __global__ void at_once_kernel(const float* in, float* out, int n) {
+  float x[16], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum += x[i] = in[i * blockDim.x + threadIdx.x];
+  if (sum > 2.0f) {
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) sum += sine_of(in[i * blockDim.x + threadIdx.x]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sum += exp2_of(x[i] * sum);
+  }
+  out[threadIdx.x] = sum;
+}
+
 // Divisions by numbers that are known only when it runs.
 extern "C" __global__ void division_kernel(const float* in, float* out, int a, int b, int64_t c, int64_t d) {
   float x = in[threadIdx.x];
