@@ -41,7 +41,7 @@ struct ChipRow {
 // chip.merge_first(own), chip.merge_second(own): in warp 0, the sums of all CTAs that share the row.
 template <class S, bool FULL, class Chip, class Memory>
 ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalRowPart<S>& part, Chip& chip,
-                                 Memory& shared) {
+                             Memory& shared) {
   using T = acc_t<S>;
   const Call& call = p.call;
   const Program& program = call.program;

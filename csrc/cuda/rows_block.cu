@@ -10,7 +10,7 @@ namespace {
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
-constexpr int REGISTERS = 80;               // per thread, of lean kernels
+constexpr int REGISTERS = 128;              // per thread at most; of float64, twice as many
 constexpr int PACKS_PER_THREAD = 24;        // at most, and half as many at least: what every warp does per row, few do
 constexpr int64_t MOST_CTAS = 32;           // that a multiprocessor holds
 constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides the row
@@ -91,7 +91,8 @@ Plan plan_block(const Call& call, const Limits& limits) {
   plan.threads = threads_for(row_bytes(call) / PACK_BYTES / PACKS_PER_THREAD, MAX_THREADS, limits);
   plan.cluster = 1;
   plan.shared_bytes = row_bytes(call);
-  const int64_t ctas = std::min({ctas_for(call, limits), MOST_CTAS, int64_t(limits.registers / (plan.threads * REGISTERS))});
+  const int64_t registers = plan.threads * REGISTERS * (logit_bytes(call) == 8 ? 2 : 1);
+  const int64_t ctas = std::min({ctas_for(call, limits), MOST_CTAS, limits.registers / registers});
   plan.blocks = plan.loss_parts = std::min(rows_of(call), limits.num_sms * std::max<int64_t>(1, ctas));
   plan.block = {equally_aligned(call)};
   return plan;
