@@ -215,14 +215,13 @@ struct SecondSweep {
   // FOCAL as p_j.
   template <bool MASS, bool FOCAL, class Sums>
   ANL_HD void add_as(Sums& sums, V x) const {
-    add_as<MASS, FOCAL>(sums, x, x - threshold, MASS && !FOCAL ? M::class_exp(x) : x);
+    add_as<MASS, FOCAL>(sums, x > threshold, x, MASS && !FOCAL ? M::class_exp(x) : x);
   }
-  // The same where its height above the clamp is known, and e: exp(x), without FOCAL.
-  template <bool MASS, bool FOCAL, class Sums>
-  ANL_HD void add_as(Sums& sums, V x, V height, V e) const {
+  // The same where it is known whether it is above the clamp, and e: exp(x), without FOCAL.
+  template <bool MASS, bool FOCAL, class Sums, class Mask>
+  ANL_HD void add_as(Sums& sums, Mask above, V x, V e) const {
     const V one = M::set(1.0);
-    const auto above = height > M::set(0.0);
-    M::add_where(above, sums.of[ABOVE_SUM], height);
+    M::add_where(above, sums.of[ABOVE_SUM], x - threshold);
     M::add_where(above, sums.of[ABOVE_COUNT], one);
     if constexpr (FOCAL) {
       V rest;

@@ -101,6 +101,30 @@ def test_a_target_is_the_top_only_if_no_logit_is_larger(backend, dtype, layout):
         assert torch.equal(seen.pop().reshape(-1).bool().cpu(), is_top)
 
 
+@pytest.mark.few(name=["rce"], dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ce", "rce", "anl_ce", "anl_fl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_rows_of_one_large_number_alone(backend, name, dtype):
+    """As masks leave them: every class has 1 / K, however far such numbers' neighbours are."""
+    for classes in backend.few((7, 403, 5003), 2):
+        numbers = torch.tensor([torch.finfo(dtype).min, -1e30, -1e10, 1e12])
+        values = numbers.to(dtype).unsqueeze(1).repeat(1, classes)
+        labels = torch.arange(len(numbers)) * (classes // 5)
+        helpers.check(values, labels, EXPRESSIONS[name], reduction="sum", backend=backend.name)
+
+
+@pytest.mark.few(name=["anl_ce"])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("name", ["ce", "anl_ce", "nce+rce"])
+def test_rows_far_from_zero(backend, name, layout):
+    """What all logits have in common leaves nothing behind, though sums with it are rounded to 1/8."""
+    for classes in backend.few((5, 211, 5003), 2):
+        values = torch.randint(-80, 1, (4, classes), generator=helpers.generator(0)) / 4.0
+        values += torch.tensor([0.0, 1e4, -1e5, 2e6]).unsqueeze(1).round()
+        logits, labels = helpers.lay_out(layout, values, torch.arange(4) * (classes // 5))
+        helpers.check(logits, labels, EXPRESSIONS[name], reduction="none", backend=backend.name)
+
+
 @pytest.mark.few(dtype=[torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_linear_head_s_target_is_the_top_only_if_no_logit_is_larger(one_backend, dtype):

@@ -176,7 +176,7 @@ struct GlobalRowPart {
   ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T, FULL>& row,
                                const EachChunk& each_chunk) const {
     if constexpr (IS_PACKED<S, FULL>) {
-      if (!row.classes.mass) {
+      if (row.by_bound()) {
         const PackedSecondSweep<S> sweep(row.bound);
         return each_chunk([&](int begin, int end, const auto& packs) {
           each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i, bool inside) {
@@ -215,10 +215,10 @@ struct GlobalRowPart {
     };
     if constexpr (IS_PACKED<S, FULL>) {
       constexpr int TILE = TILE_PACKS<S>;
-      const bool needs_exact = PackedGradient<S, false>::needs_exact(gradient.row);
-      if (int(all_exist) & int(!needs_exact))
+      const bool plain = all_exist && !gradient.exps.is_far(), needs_exact = PackedGradient<S, false>::needs_exact(gradient);
+      if (int(plain) & int(!needs_exact))
         return write_packs<C, TILE>(PackedGradient<S, false>(gradient), target_value, each_chunk);
-      if (all_exist) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), target_value, each_chunk);
+      if (plain) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), target_value, each_chunk);
     } else if constexpr (!FULL) {
       if (all_exist && gradient.row.slope == gradient.row.slope_above) return write_parts(Parts<CLAMPED_OFFSET>());
     }

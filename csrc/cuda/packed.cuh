@@ -21,12 +21,14 @@ template <class S>
 struct Format;
 template <>
 struct Format<bfloat16_t> {
-  static constexpr uint16_t ONE = 0x3f80, LOWEST = 0xff7f, INF = 0x7f80, MINUS_INF = 0xff80,
+  static constexpr uint16_t ONE = 0x3f80, LOWEST = 0xff7f, INF = 0x7f80, MINUS_INF = 0xff80, FAR_BELOW = 0xce80,
+                            FAR_ABOVE = 0x4e80,  // -2^30 and 2^30
                             LOG2_E[3] = {0x3fb9, 0xbb2c, 0x36ec};
 };
 template <>
 struct Format<half_t> {
-  static constexpr uint16_t ONE = 0x3c00, LOWEST = 0xfbff, INF = 0x7c00, MINUS_INF = 0xfc00,
+  static constexpr uint16_t ONE = 0x3c00, LOWEST = 0xfbff, INF = 0x7c00, MINUS_INF = 0xfc00, FAR_BELOW = 0xfc00,
+                            FAR_ABOVE = 0x7c00,
                             LOG2_E[3] = {0x3dc5, 0x0d1e, 0x8002};
 };
 

@@ -28,11 +28,12 @@ struct PackedFirstSweep {
   const Diagonals<3> log2e = log2e_diagonals<S, 3>();
   const uint32_t both = halves<S>();
   float base = 0.0f, tail = 0.0f, sum = 0.0f, count = 0.0f;
+  float gap = 0.0f, gaps = 0.0f;  // the sum of base - z, of so many: those added one by one
   Quad shift = {};
   uint32_t high = twice(Format<S>::MINUS_INF), low = twice(Format<S>::INF), limit = high;
 
-  // W words of classes. target: which of them is the target, or below 0. Where a class of the warp's does not exist,
-  // one_by_one(add) calls add(z) for the lane's classes besides the target instead.
+  // W words of classes. target: which of them is the target, or below 0. Where a class of the warp's does not exist, or
+  // one is FAR, one_by_one(add) calls add(z) for the lane's classes besides the target instead.
   template <int W, class F>
   ANL_DEVICE void add(uint32_t (&words)[W], bool inside, int target, const F& one_by_one) {
     const bool any_target = __any_sync(ALL_LANES, target >= 0);
@@ -43,8 +44,10 @@ struct PackedFirstSweep {
       largest = larger2<S>(largest, words[j]);
       smallest = smaller2<S>(smallest, words[j]);
     }
-    const uint32_t exist = above2<S>(smallest, twice(Format<S>::MINUS_INF)), beyond = above2<S>(largest, limit);
-    if (__any_sync(ALL_LANES, inside && exist != twice(Format<S>::ONE))) {
+    const uint32_t near =
+        above2<S>(smallest, twice(Format<S>::FAR_BELOW)) & ~above2<S>(largest, twice(Format<S>::FAR_ABOVE));
+    const uint32_t beyond = above2<S>(largest, limit);
+    if (__any_sync(ALL_LANES, inside && near != twice(Format<S>::ONE))) {
       if (inside) one_by_one([&](S z) { add_one(z); });
       __syncwarp();
       shift = quad(about(base).shift);
@@ -80,8 +83,8 @@ struct PackedFirstSweep {
     if (z == -float(INF)) return;
     if (z > low_half<S>(limit)) choose_base(z);
     tail += about(base).at(z);
-    sum += z;
-    count += 1.0f;
+    gap += base - z;
+    gaps += 1.0f;
     high = larger2<S>(high, twice(stored.bits));
     low = smaller2<S>(low, twice(stored.bits));
   }
@@ -89,16 +92,19 @@ struct PackedFirstSweep {
   static ANL_DEVICE ClassExps<float, false> about(float base) { return ClassExps<float, false>::about(base); }
 
   ANL_DEVICE void choose_base(float largest) {
-    if (count > 0.0f) tail *= about(base).scale_to(about(largest));
+    if (count + gaps > 0.0f) tail *= about(base).scale_to(about(largest));
+    if (gaps > 0.0f) gap += gaps * (largest - base);
     base = largest;
     limit = twice(narrow<S>(largest + ROOM).bits);
   }
 
   ANL_DEVICE Sums result() const {
     Sums s = none<Sums>();
-    if (!(count > 0.0f)) return s;
+    if (!(count + gaps > 0.0f)) return s;
     s.max = fmaxf(low_half<S>(high), high_half<S>(high));
     s.sums.of[TAIL] = tail * about(base).scale_to(s.exps());
+    if (gaps > 0.0f) s.sums.of[GAP] = gap + gaps * (s.max - base);
+    s.sums.of[COUNT] = gaps;
     s.add_existing(count, fmaf(count, s.max, -sum), fminf(low_half<S>(low), high_half<S>(low)));
     return s;
   }
@@ -153,8 +159,10 @@ struct PackedGradient {
   Quad shift, offset, slope;
   Diagonals<PARTS> more_offset, more_slope;  // of classes above the clamp
 
-  static ANL_DEVICE bool needs_exact(const GradientRow<Scalar<float>>& row) {
-    return row.slope != row.slope_above || !(fabsf(row.offset_above - row.offset) <= fabsf(row.offset_above));
+  static ANL_DEVICE bool needs_exact(const RowGradient<float, false>& g) {
+    constexpr float MOST = 0x1p16f;  // for such logits, what two parts leave of log2(e) is made up for in the slope
+    const float more = g.row.offset_above - g.row.offset;
+    return g.row.slope != g.row.slope_above || !(fabsf(more) <= fabsf(g.row.offset_above)) || !(fabsf(g.max) < MOST);
   }
 
   ANL_DEVICE explicit PackedGradient(const RowGradient<float, false>& g)

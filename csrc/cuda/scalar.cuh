@@ -10,6 +10,10 @@ namespace gpu {
 ANL_DEVICE float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
 ANL_DEVICE double exp_approx(double x) { return exp(x); }
 
+// Rounded down.
+ANL_DEVICE float add_down(float a, float b) { return __fadd_rd(a, b); }
+ANL_DEVICE double add_down(double a, double b) { return __dadd_rd(a, b); }
+
 template <class T>
 struct ScalarMath;
 

@@ -5,6 +5,7 @@
 // -inf too), reads the target's logit apart, and writes the target's gradient last.
 #pragma once
 
+#include "class_exps.cuh"
 #include "packed.cuh"
 #include "reduce.cuh"
 
@@ -20,42 +21,6 @@ ANL_DEVICE T minus_inf() {
 }
 
 // ---- the first sweep -------------------------------------------------------------------------------------------------
-
-constexpr float LOG2_E = 1.4426950408889634f;
-
-// The exps of a row's classes about an anchor. Lean kernels have one multiply-add for the exponent of 2, and round its
-// result alone: shift is the anchor's part of it, rounded, and the correction makes up for that once per sum, not per
-// class. Full kernels subtract the anchor: some of their sums take the exp of the largest logit to be exactly 1.
-template <class T, bool FULL>
-struct ClassExps {
-  static constexpr bool EXACT = FULL || sizeof(T) == 8;
-  T shift;
-
-  static ANL_DEVICE ClassExps about(T anchor) { return {EXACT ? -anchor : -(anchor * LOG2_E)}; }
-  ANL_DEVICE T log2_of(T z) const { return fma(z, T(LOG2_E), shift); }
-  ANL_DEVICE T at(T z) const {
-    if constexpr (EXACT) return exp_approx(z + shift);
-    else return exp2_approx(log2_of(z));
-  }
-  // The sum of anchor - z, from what the exps are made of.
-  template <int E>
-  ANL_DEVICE T sum_of_gaps(const T (&z)[E], T anchor) const {
-    T sum = T(0);
-#pragma unroll
-    for (int j = 0; j < E; ++j) sum -= EXACT ? z[j] - anchor : log2_of(z[j]);
-    return EXACT ? sum : (sum + T(E) * log2_of(anchor)) * T(1.0 / LOG2_E);
-  }
-  // What multiplies exps about an anchor, the row's own, to make them exact.
-  ANL_DEVICE T correction(T anchor) const {
-    if constexpr (EXACT) return T(1);
-    else return exp2_approx(-log2_of(anchor));
-  }
-  // What multiplies them to make them `other`'s.
-  ANL_DEVICE T scale_to(const ClassExps& other) const {
-    if constexpr (EXACT) return ScalarMath<T>::exp(other.shift - shift);
-    else return exp2_approx(other.shift - shift);
-  }
-};
 
 // The sums of some of a row's classes about the largest of them. Float ones, of which many are made, are of the exps as
 // ClassExps makes them; once they are merged, double ones are about the largest logit itself.
@@ -139,10 +104,10 @@ struct AnchoredSums {
 
 // ---- the second sweep ------------------------------------------------------------------------------------------------
 
-// The largest logit that counts as below the clamp. Logits are compared as they are stored, in every kernel alike.
+// The largest number that counts as below the clamp, rounded down: what is above it is so as it is stored, in every kernel.
 template <class T>
 ANL_DEVICE T clamp_bound(T max, T log_sum, T clamp_height) {
-  return max + (log_sum - clamp_height);
+  return add_down(max, log_sum - clamp_height);
 }
 
 // row_math.h's second sweep over logits as they are stored. What heights and exps are rounded by is made up for in `correct`.
@@ -161,7 +126,7 @@ struct RowSweep {
     if constexpr (FULL) {
       if (classes.focal) return each(Adder<true, true>{*this, sums});
     } else {
-      if (!classes.mass) return each(Adder<false, false>{*this, sums});
+      if (by_bound()) return each(Adder<false, false>{*this, sums});
     }
     each(Adder<true, false>{*this, sums});
   }
@@ -172,7 +137,12 @@ struct RowSweep {
     SecondSums<M, FULL>& sums;
 
     ANL_DEVICE void operator()(T z) const {
-      row.classes.template add_as<MASS, FOCAL>(sums, z - row.max, z - row.bound, row.exps.at(z));
+      if constexpr (MASS) {
+        row.classes.template add_as<true, FOCAL>(sums, z > row.bound, z - row.max, row.exps.at(z));
+      } else {
+        M::add_where(z > row.bound, sums.of[ABOVE_SUM], z - row.bound);
+        M::add_where(z > row.bound, sums.of[ABOVE_COUNT], T(1));
+      }
     }
     template <int E>
     ANL_DEVICE void operator()(const T (&z)[E]) const {
@@ -198,10 +168,12 @@ struct RowSweep {
     sums.of[ABOVE_SUM] -= depth;
   }
 
+  // Whether heights are those above `bound`.
+  ANL_DEVICE bool by_bound() const { return !FULL && !classes.mass && fabs(bound) < T(FAR); }
   // What `bound` was rounded by, as often as there are classes above it, and what the exps were.
   template <class A>
   ANL_DEVICE void correct(SecondSums<Scalar<A>, FULL>& sums) const {
-    sums.of[ABOVE_SUM] += sums.of[ABOVE_COUNT] * A((bound - max) - classes.threshold);
+    if (by_bound()) sums.of[ABOVE_SUM] += sums.of[ABOVE_COUNT] * A((bound - max) - classes.threshold);
     sums.of[BELOW_MASS] *= A(exps.correction(max));
   }
 };

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #define __global__
@@ -77,6 +79,13 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
+template <class T>
+T add_rounded_down(T a, T b) {
+  const T sum = a + b, more = sum - a, error = (a - (sum - more)) + (b - more);  // Knuth's: exact
+  return error < 0 ? std::nextafter(sum, -std::numeric_limits<T>::infinity()) : sum;
+}
+inline float __fadd_rd(float a, float b) { return add_rounded_down(a, b); }
+inline double __dadd_rd(double a, double b) { return add_rounded_down(a, b); }
 template <class T>
 T __ldg(const T* p) {
   return *p;
