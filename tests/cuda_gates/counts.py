@@ -9,7 +9,7 @@ from pathlib import Path
 from pipes import pipe_of
 
 from binaries import one_kernel
-from disassembly import Kernel, kernels
+from disassembly import Kernel, Loop, kernels
 from scenario import Case, Launch, Work, is_full, kernel_of, launch_of, walk_launch
 from walk import Lost, Trace
 
@@ -89,12 +89,18 @@ def check(counts: Counts) -> None:
 
 
 def element_loops(counts: Counts) -> set[int]:
-    """The instructions of innermost loops over classes: those that read or write 16 bytes, or take exps."""
+    """The instructions of the shortest loops that read or write 16 bytes, or take exps: not those of loops inside."""
     place = {i.address: n for n, i in enumerate(counts.kernel.instructions)}
-    found = set()
-    for loop in counts.kernel.innermost_loops:
-        if any(loop.count(name, wide=True) for name in ("LDS", "LDG", "STG")) or loop.count("MUFU.EX2") > 1:
-            found |= {place[i.address] for i in loop.instructions}
+    issued = counts.trace.issued
+    within: set[int] = set()  # addresses in loops so far
+    found: set[int] = set()
+    for loop in counts.kernel.loops:  # the shortest first
+        own = Loop([i for i in loop.instructions if i.address not in within and issued[place[i.address]]])
+        indices = {place[i.address] for i in own.instructions}
+        outer = found & {place[address] for address in loop.addresses}
+        if not outer and (any(own.count(n, wide=True) for n in ("LDS", "LDG", "STG")) or own.count("MUFU.EX2") > 1):
+            found |= indices
+        within |= loop.addresses
     return found
 
 

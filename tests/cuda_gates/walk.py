@@ -25,6 +25,11 @@ TOGETHER = {"LDG", "LDS", "LD", "STG", "ST", "SHFL", "BAR", "LDSM", "LDGSTS", "R
 ENDS = {"EXIT", "KILL", "BPT", "RET"}
 
 
+def works_together(instruction: Instruction) -> bool:
+    """Whether all lanes read, write or exchange something here; 16 bits are a class that is taken alone."""
+    return instruction.base in TOGETHER and ".U16" not in instruction.opcode
+
+
 class Lost(Exception):
     """The walk does not know where to go on."""
 
@@ -101,7 +106,7 @@ class Graph:
         straight = min(sides, key=looped.get)
         if any(looped.values()) and not looped[straight] and len(own[straight]) >= SHORT:
             return straight
-        working = [node for node in sides if {self.code[i].base for i in own[node]} & TOGETHER]
+        working = [node for node in sides if any(works_together(self.code[i]) for i in own[node])]
         if len(working) == 1:
             return working[0]
         if len(working) == 2 and all(looped.values()):
