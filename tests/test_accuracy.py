@@ -5,6 +5,7 @@ root mean square by half an ulp.  A loss is good to 1e-6 of itself, or as good a
 are 1 minus a ratio, to 2 ulps of 1.
 """
 
+import math
 from functools import lru_cache
 
 import helpers
@@ -112,6 +113,49 @@ def test_half_precision_computes_in_float32(fused, name, dtype):
     assert ((grad.double() - exact_grad).abs() <= 1.01 * helpers.EPS[dtype] * exact_grad.abs() + 1e-7).all()
     assert (plain.double() - exact).abs().max() > 100 * (loss - exact).abs().max()
     assert (plain_grad.double() - exact_grad).abs().max() > (grad.double() - exact_grad).abs().max()
+
+
+@lru_cache(maxsize=8)
+def rows_with_large_classes(classes, dtype):
+    """Wrong classes of any size besides many small ones: p from 1 - 1e-6 to below the clamp, and around 2^-8."""
+    generator = helpers.generator(classes)
+    near = torch.linspace(-0.1, 0.1, 24)
+    alike = [(near - 3.3).tolist(), (near.repeat(11) - 5.6).tolist()]  # each at the gradient's change of sign
+    few = [[-1e-6], [-0.02, -5.6, -5.62], [-0.7, -0.8], [-5.4, -5.5, -5.6], [-15.8, -16.1, -16.4]]
+    tops = [*few, [-1.0, -3.0, -5.0, -7.0, -9.0], [], *alike]
+    spreads = [0.3, 0.3, 1.0, 0.3, 1.0, 2.0, 3.0, 0.3, 0.3]
+    values, labels = torch.empty(len(tops), classes, dtype=torch.float64), torch.arange(len(tops)) * (classes // 9)
+    for row, top, spread in zip(values, tops, spreads):
+        row.copy_(spread * torch.randn(classes, generator=generator, dtype=torch.float64))
+        left = 1 - sum(math.exp(log_p) for log_p in top)
+        row += math.log(left) - row.logsumexp(0)
+        if len(top) in (1, 3, 24, 264):
+            row -= 12  # most classes below the clamp
+        row[torch.randperm(classes, generator=generator)[: len(top)]] = torch.tensor(top, dtype=torch.float64)
+    values[torch.arange(len(tops)), labels] = -6.0  # p of the target is above the clamp, and NNFL sees the others' sum
+    return (values + 3.0).to(dtype), labels
+
+
+@pytest.mark.few(gamma=[0.5], terms=["nfl+nnfl"], tier="thorough")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=helpers.dtype_id)
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 2.5, 4.0])
+@pytest.mark.parametrize("terms", ["nfl+nnfl", "nnfl", "nfl"])
+def test_focal_weights_in_half_precision(fused, terms, gamma, dtype):
+    """Also where (1 - p)^gamma is a series in p: what is left out of it is below a rounding."""
+    scale = 1024.0  # few gradients of float16 are subnormal
+    relative, ones = 4e-6 if "nfl" in terms.split("+") else 1e-6, scale if "nnfl" in terms else 0.0
+    terms = tuple((scale, term, {"gamma": gamma}) for term in terms.split("+"))
+    for classes, min_prob in fused.few(((2500, 1e-7), (5003, 1e-7), (5000, 1e-5)), 2):
+        values, labels = rows_with_large_classes(classes, dtype)
+        exact, exact_grad = oracle.loss_and_grad(values, labels, terms, reduction="none", min_prob=min_prob)
+        largest = exact_grad.abs().amax(1, keepdim=True)
+        allowed = 1.02 * helpers.EPS[dtype] * exact_grad.abs() + 2e-6 * largest + (dtype == torch.float16) * 2.0**-25
+        knobs = dict(min_prob=min_prob, backend=fused.name)
+        for reduction in ("none", "sum"):  # the gradient later, and in one pass
+            loss, grad = helpers.calculate(values, labels, helpers.expression(terms), reduction=reduction, **knobs)
+            assert ((grad.double() - exact_grad).abs() <= allowed).all()
+            if reduction == "none":
+                assert ((loss - exact).abs() <= relative * exact.abs() + 2 * ULP * ones).all()
 
 
 def test_float64_is_float64(fused):

@@ -113,16 +113,20 @@ def test_rows_of_one_large_number_alone(backend, name, dtype):
         helpers.check(values, labels, EXPRESSIONS[name], reduction="sum", backend=backend.name)
 
 
-@pytest.mark.few(name=["anl_ce"])
+@pytest.mark.few(name=["anl_ce", "anl_fl"])
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
-@pytest.mark.parametrize("name", ["ce", "anl_ce", "nce+rce"])
-def test_rows_far_from_zero(backend, name, layout):
+@pytest.mark.parametrize("name", ["ce", "anl_ce", "anl_fl", "nce+rce"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_rows_far_from_zero(backend, name, dtype, layout):
     """What all logits have in common leaves nothing behind, though sums with it are rounded to 1/8."""
+    steps, step, offsets = (
+        (80, 0.25, (0.0, 1e4, -1e5, 2e6)) if dtype == torch.float32 else (2, 16.0, (0, 1600, -3008, 3008))
+    )
     for classes in backend.few((5, 211, 5003), 2):
-        values = torch.randint(-80, 1, (4, classes), generator=helpers.generator(0)) / 4.0
-        values += torch.tensor([0.0, 1e4, -1e5, 2e6]).unsqueeze(1).round()
-        logits, labels = helpers.lay_out(layout, values, torch.arange(4) * (classes // 5))
-        helpers.check(logits, labels, EXPRESSIONS[name], reduction="none", backend=backend.name)
+        values = torch.randint(-steps, 1, (4, classes), generator=helpers.generator(0)) * step
+        values += torch.tensor(offsets).unsqueeze(1)
+        logits, labels = helpers.lay_out(layout, values.to(dtype), torch.arange(4) * (classes // 5))
+        helpers.check(logits, labels, EXPRESSIONS[name], reduction="sum", backend=backend.name)
 
 
 @pytest.mark.few(dtype=[torch.float32])

@@ -51,7 +51,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   if (first_thread) shared.y = live.y;
 
   auto sums = none<AnchoredSums<T, FULL>>();
-  part.first_sweep(sums, [&](const auto& f) { chip.each(part, false, f); });
+  part.first_sweep(program, sums, [&](const auto& f) { chip.each(part, false, f); });
   add_edge(sums, edge);
   const auto of_cta = block_merge<typename Memory::First>(sums, shared.first);
   if (first_warp) {
@@ -70,7 +70,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     if (shared.sweeps_again) {
       auto second = none<SecondSums<Scalar<T>, FULL>>();
       const RowSweep<T, FULL> sweep = shared.sweep;
-      part.second_sweep(second, sweep, [&](const auto& f) { chip.each(part, false, f); });
+      part.second_sweep(second, sweep, shared.all_exist, [&](const auto& f) { chip.each(part, false, f); });
       add_edge(second, sweep, edge);
       const auto second_of_cta = block_merge<typename Memory::Second>(second, shared.second);
       if (first_warp) {

@@ -4,7 +4,7 @@
 // after it are the edges, one per thread. A thread takes several packs at a time, so that their exps are independent.
 #pragma once
 
-#include "packed_sweeps.cuh"
+#include "packed_focal.cuh"
 #include "results.cuh"
 
 namespace anl {
@@ -17,9 +17,9 @@ constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 8 : 4;  // that
 template <class S, bool FULL>
 constexpr int FULL_PACKS = sizeof(S) == 8 ? TILE_PACKS<S> : sizeof(S) == 4 ? (FULL ? 4 : TILE_PACKS<S>) : FULL ? 2 : 1;
 
-// Whether lean kernels sweep over words of two classes.
-template <class S, bool FULL>
-constexpr bool IS_PACKED = !FULL && sizeof(S) == 2;
+// Whether sweeps are over words of two classes, those of full kernels where the loss and the row allow it.
+template <class S>
+constexpr bool IS_PACKED = sizeof(S) == 2;
 
 template <int U>
 struct Count {
@@ -140,19 +140,16 @@ struct GlobalRowPart {
 
   // The sums of the thread's packs. each_chunk(f): f(begin, end, packs) for all of them; pack i is packs.load(i).
   template <bool FULL, class EachChunk>
-  ANL_DEVICE void first_sweep(AnchoredSums<T, FULL>& sums, const EachChunk& each_chunk) const {
-    if constexpr (IS_PACKED<S, FULL>) {
-      PackedFirstSweep<S> sweep;
-      each_chunk([&](int begin, int end, const auto& packs) {
-        each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i, bool inside) {
-          constexpr int U = decltype(count)::value;
-          uint32_t words[U * 4];
-          load_words<U>(i, inside, packs, words);
-          sweep.add(words, inside, target_in<U>(i), [&](const auto& add) { each_other<U>(i, packs, add); });
-        });
-      });
-      sums = sweep.result();
-    } else {
+  ANL_DEVICE void first_sweep(const Program& program, AnchoredSums<T, FULL>& sums, const EachChunk& each_chunk) const {
+    if constexpr (IS_PACKED<S>) {
+      if (!FULL || !(program.needs & NEED_SQUARES)) {
+        PackedFirstSweep<S> sweep;
+        add_words(sweep, each_chunk);
+        sums = as_sums_of<FULL>(sweep.result());
+        return;
+      }
+    }
+    if constexpr (FULL || !IS_PACKED<S>) {
       each_chunk([&](int begin, int end, const auto& packs) {
         each_tile<FULL_PACKS<S, FULL>>(begin, end, [&](auto count, int i, bool inside) {
           if (!inside) return;
@@ -164,30 +161,41 @@ struct GlobalRowPart {
     }
   }
 
-  // f(z), as it is stored, for the classes of U packs besides the target, in few instructions.
+  // Of the thread's packs, sweep.add(words, ...).
+  template <class Sweep, class EachChunk>
+  ANL_DEVICE void add_words(Sweep& sweep, const EachChunk& each_chunk) const {
+    each_chunk([&](int begin, int end, const auto& packs) {
+      each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i, bool inside) {
+        constexpr int U = decltype(count)::value;
+        uint32_t words[U * 4];
+        load_words<U>(i, inside, packs, words);
+        sweep.add(words, inside, target_in<U>(i), [&](const auto& add) { each_other<U>(i, packs, add); });
+      });
+    });
+  }
+
+  // f(j, z), z as it is stored, for the classes of U packs besides the target, in few instructions.
   template <int U, class Packs, class F>
   ANL_DEVICE void each_other(int i, const Packs& packs, const F& f) const {
 #pragma unroll 1
     for (int j = 0; j < U * P; ++j)
-      if (j != target_in<U>(i)) f(packs.element((i + j / P * WARP) * P + j % P));
+      if (j != target_in<U>(i)) f(j, packs.element((i + j / P * WARP) * P + j % P));
   }
 
+  // all_exist: no class of the row is missing.
   template <bool FULL, class EachChunk>
-  ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T, FULL>& row,
+  ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T, FULL>& row, bool all_exist,
                                const EachChunk& each_chunk) const {
-    if constexpr (IS_PACKED<S, FULL>) {
+    if constexpr (IS_PACKED<S> && FULL) {
+      if (row.classes.focal && !row.classes.mass && all_exist && FocalSeries::fits(row.classes, row.max)) {
+        PackedFocalSweep<S> sweep(row, sums);
+        add_words(sweep, each_chunk);
+        return sweep.finish();
+      }
+    } else if constexpr (IS_PACKED<S>) {
       if (row.by_bound()) {
-        const PackedSecondSweep<S> sweep(row.bound);
-        return each_chunk([&](int begin, int end, const auto& packs) {
-          each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i, bool inside) {
-            constexpr int U = decltype(count)::value;
-            uint32_t words[U * 4];
-            load_words<U>(i, inside, packs, words);
-            if (has_target<U>(i)) put_half(words, target_in<U>(i), twice(Format<S>::LOWEST));
-            __syncwarp();
-            sweep.add(sums, words, inside);
-          });
-        });
+        PackedSecondSweep<S> sweep = {sums, PackedHeights<S>(row.bound)};
+        return add_words(sweep, each_chunk);
       }
     }
     row.run(sums, [&](const auto& add) {
@@ -202,7 +210,7 @@ struct GlobalRowPart {
     });
   }
 
-  // The gradient of every class but the edges. all_exist: no class of the row is missing.
+  // The gradient of every class but the edges.
   // whole_packs: the gradient's packs are aligned as the logits' are.
   template <bool FULL, Cache C, class EachChunk>
   ANL_DEVICE void write_gradient(const Program& program, const RowGradient<T, FULL>& gradient, bool all_exist,
@@ -210,10 +218,13 @@ struct GlobalRowPart {
     if (!whole_packs) return write_elements<FULL>(program, gradient, each_chunk);
     const S target_value = narrow<S>(gradient.row.target);
     const auto write_parts = [&](auto parts) {
-      const auto replace = [&](auto& words) { replace_each<decltype(parts)::value>(gradient, words); };
+      const auto replace = [&](auto& words, bool, const auto&) { replace_each<decltype(parts)::value>(gradient, words); };
       write_packs<C, FULL_PACKS<S, FULL>>(replace, target_value, each_chunk);
     };
-    if constexpr (IS_PACKED<S, FULL>) {
+    if constexpr (IS_PACKED<S> && FULL) {
+      if (needs_focal(program) && all_exist && FocalSeries::fits(gradient.row, gradient.max))
+        return write_packs<C, TILE_PACKS<S>>(PackedFocalGradient<S>(gradient), target_value, each_chunk);
+    } else if constexpr (IS_PACKED<S>) {
       constexpr int TILE = TILE_PACKS<S>;
       const bool plain = all_exist && !gradient.exps.is_far(), needs_exact = PackedGradient<S, false>::needs_exact(gradient);
       if (int(plain) & int(!needs_exact))
@@ -225,7 +236,7 @@ struct GlobalRowPart {
     by_parts<FULL>(program, write_parts);
   }
 
-  // replace(words): the gradient in the place of the logits.
+  // replace(words, inside, each): the gradient in the place of the logits; each(f) calls f(j, z) for all but the target.
   template <Cache C, int TILE, class Replace, class EachChunk>
   ANL_DEVICE void write_packs(const Replace& replace, S target_value, const EachChunk& each_chunk) const {
     each_chunk([&](int begin, int end, const auto& packs) {
@@ -233,7 +244,7 @@ struct GlobalRowPart {
         constexpr int U = decltype(count)::value;
         uint32_t words[U * 4];
         load_words<U>(i, inside, packs, words);
-        replace(words);
+        replace(words, inside, [&](const auto& f) { each_other<U>(i, packs, f); });
         if (has_target<U>(i)) put<U>(words, target_in<U>(i), target_value);
         if (!inside) return;
 #pragma unroll

@@ -33,7 +33,7 @@ struct PackedFirstSweep {
   uint32_t high = twice(Format<S>::MINUS_INF), low = twice(Format<S>::INF), limit = high;
 
   // W words of classes. target: which of them is the target, or below 0. Where a class of the warp's does not exist, or
-  // one is FAR, one_by_one(add) calls add(z) for the lane's classes besides the target instead.
+  // one is FAR, one_by_one(add) calls add(j, z) for the lane's classes besides the target instead.
   template <int W, class F>
   ANL_DEVICE void add(uint32_t (&words)[W], bool inside, int target, const F& one_by_one) {
     const bool any_target = __any_sync(ALL_LANES, target >= 0);
@@ -48,7 +48,7 @@ struct PackedFirstSweep {
         above2<S>(smallest, twice(Format<S>::FAR_BELOW)) & ~above2<S>(largest, twice(Format<S>::FAR_ABOVE));
     const uint32_t beyond = above2<S>(largest, limit);
     if (__any_sync(ALL_LANES, inside && near != twice(Format<S>::ONE))) {
-      if (inside) one_by_one([&](S z) { add_one(z); });
+      if (inside) one_by_one([&](int, S z) { add_one(z); });
       __syncwarp();
       shift = quad(about(base).shift);
       return;
@@ -110,19 +110,25 @@ struct PackedFirstSweep {
   }
 };
 
-// Of losses that do not ask for the mass below the clamp.
+// The largest number, as it is stored, that is not above x; finite.
 template <class S>
-struct PackedSecondSweep {
+ANL_DEVICE S stored_below(float x) {
+  S down = narrow<S>(x);
+  if (widen(down) > x) down.bits += down.bits & 0x8000 ? 1 : down.bits & 0x7fff ? -1 : 0x8001;
+  return down.bits == Format<S>::MINUS_INF ? S{Format<S>::LOWEST} : down;
+}
+
+// The heights of classes above the clamp.
+template <class S>
+struct PackedHeights {
   using Sums = SecondSums<Scalar<float>, false>;
 
   const uint32_t both = halves<S>();
   uint32_t bound;  // the largest of the stored numbers that are not above the clamp
   float low, lift; // the same, and how far above it the clamp is
 
-  ANL_DEVICE explicit PackedSecondSweep(float clamp_bound) {
-    S down = narrow<S>(clamp_bound);
-    if (widen(down) > clamp_bound) down.bits += down.bits & 0x8000 ? 1 : down.bits & 0x7fff ? -1 : 0x8001;
-    if (down.bits == Format<S>::MINUS_INF) down.bits = Format<S>::LOWEST;
+  ANL_DEVICE explicit PackedHeights(float clamp_bound) {
+    const S down = stored_below<S>(clamp_bound);
     bound = twice(down.bits);
     low = widen(down);
     lift = clamp_bound - low;
@@ -149,6 +155,20 @@ struct PackedSecondSweep {
   }
 };
 
+// Of losses that ask for no more.
+template <class S>
+struct PackedSecondSweep {
+  typename PackedHeights<S>::Sums& sums;
+  const PackedHeights<S> heights;
+
+  template <int W, class F>
+  ANL_DEVICE void add(uint32_t (&words)[W], bool inside, int target, const F&) const {
+    if (target >= 0) put_half(words, target, twice(Format<S>::LOWEST));
+    __syncwarp();
+    heights.add(sums, words, inside);
+  }
+};
+
 // The gradient of classes that all exist. EXACT: what multiplies the exps depends on the clamp, too, or what is added for
 // classes above it is a small difference. Else two parts of each factor are enough for a gradient of 16 bits.
 template <class S, bool EXACT>
@@ -166,7 +186,7 @@ struct PackedGradient {
   }
 
   ANL_DEVICE explicit PackedGradient(const RowGradient<float, false>& g)
-      : bound(PackedSecondSweep<S>(g.bound).bound), shift(quad(g.exps.shift)), offset(quad(g.row.offset)),
+      : bound(twice(stored_below<S>(g.bound).bits)), shift(quad(g.exps.shift)), offset(quad(g.row.offset)),
         more_offset(diagonals_of_above<S, PARTS>(g.row.offset_above - g.row.offset)) {
     if constexpr (EXACT) {
       slope = quad(g.row.slope);
@@ -177,8 +197,8 @@ struct PackedGradient {
   }
 
   // The gradient in the place of the logits.
-  template <int W>
-  ANL_DEVICE void operator()(uint32_t (&words)[W]) const {
+  template <int W, class F>
+  ANL_DEVICE void operator()(uint32_t (&words)[W], bool, const F&) const {
 #pragma unroll
     for (int j = 0; j < W; j += 2) {
       const uint32_t a = above2<S>(words[j], bound), b = above2<S>(words[j + 1], bound);

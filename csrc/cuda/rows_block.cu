@@ -8,9 +8,10 @@ namespace anl {
 namespace gpu {
 namespace {
 
-constexpr int MAX_THREADS = 256;
-constexpr int MAX_WARPS = MAX_THREADS / WARP;
-constexpr int REGISTERS = 128;              // per thread at most; of float64, twice as many
+// Of logits of `size` bytes. Two CTAs fit a multiprocessor, of float64 one.
+constexpr int max_threads(bool full, int size) { return full && size == 2 ? 192 : 256; }
+constexpr int max_registers(bool full, int size) { return size == 8 ? 256 : full && size == 2 ? 168 : 128; }
+constexpr int MAX_WARPS = 256 / WARP;
 constexpr int PACKS_PER_THREAD = 24;        // at most, and half as many at least: what every warp does per row, few do
 constexpr int64_t MOST_CTAS = 32;           // that a multiprocessor holds
 constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides the row
@@ -38,7 +39,7 @@ struct BlockChip {
 };
 
 template <class S, bool FULL>
-__global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(max_threads(FULL, sizeof(S)), sizeof(S) == 8 ? 1 : 2)
     rows_block_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   using Memory = RowMemory<S, FULL, MAX_WARPS>;
@@ -88,10 +89,12 @@ bool fits_block(const Call& call, const Limits& limits, int ctas) { return ctas_
 Plan plan_block(const Call& call, const Limits& limits) {
   Plan plan = {};
   plan.kernel = Kernel::BLOCK;
-  plan.threads = threads_for(row_bytes(call) / PACK_BYTES / PACKS_PER_THREAD, MAX_THREADS, limits);
+  const bool full = takes_full(call);
+  const int size = int(logit_bytes(call));
+  plan.threads = threads_for(row_bytes(call) / PACK_BYTES / PACKS_PER_THREAD, max_threads(full, size), limits);
   plan.cluster = 1;
   plan.shared_bytes = row_bytes(call);
-  const int64_t registers = plan.threads * REGISTERS * (logit_bytes(call) == 8 ? 2 : 1);
+  const int64_t registers = plan.threads * max_registers(full, size);
   const int64_t ctas = std::min({ctas_for(call, limits), MOST_CTAS, limits.registers / registers});
   plan.blocks = plan.loss_parts = std::min(rows_of(call), limits.num_sms * std::max<int64_t>(1, ctas));
   plan.block = {equally_aligned(call)};

@@ -204,14 +204,14 @@ struct SplitRows {
     const auto kept = [&](const auto& f) { f(0, part.packs, GlobalPacks<S, Cache::KEEP>{part.logits}); };
     if (item.phase == FIRST) {
       auto sums = none<AnchoredSums<T, FULL>>();
-      part.first_sweep(sums, kept);
+      part.first_sweep(p.call.program, sums, kept);
       add_edge(sums, part.edge_logit());
       const auto all = block_merge<typename Scratch<T, FULL>::First>(sums, shared.first);
       if (threadIdx.x == 0) scratch.first[at] = all;
     } else if (item.phase == SECOND) {
       auto sums = none<SecondSums<Scalar<T>, FULL>>();
       const RowSweep<T, FULL> sweep = scratch.rows[r].sweep;
-      part.second_sweep(sums, sweep, kept);
+      part.second_sweep(sums, sweep, scratch.rows[r].all_exist, kept);
       add_edge(sums, sweep, part.edge_logit());
       const auto all = block_merge<typename Scratch<T, FULL>::Second>(sums, shared.second);
       if (threadIdx.x == 0) scratch.second[at] = all;

@@ -227,6 +227,23 @@ ANL_DEVICE SecondSums<Scalar<B>, FULL> convert(const SecondSums<Scalar<A>, FULL>
   return out;
 }
 
+// A lean kernel's sums as those of a full one, for losses that do not look at the squares.
+template <bool FULL>
+ANL_DEVICE AnchoredSums<float, FULL> as_sums_of(const AnchoredSums<float, false>& s) {
+  if constexpr (!FULL) {
+    return s;
+  } else {
+    auto out = none<AnchoredSums<float, true>>();
+    out.max = s.max;
+    out.min = s.min;
+    const float tail = s.sums.of[TAIL] * s.exps().correction(s.anchor());
+    out.sums.of[TAIL] = s.max > -float(INF) && tail < 1.0f ? 1.0f : tail;  // the largest logit's is 1, whatever was rounded
+    out.sums.of[GAP] = s.sums.of[GAP];
+    out.sums.of[COUNT] = s.sums.of[COUNT];
+    return out;
+  }
+}
+
 struct Merge {
   template <class A, bool FULL>
   ANL_DEVICE AnchoredSums<A, FULL> operator()(AnchoredSums<A, FULL> a, AnchoredSums<A, FULL> b) const {

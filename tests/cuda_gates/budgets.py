@@ -34,6 +34,6 @@ BUDGETS = (
     Budget("small 10", "rows_small_kernel", Case(classes=10, rows=1 << 23), 120, 120, 60, 4, 16),
     Budget("spatial 21", "spatial_kernel", Case(classes=21, rows=16 * PIXELS, pixels=PIXELS), 50, 50, 32),
     Budget("gradient", "rows_gradient_kernel", Case(classes=128256, gradient_alone=True), 12, 12, 8),
-    Budget("cluster ANL-FL", "rows_cluster_kernel", Case(loss="anl_fl", classes=128256), 91, 32, 24, 5.2),
+    Budget("cluster ANL-FL", "rows_cluster_kernel", Case(loss="anl_fl", classes=128256), 32, 32, 24, 3.1),
 )
 MOST_GPU_MEMBARS = 0  # in rows_cluster's loops

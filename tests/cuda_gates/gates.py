@@ -11,7 +11,7 @@ ELEMENTS = {"float": 4, "half_t": 8, "bfloat16_t": 8, "double": 2}  # of 16 byte
 # Registers a thread may have: 65536 a multiprocessor, over the threads that are to be on it together.
 REGISTERS = {
     "rows_small_kernel": 128,
-    "rows_block_kernel": 128,
+    "rows_block_kernel": 168,  # two CTAs of 192 threads; most take 256 of 128
     "rows_cluster_kernel": 168,  # at most 384 threads a multiprocessor: its rows take the shared memory
     "rows_split_kernel": 168,  # two CTAs of 192 threads
     "rows_gradient_kernel": 128,
