@@ -37,7 +37,7 @@ struct ChipRow {
   bool writes;  // the CTA writes what is kept of the row
 };
 
-// chip.each(part, is_last, f): f(begin, end, packs) for the part's packs (GlobalRowPart);
+// chip.walk(part, is_last): over the part's packs (PlainWalk);
 // chip.merge_first(own), chip.merge_second(own): in warp 0, the sums of all CTAs that share the row.
 template <class S, bool FULL, class Chip, class Memory>
 ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalRowPart<S>& part, Chip& chip,
@@ -51,7 +51,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   if (first_thread) shared.y = live.y;
 
   auto sums = none<AnchoredSums<T, FULL>>();
-  part.first_sweep(program, sums, [&](const auto& f) { chip.each(part, false, f); });
+  part.first_sweep(program, sums, chip.walk(part, false));
   add_edge(sums, edge);
   const auto of_cta = block_merge<typename Memory::First>(sums, shared.first);
   if (first_warp) {
@@ -70,7 +70,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     if (shared.sweeps_again) {
       auto second = none<SecondSums<Scalar<T>, FULL>>();
       const RowSweep<T, FULL> sweep = shared.sweep;
-      part.second_sweep(second, sweep, shared.all_exist, [&](const auto& f) { chip.each(part, false, f); });
+      part.second_sweep(second, sweep, shared.all_exist, chip.walk(part, false));
       add_edge(second, sweep, edge);
       const auto second_of_cta = block_merge<typename Memory::Second>(second, shared.second);
       if (first_warp) {
@@ -97,11 +97,11 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   }
   __syncthreads();
   const RowGradient<T, FULL> gradient = shared.gradient;
-  const auto last_sweep = [&](const auto& f) { chip.each(part, true, f); };
+  const auto last_walk = chip.walk(part, true);
   if (part.grad)
-    part.template write_gradient<FULL, Cache::STREAM>(program, gradient, shared.all_exist, live.packs, last_sweep);
+    part.template write_gradient<FULL, Cache::STREAM>(program, gradient, shared.all_exist, live.packs, last_walk);
   else
-    last_sweep([](int, int, const auto&) {});
+    last_walk.chunks([](int, int, const auto&) {});
   part.template write_edge<FULL>(program, gradient, edge);
 }
 

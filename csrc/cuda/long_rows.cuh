@@ -26,18 +26,6 @@ struct Count {
   static constexpr int value = U;
 };
 
-// f(Count<U>(), i, inside) for the packs i, i + WARP, ... (U of them) that are this thread's of [begin, end), as often for
-// all of a warp's lanes. Warps take whole tiles in turn, and what is left in turn, too: there, some lanes are not inside.
-template <int U, class F>
-ANL_DEVICE void each_tile(int begin, int end, const F& f) {
-  constexpr int TILE = U * WARP;
-  const int lane = int(lane_index()), warps = int(blockDim.x) / WARP, tiles = (end - begin) / TILE;
-  int tile = int(threadIdx.x) / WARP;
-  for (; tile < tiles; tile += warps) f(Count<U>(), begin + tile * TILE + lane, true);
-  const int rest = begin + tiles * TILE;
-  for (int i = rest + (tile - tiles) * WARP + lane; i - lane < end; i += warps * WARP) f(Count<1>(), i, i < end);
-}
-
 // Packs in shared memory.
 template <class S>
 struct SharedPacks {
@@ -51,6 +39,30 @@ struct GlobalPacks {
   const S* data;
   ANL_DEVICE uint4 load(int i) const { return load16<C>(data + int64_t(i) * PACK<S>); }
   ANL_DEVICE S element(int j) const { return data[j]; }
+};
+
+// A walk over packs in one place. Like any walk, it has
+// tiles<U>(f): f(Count<U>(), i, inside, packs) for the packs i, i + WARP, ... (U of them) that are the thread's, as often
+// for all of a warp's lanes. Warps take whole tiles in turn, and what is left in turn, too: there, some lanes are not inside.
+// chunks(f): f(begin, end, packs) for all of them, some at a time.
+template <class Packs>
+struct PlainWalk {
+  Packs packs;
+  int count;
+
+  template <int U, class F>
+  ANL_DEVICE void tiles(const F& f) const {
+    constexpr int TILE = U * WARP;
+    const int lane = int(lane_index()), warps = int(blockDim.x) / WARP, tiles = count / TILE;
+    int tile = int(threadIdx.x) / WARP;
+    for (; tile < tiles; tile += warps) f(Count<U>(), tile * TILE + lane, true, packs);
+    const int rest = tiles * TILE;
+    for (int i = rest + (tile - tiles) * WARP + lane; i - lane < count; i += warps * WARP) f(Count<1>(), i, i < count, packs);
+  }
+  template <class F>
+  ANL_DEVICE void chunks(const F& f) const {
+    f(0, count, packs);
+  }
 };
 
 // Packs [first, first + packs) of a row's body and, if `edges`, the row's edges.
@@ -138,39 +150,35 @@ struct GlobalRowPart {
   }
   ANL_DEVICE unsigned packs_to_target(int i) const { return unsigned(target - i * P) / P; }
 
-  // The sums of the thread's packs. each_chunk(f): f(begin, end, packs) for all of them; pack i is packs.load(i).
-  template <bool FULL, class EachChunk>
-  ANL_DEVICE void first_sweep(const Program& program, AnchoredSums<T, FULL>& sums, const EachChunk& each_chunk) const {
+  // The sums of the thread's packs.
+  template <bool FULL, class Walk>
+  ANL_DEVICE void first_sweep(const Program& program, AnchoredSums<T, FULL>& sums, const Walk& walk) const {
     if constexpr (IS_PACKED<S>) {
       if (!FULL || !(program.needs & NEED_SQUARES)) {
         PackedFirstSweep<S> sweep;
-        add_words(sweep, each_chunk);
+        add_words(sweep, walk);
         sums = as_sums_of<FULL>(sweep.result());
         return;
       }
     }
     if constexpr (FULL || !IS_PACKED<S>) {
-      each_chunk([&](int begin, int end, const auto& packs) {
-        each_tile<FULL_PACKS<S, FULL>>(begin, end, [&](auto count, int i, bool inside) {
-          if (!inside) return;
-          T z[decltype(count)::value * P];
-          load_others<decltype(count)::value>(i, packs, z);
-          add_tile(sums, z);
-        });
+      walk.template tiles<FULL_PACKS<S, FULL>>([&](auto count, int i, bool inside, const auto& packs) {
+        if (!inside) return;
+        T z[decltype(count)::value * P];
+        load_others<decltype(count)::value>(i, packs, z);
+        add_tile(sums, z);
       });
     }
   }
 
   // Of the thread's packs, sweep.add(words, ...).
-  template <class Sweep, class EachChunk>
-  ANL_DEVICE void add_words(Sweep& sweep, const EachChunk& each_chunk) const {
-    each_chunk([&](int begin, int end, const auto& packs) {
-      each_tile<TILE_PACKS<S>>(begin, end, [&](auto count, int i, bool inside) {
-        constexpr int U = decltype(count)::value;
-        uint32_t words[U * 4];
-        load_words<U>(i, inside, packs, words);
-        sweep.add(words, inside, target_in<U>(i), [&](const auto& add) { each_other<U>(i, packs, add); });
-      });
+  template <class Sweep, class Walk>
+  ANL_DEVICE void add_words(Sweep& sweep, const Walk& walk) const {
+    walk.template tiles<TILE_PACKS<S>>([&](auto count, int i, bool inside, const auto& packs) {
+      constexpr int U = decltype(count)::value;
+      uint32_t words[U * 4];
+      load_words<U>(i, inside, packs, words);
+      sweep.add(words, inside, target_in<U>(i), [&](const auto& add) { each_other<U>(i, packs, add); });
     });
   }
 
@@ -183,53 +191,51 @@ struct GlobalRowPart {
   }
 
   // all_exist: no class of the row is missing.
-  template <bool FULL, class EachChunk>
+  template <bool FULL, class Walk>
   ANL_DEVICE void second_sweep(SecondSums<Scalar<T>, FULL>& sums, const RowSweep<T, FULL>& row, bool all_exist,
-                               const EachChunk& each_chunk) const {
+                               const Walk& walk) const {
     if constexpr (IS_PACKED<S> && FULL) {
       if (row.classes.focal && !row.classes.mass && all_exist && FocalSeries::fits(row.classes, row.max)) {
         PackedFocalSweep<S> sweep(row, sums);
-        add_words(sweep, each_chunk);
+        add_words(sweep, walk);
         return sweep.finish();
       }
     } else if constexpr (IS_PACKED<S>) {
       if (row.by_bound()) {
         PackedSecondSweep<S> sweep = {sums, PackedHeights<S>(row.bound)};
-        return add_words(sweep, each_chunk);
+        return add_words(sweep, walk);
       }
     }
     row.run(sums, [&](const auto& add) {
-      each_chunk([&](int begin, int end, const auto& packs) {
-        each_tile<FULL_PACKS<S, FULL>>(begin, end, [&](auto count, int i, bool inside) {
-          if (!inside) return;
-          T z[decltype(count)::value * P];
-          load_others<decltype(count)::value>(i, packs, z);
-          add(z);
-        });
+      walk.template tiles<FULL_PACKS<S, FULL>>([&](auto count, int i, bool inside, const auto& packs) {
+        if (!inside) return;
+        T z[decltype(count)::value * P];
+        load_others<decltype(count)::value>(i, packs, z);
+        add(z);
       });
     });
   }
 
   // The gradient of every class but the edges.
   // whole_packs: the gradient's packs are aligned as the logits' are.
-  template <bool FULL, Cache C, class EachChunk>
+  template <bool FULL, Cache C, class Walk>
   ANL_DEVICE void write_gradient(const Program& program, const RowGradient<T, FULL>& gradient, bool all_exist,
-                                 bool whole_packs, const EachChunk& each_chunk) const {
-    if (!whole_packs) return write_elements<FULL>(program, gradient, each_chunk);
+                                 bool whole_packs, const Walk& walk) const {
+    if (!whole_packs) return write_elements<FULL>(program, gradient, walk);
     const S target_value = narrow<S>(gradient.row.target);
     const auto write_parts = [&](auto parts) {
       const auto replace = [&](auto& words, bool, const auto&) { replace_each<decltype(parts)::value>(gradient, words); };
-      write_packs<C, FULL_PACKS<S, FULL>>(replace, target_value, each_chunk);
+      write_packs<C, FULL_PACKS<S, FULL>>(replace, target_value, walk);
     };
     if constexpr (IS_PACKED<S> && FULL) {
       if (needs_focal(program) && all_exist && FocalSeries::fits(gradient.row, gradient.max))
-        return write_packs<C, TILE_PACKS<S>>(PackedFocalGradient<S>(gradient), target_value, each_chunk);
+        return write_packs<C, TILE_PACKS<S>>(PackedFocalGradient<S>(gradient), target_value, walk);
     } else if constexpr (IS_PACKED<S>) {
       constexpr int TILE = TILE_PACKS<S>;
       const bool plain = all_exist && !gradient.exps.is_far(), needs_exact = PackedGradient<S, false>::needs_exact(gradient);
       if (int(plain) & int(!needs_exact))
-        return write_packs<C, TILE>(PackedGradient<S, false>(gradient), target_value, each_chunk);
-      if (plain) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), target_value, each_chunk);
+        return write_packs<C, TILE>(PackedGradient<S, false>(gradient), target_value, walk);
+      if (plain) return write_packs<C, TILE / 2>(PackedGradient<S, true>(gradient), target_value, walk);
     } else if constexpr (!FULL) {
       if (all_exist && gradient.row.slope == gradient.row.slope_above) return write_parts(Parts<CLAMPED_OFFSET>());
     }
@@ -237,21 +243,19 @@ struct GlobalRowPart {
   }
 
   // replace(words, inside, each): the gradient in the place of the logits; each(f) calls f(j, z) for all but the target.
-  template <Cache C, int TILE, class Replace, class EachChunk>
-  ANL_DEVICE void write_packs(const Replace& replace, S target_value, const EachChunk& each_chunk) const {
-    each_chunk([&](int begin, int end, const auto& packs) {
-      each_tile<TILE>(begin, end, [&](auto count, int i, bool inside) {
-        constexpr int U = decltype(count)::value;
-        uint32_t words[U * 4];
-        load_words<U>(i, inside, packs, words);
-        replace(words, inside, [&](const auto& f) { each_other<U>(i, packs, f); });
-        if (has_target<U>(i)) put<U>(words, target_in<U>(i), target_value);
-        if (!inside) return;
+  template <Cache C, int TILE, class Replace, class Walk>
+  ANL_DEVICE void write_packs(const Replace& replace, S target_value, const Walk& walk) const {
+    walk.template tiles<TILE>([&](auto count, int i, bool inside, const auto& packs) {
+      constexpr int U = decltype(count)::value;
+      uint32_t words[U * 4];
+      load_words<U>(i, inside, packs, words);
+      replace(words, inside, [&](const auto& f) { each_other<U>(i, packs, f); });
+      if (has_target<U>(i)) put<U>(words, target_in<U>(i), target_value);
+      if (!inside) return;
 #pragma unroll
-        for (int u = 0; u < U; ++u)
-          store16<C>(grad + int64_t(i) * P + u * WARP * P,
-                     make_uint4(words[4 * u], words[4 * u + 1], words[4 * u + 2], words[4 * u + 3]));
-      });
+      for (int u = 0; u < U; ++u)
+        store16<C>(grad + int64_t(i) * P + u * WARP * P,
+                   make_uint4(words[4 * u], words[4 * u + 1], words[4 * u + 2], words[4 * u + 3]));
     });
   }
   template <unsigned PARTS, bool FULL, int W>
@@ -272,11 +276,11 @@ struct GlobalRowPart {
   }
 
   // Where the gradient's packs lie elsewhere than the logits': neighbouring threads take neighbouring classes.
-  template <bool FULL, class EachChunk>
+  template <bool FULL, class Walk>
   ANL_DEVICE void write_elements(const Program& program, const RowGradient<T, FULL>& gradient,
-                                 const EachChunk& each_chunk) const {
+                                 const Walk& walk) const {
     by_parts<FULL>(program, [&](auto parts) {
-      each_chunk([&](int begin, int end, const auto& packs) {
+      walk.chunks([&](int begin, int end, const auto& packs) {
         for (int j = begin * P + int(threadIdx.x); j < end * P; j += int(blockDim.x)) {
           const T value = gradient.template at<decltype(parts)::value>(widen(packs.element(j)));
           grad[j] = narrow<S>(j == target ? gradient.row.target : value);

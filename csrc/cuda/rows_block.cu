@@ -24,10 +24,7 @@ struct BlockChip {
     for (int i = threadIdx.x; i < part.packs; i += blockDim.x) copy_async16(packs + i, part.logits + int64_t(i) * PACK<S>);
     copy_async_commit();
   }
-  template <class F>
-  ANL_DEVICE void each(const GlobalRowPart<S>& part, bool, const F& f) const {
-    f(0, part.packs, SharedPacks<S>{packs});
-  }
+  ANL_DEVICE PlainWalk<SharedPacks<S>> walk(const GlobalRowPart<S>& part, bool) const { return {{packs}, part.packs}; }
   template <class Sums>
   ANL_DEVICE Sums merge_first(const Sums& own) const {
     return own;

@@ -4,7 +4,6 @@
 // it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell one
 // another what they have found by one message per sweep, which the receiver's barrier counts.
 #include "chip_rows.cuh"
-#include "chip_rows.cuh"
 #include "clusters.cuh"
 #include "plans.h"
 
@@ -17,7 +16,7 @@ constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
 constexpr int64_t STATIC_SHARED = 7 << 10;
-constexpr int CHUNK_PACKS = 8;    // per thread
+constexpr int CHUNK_PACKS = 8;    // per thread: a multiple of any tile's
 constexpr int FEWEST_CHUNKS = 4;                    // of such, in a ring; else there are shorter ones
 
 // Which chunk is copied next; thread 0's.
@@ -62,7 +61,7 @@ struct ClusterRows {
   const int64_t first_pack;  // of the body: this CTA's
   const int64_t num_clusters;
   int slot = 0;              // where the row's first chunk is
-  unsigned round = 0;
+  unsigned round = 0;        // 1 where that has been filled an even number of times
   int turn = 0;
 
   ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
@@ -127,16 +126,15 @@ struct ClusterRows {
       for (int s = 0; s < slots(); ++s) copy_next();
   }
 
-  // f(begin, end, packs) for every chunk of the row, which is waited for. `last`: this is the last sweep over them; chunks
-  // that follow take their places.
+  // f(end, packs) for every chunk of the row, which is waited for: packs up to `end`. `last`: this is the last walk over
+  // them; chunks that follow take their places.
   template <class F>
-  ANL_DEVICE void each(const Part& part, bool last, const F& f) {
-    int s = slot;
-    unsigned turns = round;
+  ANL_DEVICE void each_chunk(const Part& part, bool last, const F& f) {
+    int s = slot, ahead = slot * chunk();  // from a pack's place in the part to that in the ring
+    unsigned parity = round;
     for (int begin = 0; begin < part.packs; begin += chunk()) {
-      const int end = begin + chunk() < part.packs ? begin + chunk() : part.packs;
-      barrier_wait(&shared.filled[s], turns & 1);
-      f(begin, end, SharedPacks<S>{slot_data(s) - begin});
+      barrier_wait(&shared.filled[s], parity);
+      f(min(begin + chunk(), part.packs), SharedPacks<S>{reinterpret_cast<const uint4*>(ring) + ahead});
       if (last) {
         __syncwarp();
         if (lane_index() == 0) barrier_expect(&shared.emptied[s], 0);
@@ -144,15 +142,45 @@ struct ClusterRows {
       }
       if (++s == slots()) {
         s = 0;
-        ++turns;
+        parity ^= 1;
+        ahead -= slots() * chunk();
       }
     }
     if (!last) return;
     if (threadIdx.x == 0 && part.packs > 0) copy_next();
     slot = s;
-    round = turns;
+    round = parity;
     turn ^= 1;
   }
+
+  // Over the packs of a part (PlainWalk says what such has).
+  struct Walk {
+    ClusterRows& rows;
+    const Part& part;
+    const bool last;
+
+    template <int U, class F>
+    ANL_DEVICE void tiles(const F& f) const {
+      constexpr int TILE = U * WARP;
+      const int lane = int(lane_index()), step = int(blockDim.x) * U;
+      const int whole = rows.chunk() < step ? 0 : part.packs / TILE * TILE;  // packs, where chunks are whole tiles
+      int next = int(threadIdx.x) / WARP * TILE;  // the warp's; behind the whole ones, U times as far as it is
+      rows.each_chunk(part, last, [&](int end, const SharedPacks<S>& packs) {
+        for (; next < whole && next < end; next += step) f(Count<U>(), next + lane, true, packs);
+        if (next < whole) return;
+        for (int i; (i = whole + (next - whole) / U) < end; next += step) f(Count<1>(), i + lane, i + lane < end, packs);
+      });
+    }
+    template <class F>
+    ANL_DEVICE void chunks(const F& f) const {
+      int begin = 0;
+      rows.each_chunk(part, last, [&](int end, const SharedPacks<S>& packs) {
+        f(begin, end, packs);
+        begin = end;
+      });
+    }
+  };
+  ANL_DEVICE Walk walk(const Part& part, bool last) { return {*this, part, last}; }
 
   // ---- a row ---------------------------------------------------------------------------------------------------------
 
@@ -289,7 +317,11 @@ Plan plan_cluster(const Call& call, const Limits& limits) {
   plan.loss_parts = std::min(std::max<int64_t>(1, int64_t(limits.num_sms) * ctas / cluster), num_rows);
   plan.blocks = plan.loss_parts * cluster;
   plan.shared_bytes = ring.packs() * PACK_BYTES;
-  plan.ring = {ceil_div(packs, cluster), ring.chunk_packs, ring.slots, equally_aligned(call)};
+  // Whole tiles for all CTAs but the last, where that gives it little less.
+  constexpr int64_t TILE = TILE_PACKS<float> * WARP;
+  int64_t part = ceil_div(packs, cluster);
+  if (part > 8 * TILE && ceil_div(part, TILE) * TILE <= ring.packs()) part = ceil_div(part, TILE) * TILE;
+  plan.ring = {part, ring.chunk_packs, ring.slots, equally_aligned(call)};
   return plan;
 }
 

@@ -201,7 +201,7 @@ struct SplitRows {
   ANL_DEVICE void run_part(const Item& item, int64_t y) const {
     const int64_t r = item.row, at = first_part(r) + item.part;
     const Part part = part_of(item, y);
-    const auto kept = [&](const auto& f) { f(0, part.packs, GlobalPacks<S, Cache::KEEP>{part.logits}); };
+    const PlainWalk<GlobalPacks<S, Cache::KEEP>> kept = {{part.logits}, part.packs};
     if (item.phase == FIRST) {
       auto sums = none<AnchoredSums<T, FULL>>();
       part.first_sweep(p.call.program, sums, kept);
@@ -234,7 +234,7 @@ struct SplitRows {
     const Program& program = p.call.program;
     const RowGradient<T, FULL> gradient = row.gradient;
     const T edge = part.edge_logit();
-    const auto once = [&](const auto& f) { f(0, part.packs, GlobalPacks<S, Cache::STREAM>{part.logits}); };
+    const PlainWalk<GlobalPacks<S, Cache::STREAM>> once = {{part.logits}, part.packs};
     part.template write_gradient<FULL, Cache::STREAM>(program, gradient, row.all_exist, p.plan.split.packs, once);
     part.template write_edge<FULL>(program, gradient, edge);
   }

@@ -269,9 +269,10 @@ def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, last=False,
         total = Trace()
         for trace in warps:
             total.add(trace)
-        if launch.cluster > 1 and not alone:
-            for trace in walk_block(graph, kernel, binary, launch, arch, 1, case):
-                total.add(trace, launch.cluster - 1)
+        if launch.cluster > 1 and not alone:  # the first has edges, the last a shorter part
+            for block, times in ((1, launch.cluster - 2), (launch.cluster - 1, 1)):
+                for trace in walk_block(graph, kernel, binary, launch, arch, block, case) if times else ():
+                    total.add(trace, times)
         return Work(total, warps, case.elements / clusters)
 
     rows = case.rows / clusters
