@@ -1,4 +1,4 @@
-// Rows of few classes (K <= 1024; float64: 512): a batch of them in a CTA's shared memory, as they are stored.
+// Rows of few classes (K <= 2048; float64: 512): a batch of them in a CTA's shared memory, as they are stored.
 //
 // A group of lanes sweeps a row, and one thread has its scalar mathematics: thread i that of the batch's row i, so that a
 // warp does those of 32 rows at once. Logits are read once and the gradient, which takes their place in shared memory, is
@@ -217,9 +217,10 @@ bool contiguous_rows(const Call& call, const Strides& s) {
 
 }  // namespace
 
-// 1024 classes, float64 512, where a CTA has the 64K registers that every GPU gives it.
+// 2048 classes, float64 512, where a CTA has the 64K registers that every GPU gives it: the mathematics of longer rows is
+// little beside their sweeps.
 bool fits_small(const Call& call, const Limits& limits) {
-  return call.num_classes <= limits.registers / (call.dtype == FLOAT64 ? 128 : 64);
+  return call.num_classes <= limits.registers / (call.dtype == FLOAT64 ? 128 : 32);
 }
 
 // As many rows at a time as there are threads, and fewer, with more lanes each, where shared memory has no room for so many
@@ -233,7 +234,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   small.unit_bytes = in_packs ? int(PACK_BYTES) : int(std::max<int64_t>(size, 4));
   const auto lanes_for = [&](int64_t elements) { return std::min<int64_t>(32, power_of_two(ceil_div(K, elements))); };
   const int64_t single = std::min(wide ? MAX_THREADS<double> : MAX_THREADS<float>, limits.max_threads);
-  const bool one_cta = N * lanes_for(most) <= 2 * single;
+  const bool one_cta = N * power_of_two(ceil_div(K, most)) <= 2 * single;
   const int64_t slot_packs = ceil_div(K * size + (aligned ? 0 : PACK_BYTES - size), PACK_BYTES) | 1;
   const int64_t row_bytes = slot_packs * PACK_BYTES;
   int64_t lanes = one_cta ? std::clamp<int64_t>(single / power_of_two(N), 1, lanes_for(8)) : 1;

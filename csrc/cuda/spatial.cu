@@ -12,9 +12,10 @@ namespace gpu {
 namespace {
 
 constexpr int MAX_THREADS = 256;
-// Registers are for so many of a multiprocessor's threads: 640, with 96 each; 512 where more is kept of a row.
+// Registers are for so many of a multiprocessor's threads: 640, with 96 each; 512 where more is kept of a row, or of pairs
+// of float32.
 template <class S, bool FULL>
-constexpr int THREADS_HELD = sizeof(S) == 8 ? MAX_THREADS : FULL ? 512 : 640;
+constexpr int THREADS_HELD = sizeof(S) == 8 ? MAX_THREADS : FULL || sizeof(S) == 4 ? 512 : 640;
 template <class S>
 constexpr int CTAS = sizeof(S) == 8 ? 1 : 2;
 constexpr int64_t STATIC_SHARED = 3 << 10;
