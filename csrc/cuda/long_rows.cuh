@@ -229,7 +229,7 @@ struct GlobalRowPart {
     };
     if constexpr (IS_PACKED<S> && FULL) {
       if (needs_focal(program) && all_exist && FocalSeries::fits(gradient.row, gradient.max))
-        return write_packs<C, TILE_PACKS<S>>(PackedFocalGradient<S>(gradient), target_value, walk);
+        return write_packs<C, TILE_PACKS<S> / 2>(PackedFocalGradient<S>(gradient), target_value, walk);
     } else if constexpr (IS_PACKED<S>) {
       constexpr int TILE = TILE_PACKS<S>;
       const bool plain = all_exist && !gradient.exps.is_far(), needs_exact = PackedGradient<S, false>::needs_exact(gradient);
