@@ -145,7 +145,7 @@ def test_focal_weights_in_half_precision(fused, terms, gamma, dtype):
     scale = 1024.0  # few gradients of float16 are subnormal
     relative, ones = 4e-6 if "nfl" in terms.split("+") else 1e-6, scale if "nnfl" in terms else 0.0
     terms = tuple((scale, term, {"gamma": gamma}) for term in terms.split("+"))
-    for classes, min_prob in fused.few(((2500, 1e-7), (5003, 1e-7), (5000, 1e-5)), 2):
+    for classes, min_prob in fused.few(((5003, 1e-7), (5000, 1e-5)), 1):
         values, labels = rows_with_large_classes(classes, dtype)
         exact, exact_grad = oracle.loss_and_grad(values, labels, terms, reduction="none", min_prob=min_prob)
         largest = exact_grad.abs().amax(1, keepdim=True)

@@ -1,4 +1,4 @@
-// Rows of few classes (K <= 2048; float64: 512): a batch of them in a CTA's shared memory, as they are stored.
+// Rows of few classes (fits_small says how few): a batch of them in a CTA's shared memory, as they are stored.
 //
 // A group of lanes sweeps a row, and one thread has its scalar mathematics: thread i that of the batch's row i, so that a
 // warp does those of 32 rows at once. Logits are read once and the gradient, which takes their place in shared memory, is
@@ -217,10 +217,11 @@ bool contiguous_rows(const Call& call, const Strides& s) {
 
 }  // namespace
 
-// 2048 classes, float64 512, where a CTA has the 64K registers that every GPU gives it: the mathematics of longer rows is
-// little beside their sweeps.
+// 4096 classes where a CTA has the 64K registers that every GPU gives it: the mathematics of longer rows is little beside
+// their sweeps. 1024 of half precision in a full kernel, whose other kernels sweep over words of two; 512 of float64.
 bool fits_small(const Call& call, const Limits& limits) {
-  return call.num_classes <= limits.registers / (call.dtype == FLOAT64 ? 128 : 32);
+  const int size = int(logit_bytes(call));
+  return call.num_classes <= limits.registers / (size == 8 ? 128 : size == 2 && takes_full(call) ? 64 : 16);
 }
 
 // As many rows at a time as there are threads, and fewer, with more lanes each, where shared memory has no room for so many
@@ -241,9 +242,11 @@ Plan plan_small(const Call& call, const Limits& limits) {
   int64_t threads = one_cta ? threads_for(N * lanes, int(single), limits) : threads_for(128, 128, limits);
   const auto bytes = [&] { return threads / lanes * (row_bytes + record_bytes(call, int(lanes))) + 2 * PACK_BYTES; };
   const int64_t room = one_cta ? limits.shared_bytes * 3 / 4 : std::min<int64_t>(limits.shared_bytes / 2, 40 << 10);
-  while (lanes < 32 && bytes() > room) lanes *= 2;
+  // More where that gives a whole warp the mathematics of its rows.
+  const int64_t most_room = one_cta ? room : std::max(room, std::min<int64_t>(limits.shared_bytes / 3, 72 << 10));
+  while (lanes < 32 && bytes() > (threads / lanes > WARP ? room : most_room)) lanes *= 2;
   while (!one_cta && lanes < lanes_for(4) && ceil_div(N, threads / lanes) < 2 * limits.num_sms) lanes *= 2;
-  while (threads > 32 && bytes() > room) threads /= 2;
+  while (threads > 32 && bytes() > most_room) threads /= 2;
   const int64_t rows = threads / lanes;
   while (1 << small.lane_bits < lanes) ++small.lane_bits;
   // Rows of 32 bytes or a multiple meet in the same banks of shared memory, unless eight lanes read packs of each.

@@ -160,7 +160,8 @@ struct Share {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   static constexpr bool TURNS = BYTES == 16;
-  static constexpr int P = U::P, TILE = (FULL ? 2 : 8) / P > 1 ? (FULL ? 2 : 8) / P : 1, REST = P > 1 ? P - 1 : 1;
+  static constexpr int P = U::P, CLASSES = FULL ? 2 : TURNS ? 16 : 8;
+  static constexpr int TILE = CLASSES / P > 1 ? CLASSES / P : 1, REST = P > 1 ? P - 1 : 1;
 
   int bits, start, whole, left;
 

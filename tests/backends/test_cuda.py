@@ -61,10 +61,10 @@ H100, A100, B200, RTX4090 = 3, 4, 7, 8  # of tests/cuda_on_host/host_devices.cpp
     ("device", "dtype", "rows", "classes", "kernel"),
     [
         (H100, FLOAT32, 128, 10, "rows_small"),
-        (H100, BFLOAT16, 4096, 1024, "rows_small"),
+        (H100, BFLOAT16, 4096, 4096, "rows_small"),
         (H100, FLOAT64, 4096, 512, "rows_small"),
         (H100, FLOAT64, 4096, 513, "rows_block"),
-        (H100, FLOAT32, 4096, 1025, "rows_block"),
+        (H100, FLOAT32, 4096, 4097, "rows_block"),
         (H100, BFLOAT16, 4096, 20_000, "rows_block"),
         (H100, BFLOAT16, 4096, 100_000, "rows_cluster"),
         (H100, FLOAT32, 1024, 800_000, "rows_cluster"),

@@ -29,7 +29,7 @@ BUDGETS = (
     Budget("cluster", "rows_cluster_kernel", Case(classes=128256), 20, 20, 15),
     Budget("cluster float32", "rows_cluster_kernel", Case("float32", classes=128256), 31, 24, 18),
     Budget("block", "rows_block_kernel", Case(classes=10000, rows=1 << 14), 24, 24, 18),
-    Budget("small 1000", "rows_small_kernel", Case(classes=1000, rows=1 << 17), 28, 28, 20),
+    Budget("small 1000", "rows_small_kernel", Case(classes=1000, rows=1 << 17), 24, 28, 20),
     Budget("small 100", "rows_small_kernel", Case(classes=100, rows=1 << 20), 40, 40, 28),
     Budget("small 10", "rows_small_kernel", Case(classes=10, rows=1 << 23), 120, 120, 60, 4, 16),
     Budget("spatial 21", "spatial_kernel", Case(classes=21, rows=16 * PIXELS, pixels=PIXELS), 50, 50, 32),

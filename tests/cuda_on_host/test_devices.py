@@ -63,7 +63,7 @@ FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 # are live, the others are ignored and cost next to nothing.
 CASES = {
     "small": (FLOAT32, 300, 100),
-    "block": (FLOAT32, 300, 3000),
+    "block": (FLOAT32, 300, 5000),
     "block of 48 KB": (FLOAT32, 300, 12_200),
     "wide block": (FLOAT64, 170, 9000),
     "cluster of one": (BFLOAT16, 170, 24_600),
