@@ -8,6 +8,7 @@ LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "
 GRADIENT, SPATIAL, PIXELS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/pixels.cuh"
 SCALAR = "csrc/cuda/scalar.cuh"
 CHIP, PACKED = "csrc/cuda/chip_rows.cuh", "csrc/cuda/packed_sweeps.cuh"
+FOCAL, EXPS = "csrc/cuda/packed_focal.cuh", "csrc/cuda/class_exps.cuh"
 COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
 LAUNCH, CLUSTERS = "csrc/cuda/launch.cuh", "csrc/cuda/clusters.cuh"
 DEVICE, MODULE = "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
@@ -18,6 +19,8 @@ ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
+WEIGHTS = f'tests/test_accuracy.py -k "focal_weights and float16 and {HOST}"'
+FAR = f'tests/test_special_rows.py -k "(far_from or large_number) and bfloat16 and {HOST}"'
 BELOW = f'tests/test_special_rows.py -k "just_below and nfl and {HOST}"'
 MASKED_NAN = f'tests/test_special_rows.py -k "masked_too and {HOST}"'
 ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
@@ -109,10 +112,24 @@ MUTANTS = [
     (PACKED, "fmaf(-found, lift, fmaf(-2.0f * W, low, sum.of[0] + sum.of[2]))", "sum.of[0] + sum.of[2]", PAIRS),
     (PACKED, "if (z == -float(INF)) return;", "", PAIRS),
     (PACKED, "tail *= about(base).scale_to(about(largest));", "", PAIRS),
+    (FOCAL, "second = 0.5f * gamma", "second = 0.0f * gamma", WEIGHTS),
+    (FOCAL, "(log_sum - 5.5451775f)", "(log_sum - 3.0f)", WEIGHTS),
+    (FOCAL, "if (any_target) put_half(words, target, 0);", "", WEIGHTS),
+    (FOCAL, "count += 2.0f * W - (target >= 0 ? 1.0f : 0.0f);", "count += 2.0f * W;", WEIGHTS),
+    (FOCAL, "fmaf(-x, u_low, ux)", "ux", WEIGHTS),
+    (FOCAL, "found - u_above", "found - u", WEIGHTS),
+    (FOCAL, "if (z > low_half<S>(top)) put_half(words, j", "if (false) put_half(words, j", WEIGHTS),
+    (FOCAL, "diagonals_of_above<S, 2>(high - low)", "diagonals_of_above<S, 2>(0.0f)", WEIGHTS),
+    (FOCAL, " + (g.row.weight_above - g.row.weight)", "", WEIGHTS),
+    (FOCAL, "rest = exp2_approx(g.max * log2e_rest<S>())", "rest = 1.0f", FAR),
+    (SUMS, "s.max > -float(INF) && tail < 1.0f ? 1.0f : tail;", "tail;", PAIRS),
+    (SUMS, "z - row.bound);", "z - row.max - row.classes.threshold);", FAR),
+    (EXPS, "const float unit = fabsf(anchor) < FAR ? LOG2_E : 1.0f;", "const float unit = LOG2_E;", FAR),
+    (PACKED, "!(fabsf(g.max) < MOST)", "false", FAR),
     (LONG, "if (all_exist && gradient.row.slope", "if (gradient.row.slope", STRETCHES),
     (
         CLUSTER,
-        "slot = s;\n    round = turns;",
+        "slot = s;\n    round = parity;",
         "slot = s;",
         f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"',
     ),
