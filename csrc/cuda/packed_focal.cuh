@@ -19,9 +19,9 @@ struct FocalSeries {
   // Whether it is exact enough: of rows whose classes all exist.
   template <class Clamped>
   static ANL_DEVICE bool fits(const Clamped& row, float max) {
-    const float gamma = float(row.gamma), third = gamma * (1.0f - gamma) * (2.0f - gamma);
-    const float clamp = row.log_sum - row.threshold;  // 15.94 is that of 2^-23
-    return fabsf(third) <= 3.0f && clamp > 15.9f && clamp < 80.0f && fabsf(max) < 0x1p12f;
+    const float gamma = float(row.gamma), third = gamma * (1.0f - gamma) * (2.0f - gamma) / 6.0f;  // multiplies p^3
+    const float clamp = row.log_sum - row.threshold;                                             // 15.94 for 2^-23
+    return fabsf(third) <= 0.5f && clamp > 15.9f && clamp < 80.0f && fabsf(max) < 0x1p12f;
   }
 
   ANL_DEVICE FocalSeries(float max, float log_sum, double power) : shift(-(max * LOG2_E)) {
@@ -155,11 +155,13 @@ struct PackedFocalGradient {
       words[j] = narrow2<S>(value.of[0], value.of[1]);
       words[j + 1] = narrow2<S>(value.of[2], value.of[3]);
     }
-    if (!inside || !above2<S>(largest, top)) return;
-    each([&](int j, S stored) {
-      const float z = widen(stored);
-      if (z > low_half<S>(top)) put_half(words, j, twice(narrow<S>(row.template at<FOCAL_PARTS>(z)).bits));
-    });
+    if (inside && above2<S>(largest, top)) {
+      each([&](int j, S stored) {
+        const float z = widen(stored);
+        if (z > low_half<S>(top)) put_half(words, j, twice(narrow<S>(row.template at<FOCAL_PARTS>(z)).bits));
+      });
+    }
+    __syncwarp();
   }
 };
 
