@@ -138,8 +138,8 @@ def rows_with_large_classes(classes, dtype):
 
 @pytest.mark.few(gamma=[0.5], terms=["nfl+nnfl"], tier="thorough")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=helpers.dtype_id)
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 2.5, 4.0])
-@pytest.mark.parametrize("terms", ["nfl+nnfl", "nnfl", "nfl"])
+@pytest.mark.parametrize("gamma", [0.5, thorough(1.0), 2.0, thorough(2.5), thorough(4.0)])
+@pytest.mark.parametrize("terms", ["nfl+nnfl", "nnfl", thorough("nfl")])
 def test_focal_weights_in_half_precision(fused, terms, gamma, dtype):
     """Also where (1 - p)^gamma is a series in p: what is left out of it is below a rounding."""
     scale = 1024.0  # few gradients of float16 are subnormal

@@ -95,7 +95,8 @@ def test_every_layout(backend, name, dtype, layout):
 @TWO_DTYPES
 def test_every_number_of_classes(backend, name, dtype):
     """Every tail of a vector loop."""
-    every = (4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 47, 49, 63, 64, 65, 95, 100, 127, 128, 129, 255, 257, 1001, 2003)
+    few = (4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 47, 48, 49, 63, 64, 65, 95, 100)
+    every = (*few, 127, 128, 129, 255, 257, 1001, 2003)
     for classes in backend.few(every, 4):
         for mode in ("forward", "recompute", "row_loss"):
             compare_batch(classes, dtype, name, mode, backend)

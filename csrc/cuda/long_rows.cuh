@@ -216,8 +216,7 @@ struct GlobalRowPart {
     });
   }
 
-  // The gradient of every class but the edges.
-  // whole_packs: the gradient's packs are aligned as the logits' are.
+  // The gradient of every class but the edges. whole_packs: its packs are aligned as the logits' are.
   template <bool FULL, Cache C, class Walk>
   ANL_DEVICE void write_gradient(const Program& program, const RowGradient<T, FULL>& gradient, bool all_exist,
                                  bool whole_packs, const Walk& walk) const {

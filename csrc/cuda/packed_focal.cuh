@@ -13,7 +13,7 @@ namespace gpu {
 
 // u, of numbers e about a row's largest logit: p is norm e.
 struct FocalSeries {
-  static constexpr float MOST = 0x1p-8f;  // p
+  static constexpr float LOG_MOST = -5.5451775f;  // p is 2^-8 at most
   float shift, log2_norm, first, second;
 
   // Whether it is exact enough: of rows whose classes all exist.
@@ -31,12 +31,21 @@ struct FocalSeries {
   }
   ANL_DEVICE float at(float e) const { return e * fmaf(e, second, first); }
 
-  // The largest logit, as it is stored, whose p is MOST.
+  // The largest logit, as it is stored, whose p is no more than that.
   template <class S>
   static ANL_DEVICE uint32_t top(float max, float log_sum) {
-    return twice(stored_below<S>(max + (log_sum - 5.5451775f)).bits);
+    return twice(stored_below<S>(max + (log_sum + LOG_MOST)).bits);
   }
 };
+
+// The largest of the words' lower halves, and of their upper ones.
+template <class S, int W>
+ANL_DEVICE uint32_t largest_of(const uint32_t (&words)[W]) {
+  uint32_t largest = words[0];
+#pragma unroll
+  for (int j = 1; j < W; ++j) largest = larger2<S>(largest, words[j]);
+  return largest;
+}
 
 template <class S>
 struct PackedFocalSweep {
@@ -62,9 +71,7 @@ struct PackedFocalSweep {
   ANL_DEVICE void add(uint32_t (&words)[W], bool inside, int target, const F& one_by_one) {
     const bool any_target = __any_sync(ALL_LANES, target >= 0);
     if (any_target) put_half(words, target, twice(Format<S>::LOWEST));
-    uint32_t largest = words[0];
-#pragma unroll
-    for (int j = 1; j < W; ++j) largest = larger2<S>(largest, words[j]);
+    const uint32_t largest = largest_of<S>(words);
     if (__any_sync(ALL_LANES, inside && above2<S>(largest, top))) {
       if (inside) row.run(sums, [&](const auto& add) { one_by_one([&](int, S z) { add(widen(z)); }); });
       __syncwarp();
@@ -141,9 +148,7 @@ struct PackedFocalGradient {
   // each(f) calls f(j, z) for the lane's classes besides the target.
   template <int W, class F>
   ANL_DEVICE void operator()(uint32_t (&words)[W], bool inside, const F& each) const {
-    uint32_t largest = words[0];
-#pragma unroll
-    for (int j = 1; j < W; ++j) largest = larger2<S>(largest, words[j]);
+    const uint32_t largest = largest_of<S>(words);
 #pragma unroll
     for (int j = 0; j < W; j += 2) {
       const uint32_t a = above2<S>(words[j], bound), b = above2<S>(words[j + 1], bound);

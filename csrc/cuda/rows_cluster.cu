@@ -17,7 +17,7 @@ constexpr int MAX_CLUSTER = 16;
 constexpr int MAX_SLOTS = 32;
 constexpr int64_t STATIC_SHARED = 7 << 10;
 constexpr int CHUNK_PACKS = 8;    // per thread: a multiple of any tile's
-constexpr int FEWEST_CHUNKS = 4;                    // of such, in a ring; else there are shorter ones
+constexpr int FEWEST_CHUNKS = 4;  // of such, in a ring; else there are shorter ones
 
 // Which chunk is copied next; thread 0's.
 template <class S>

@@ -113,7 +113,7 @@ MUTANTS = [
     (PACKED, "if (z == -float(INF)) return;", "", PAIRS),
     (PACKED, "tail *= about(base).scale_to(about(largest));", "", PAIRS),
     (FOCAL, "second = 0.5f * gamma", "second = 0.0f * gamma", WEIGHTS),
-    (FOCAL, "(log_sum - 5.5451775f)", "(log_sum - 3.0f)", WEIGHTS),
+    (FOCAL, "LOG_MOST = -5.5451775f", "LOG_MOST = -3.0f", WEIGHTS),
     (FOCAL, "if (any_target) put_half(words, target, 0);", "", WEIGHTS),
     (FOCAL, "count += 2.0f * W - (target >= 0 ? 1.0f : 0.0f);", "count += 2.0f * W;", WEIGHTS),
     (FOCAL, "fmaf(-x, u_low, ux)", "ux", WEIGHTS),
