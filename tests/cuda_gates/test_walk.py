@@ -1,6 +1,7 @@
 """Walks through kernels whose warps issue what is known beforehand, and predictions from numbers that are. No GPU."""
 
 import struct
+from collections import Counter
 
 import pytest
 from binaries import ROOT, cubin
@@ -139,8 +140,8 @@ def test_ctas_that_a_multiprocessor_holds():
 def counts_of(walk, per_turn, waits=0, in_flight=1 << 20):
     """sweep_kernel's, as if its loop had been walked so often that every class takes so many instructions."""
     warp = walk("sweep_kernel", 32, "ii", 1, 1)[0]
-    exp = next(i for i, instruction in enumerate(warp.kernel.instructions) if instruction.opcode == "MUFU.EX2")
-    trace = Trace({exp: per_turn}, {}, {}, waits, in_flight)
+    exps = [i for i, instruction in enumerate(warp.kernel.instructions) if instruction.opcode == "MUFU.EX2"]
+    trace = Trace(Counter({i: per_turn // len(exps) for i in exps}), Counter(), {}, waits, in_flight)
     case = Case("float32", classes=1 << 10, rows=1 << 20)
     launch = Launch("sweep_kernel", (), 1 << 20, 32, 1, 0, b"")
     return Counts(case, 90, warp.kernel, launch, None, Work(trace, [trace], 1 << 10))
