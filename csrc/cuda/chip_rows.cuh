@@ -37,8 +37,11 @@ struct ChipRow {
   bool writes;  // the CTA writes what is kept of the row
 };
 
-// chip.walk(part, is_last): over the part's packs (PlainWalk);
-// chip.merge_first(own), chip.merge_second(own): in warp 0, the sums of all CTAs that share the row.
+enum class Pass { FIRST, AGAIN, LAST };  // over a row
+
+// chip.walk(part, pass): over the part's packs (PlainWalk);
+// chip.merge_first<Wide>(own, by_warp), chip.merge_second<Wide>(own, by_warp): in warp 0, the sums of all threads that share
+// the row. All threads of the CTA call these.
 template <class S, bool FULL, class Chip, class Memory>
 ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalRowPart<S>& part, Chip& chip,
                              Memory& shared) {
@@ -51,11 +54,10 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   if (first_thread) shared.y = live.y;
 
   auto sums = none<AnchoredSums<T, FULL>>();
-  part.first_sweep(program, sums, chip.walk(part, false));
+  part.first_sweep(program, sums, chip.walk(part, Pass::FIRST));
   add_edge(sums, edge);
-  const auto of_cta = block_merge<typename Memory::First>(sums, shared.first);
+  const auto all = chip.template merge_first<typename Memory::First>(sums, shared.first);
   if (first_warp) {
-    const auto all = chip.merge_first(of_cta);
     Row<T> row;
     row.set_first_sums(program, all, z_y);
     if (first_thread) {
@@ -70,13 +72,10 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     if (shared.sweeps_again) {
       auto second = none<SecondSums<Scalar<T>, FULL>>();
       const RowSweep<T, FULL> sweep = shared.sweep;
-      part.second_sweep(second, sweep, shared.all_exist, chip.walk(part, false));
+      part.second_sweep(second, sweep, shared.all_exist, chip.walk(part, Pass::AGAIN));
       add_edge(second, sweep, edge);
-      const auto second_of_cta = block_merge<typename Memory::Second>(second, shared.second);
-      if (first_warp) {
-        const auto all = chip.merge_second(second_of_cta);
-        if (first_thread) shared.row.set_second_sums(program, all);
-      }
+      const auto all_second = chip.template merge_second<typename Memory::Second>(second, shared.second);
+      if (first_thread) shared.row.set_second_sums(program, all_second);
     }
   }
   if (first_warp) {
@@ -97,7 +96,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
   }
   __syncthreads();
   const RowGradient<T, FULL> gradient = shared.gradient;
-  const auto last_walk = chip.walk(part, true);
+  const auto last_walk = chip.walk(part, Pass::LAST);
   if (part.grad)
     part.template write_gradient<FULL, Cache::STREAM>(program, gradient, shared.all_exist, live.packs, last_walk);
   else

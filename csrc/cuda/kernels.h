@@ -51,7 +51,7 @@ struct BlockPlan {
 struct ClusterPlan {
   int64_t packs_per_cta;  // the part of a row that each CTA of a cluster holds
   int chunk_packs;        // packs per bulk copy
-  int slots;              // chunks that a CTA's ring holds
+  int slots;              // chunks that a warp's ring holds
   bool packs;
 };
 struct SplitPlan {

@@ -29,9 +29,9 @@ struct Count {
 // Packs in shared memory.
 template <class S>
 struct SharedPacks {
-  const uint4* data;
-  ANL_DEVICE uint4 load(int i) const { return data[i]; }
-  ANL_DEVICE S element(int j) const { return reinterpret_cast<const S*>(data)[j]; }
+  SharedPlace data;
+  ANL_DEVICE uint4 load(int i) const { return data.load(i); }
+  ANL_DEVICE S element(int j) const { return static_cast<const S*>(data.pointer())[j]; }
 };
 // Packs in global memory.
 template <class S, Cache C>
@@ -44,7 +44,7 @@ struct GlobalPacks {
 // A walk over packs in one place. Like any walk, it has
 // tiles<U>(f): f(Count<U>(), i, inside, packs) for the packs i, i + WARP, ... (U of them) that are the thread's, as often
 // for all of a warp's lanes. Warps take whole tiles in turn, and what is left in turn, too: there, some lanes are not inside.
-// chunks(f): f(begin, end, packs) for all of them, some at a time.
+// chunks(f): f(begin, end, packs) for those of the warp, some at a time.
 template <class Packs>
 struct PlainWalk {
   Packs packs;
@@ -61,40 +61,55 @@ struct PlainWalk {
   }
   template <class F>
   ANL_DEVICE void chunks(const F& f) const {
-    f(0, count, packs);
+    constexpr int CHUNK = 8 * WARP;
+    const int step = int(blockDim.x) / WARP * CHUNK;
+    for (int begin = int(threadIdx.x) / WARP * CHUNK; begin < count; begin += step) f(begin, min(begin + CHUNK, count), packs);
   }
 };
 
-// Packs [first, first + packs) of a row's body and, if `edges`, the row's edges.
+// Where packs [first_pack, first_pack + most) of a row's body are, as far as it has so many; the same for all threads.
 template <class S>
-struct GlobalRowPart {
-  using T = acc_t<S>;
+struct PartPlace {
   static constexpr int P = PACK<S>;
 
   const S* logits;  // of the first pack
-  int first;        // its class
   S* grad;          // likewise, or null
+  int first;        // its class
   int packs;
   int target;       // as an element of the packs, whether they hold it or not
-  int edge;         // the thread's edge class, as an element of the packs; NO_EDGE: it has none
+  int head, tail;   // classes before the body, and the first behind it
+
+  PartPlace() = default;
+  // Rows have 2^30 classes at most; y may be anything.
+  ANL_DEVICE PartPlace(const S* row, S* row_grad, int num_classes, int64_t y, int first_pack, int most) {
+    const int shift = int(reinterpret_cast<uintptr_t>(row) / sizeof(S) % P), to_pack = shift ? P - shift : 0;
+    head = to_pack < num_classes ? to_pack : num_classes;
+    const int body = (num_classes - head) / P, left = body - first_pack;
+    tail = head + body * P;
+    first = head + first_pack * P;
+    packs = left < 0 ? 0 : left < most ? left : most;
+    logits = row + first;
+    grad = row_grad ? row_grad + first : nullptr;
+    const int label = y >= 0 && y < num_classes ? int(y) : -1;
+    target = label - first;
+  }
+};
+
+// A thread's view of such packs and, if `edges`, of the row's edges.
+template <class S>
+struct GlobalRowPart : PartPlace<S> {
+  using T = acc_t<S>;
+  static constexpr int P = PACK<S>;
+  using PartPlace<S>::logits, PartPlace<S>::grad, PartPlace<S>::first, PartPlace<S>::packs, PartPlace<S>::target;
   static constexpr int NO_EDGE = INT32_MIN;
 
-  // most: packs that the part has at most. Rows have 2^30 classes at most; y may be anything.
-  ANL_DEVICE GlobalRowPart(const S* row, S* row_grad, int num_classes, int64_t y, int first_pack, int most, bool edges) {
-    const int shift = int(reinterpret_cast<uintptr_t>(row) / sizeof(S) % P), to_pack = shift ? P - shift : 0;
-    const int head = to_pack < num_classes ? to_pack : num_classes, body = (num_classes - head) / P;
-    const int k0 = head + first_pack * P, left = body - first_pack;
-    first = k0;
-    const int label = y >= 0 && y < num_classes ? int(y) : -1;
-    packs = left < 0 ? 0 : left < most ? left : most;
-    logits = row + k0;
-    grad = row_grad ? row_grad + k0 : nullptr;
-    target = label - k0;
-    edge = NO_EDGE;
+  int edge = NO_EDGE;  // the thread's edge class, as an element of the packs; NO_EDGE: it has none
+
+  ANL_DEVICE GlobalRowPart(const PartPlace<S>& place, int num_classes, bool edges) : PartPlace<S>(place) {
     const int t = int(threadIdx.x);
     if (!edges || t >= 2 * P) return;
-    const int k = t < P ? (t < head ? t : num_classes) : head + body * P + (t - P);
-    if (k < num_classes) edge = k - k0;
+    const int k = t < P ? (t < place.head ? t : num_classes) : place.tail + (t - P);
+    if (k < num_classes) edge = k - first;
   }
 
   ANL_DEVICE T logit_of(int64_t y) const { return widen(logits[y - first]); }
@@ -274,13 +289,13 @@ struct GlobalRowPart {
     }
   }
 
-  // Where the gradient's packs lie elsewhere than the logits': neighbouring threads take neighbouring classes.
+  // Where the gradient's packs lie elsewhere than the logits': neighbouring lanes take neighbouring classes.
   template <bool FULL, class Walk>
   ANL_DEVICE void write_elements(const Program& program, const RowGradient<T, FULL>& gradient,
                                  const Walk& walk) const {
     by_parts<FULL>(program, [&](auto parts) {
       walk.chunks([&](int begin, int end, const auto& packs) {
-        for (int j = begin * P + int(threadIdx.x); j < end * P; j += int(blockDim.x)) {
+        for (int j = begin * P + int(lane_index()); j < end * P; j += WARP) {
           const T value = gradient.template at<decltype(parts)::value>(widen(packs.element(j)));
           grad[j] = narrow<S>(j == target ? gradient.row.target : value);
         }

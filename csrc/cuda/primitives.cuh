@@ -169,6 +169,21 @@ ANL_DEVICE void wait_for_previous_launch() {
 
 ANL_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// 16-byte packs in shared memory, by an address of 32 bits: what is added to a pointer is added to both halves of it.
+struct SharedPlace {
+  uint32_t address;
+  ANL_DEVICE explicit SharedPlace(const void* p) : address(shared_address(p)) {}
+  ANL_DEVICE void move(int packs) { address += packs * 16; }
+  ANL_DEVICE uint4 load(int i) const {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address + i * 16));
+    return v;
+  }
+  ANL_DEVICE const void* pointer() const { return __cvta_shared_to_generic(address); }
+};
+
 // 4 or 8 aligned bytes. What a thread has copied it sees after copy_async_wait, others after a barrier then.
 template <int BYTES>
 ANL_DEVICE void copy_async(void* shared, const void* global) {

@@ -38,6 +38,13 @@ ANL_DEVICE X shuffle_from(const X& x, int lane) {
   return detail::each_word(x, [&](unsigned word) { return __shfl_sync(ALL_LANES, word, lane); });
 }
 
+// The largest of all lanes' numbers, none of which is NaN; the sum of whole numbers below 2^31.
+ANL_DEVICE float warp_max(float x) {
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };  // as integers, as the floats are
+  return __int_as_float(ordered(__reduce_max_sync(ALL_LANES, ordered(__float_as_int(x)))));
+}
+ANL_DEVICE float warp_count(float x) { return float(__reduce_add_sync(ALL_LANES, int(x))); }
+
 // Every lane gets the reduction over its aligned group of LANES.
 template <int LANES = WARP, class X, class Merge>
 ANL_DEVICE X warp_reduce(X x, const Merge& merge) {
@@ -82,6 +89,9 @@ template <class T>
 struct Add {
   ANL_DEVICE T operator()(T a, T b) const { return a + b; }
 };
+// Of whole numbers.
+template <class T>
+struct AddCount : Add<T> {};
 template <class T>
 struct Largest {
   ANL_DEVICE T operator()(T a, T b) const { return a > b || a != a ? a : b; }  // NaN wins

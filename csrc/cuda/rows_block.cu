@@ -24,14 +24,16 @@ struct BlockChip {
     for (int i = threadIdx.x; i < part.packs; i += blockDim.x) copy_async16(packs + i, part.logits + int64_t(i) * PACK<S>);
     copy_async_commit();
   }
-  ANL_DEVICE PlainWalk<SharedPacks<S>> walk(const GlobalRowPart<S>& part, bool) const { return {{packs}, part.packs}; }
-  template <class Sums>
-  ANL_DEVICE Sums merge_first(const Sums& own) const {
-    return own;
+  ANL_DEVICE PlainWalk<SharedPacks<S>> walk(const GlobalRowPart<S>& part, Pass) const {
+    return {{SharedPlace(packs)}, part.packs};
   }
-  template <class Sums>
-  ANL_DEVICE Sums merge_second(const Sums& own) const {
-    return own;
+  template <class Wide, class Sums>
+  ANL_DEVICE Wide merge_first(const Sums& own, Sums* by_warp) const {
+    return block_merge<Wide>(own, by_warp);
+  }
+  template <class Wide, class Sums>
+  ANL_DEVICE Wide merge_second(const Sums& own, Sums* by_warp) const {
+    return block_merge<Wide>(own, by_warp);
   }
 };
 
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(max_threads(FULL, sizeof(S)), sizeof(S) == 8 ?
     const Label kind = label_kind(call, y);
     const S* logits = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
     S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
-    const GlobalRowPart<S> part(logits, grad, call.num_classes, y, 0, INT32_MAX, true);
+    const GlobalRowPart<S> part({logits, grad, call.num_classes, y, 0, INT32_MAX}, call.num_classes, true);
     if (kind == Label::LIVE) {
       __syncthreads();  // the row before has been swept
       chip.load(part);

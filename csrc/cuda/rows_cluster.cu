@@ -1,8 +1,9 @@
 // Long rows across the shared memory of the CTAs of a cluster (sm_90): read once, swept on chip, the gradient written once.
 //
-// Every CTA keeps its part of a row in a ring of chunks, which bulk copies fill. The first sweep takes a chunk as soon as
-// it is there; the gradient lets go of one after the other, and the next row's chunks arrive meanwhile. The CTAs tell one
-// another what they have found by one message per sweep, which the receiver's barrier counts.
+// Every warp keeps its share of a row in a ring of chunks of its own, which bulk copies fill: it takes a chunk as soon as
+// that is there, and lets go of one after the other as it writes the gradient; the next rows' chunks arrive meanwhile. No
+// other warp ever waits for that. The CTAs tell one another what they have found by one message per sweep, which the
+// receiver's barrier counts.
 #include "chip_rows.cuh"
 #include "clusters.cuh"
 #include "plans.h"
@@ -14,19 +15,17 @@ namespace {
 constexpr int MAX_THREADS = 384;  // of a multiprocessor: 168 registers each
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int MAX_CLUSTER = 16;
-constexpr int MAX_SLOTS = 32;
-constexpr int64_t STATIC_SHARED = 7 << 10;
-constexpr int CHUNK_PACKS = 8;    // per thread: a multiple of any tile's
-constexpr int FEWEST_CHUNKS = 4;  // of such, in a ring; else there are shorter ones
+constexpr int MAX_CHUNKS = 112;   // of all warps of a CTA
+constexpr int64_t STATIC_SHARED = 5 << 10;
+constexpr int FEWEST_CHUNKS = 4;  // of whole tiles, in a warp's ring; else there are shorter ones
+constexpr unsigned AHEAD = 4;     // rows whose chunks may be on their way besides the row that is worked on
 
-// Which chunk is copied next; thread 0's.
+// A row, as all warps have to know it.
 template <class S>
-struct Copier {
-  int64_t row;
-  const S* logits;  // of the CTA's part of the row
-  int packs, next;  // of that part; how many of them are on their way
-  int slot;
-  unsigned round;   // how often the slots have been filled
+struct QueuedRow : PartPlace<S> {
+  int64_t r, y;
+  Label kind;
+  int copied;  // packs that the CTA reads
 };
 
 // What the CTAs of a cluster send one another, to every one of them: by rank.
@@ -41,66 +40,98 @@ struct Gathered {
 
 template <class S, bool FULL>
 struct Shared {
+  using T = acc_t<S>;
+  static constexpr unsigned QUEUE = 2 * AHEAD;  // a row's place is taken again when all warps are done with that row
   RowMemory<S, FULL, MAX_WARPS> row;
-  Barrier filled[MAX_SLOTS], emptied[MAX_SLOTS];
-  Copier<S> copier;
-  Gathered<AnchoredSums<double, FULL>> first_of[2];  // rows take turns
-  Gathered<SecondSums<Scalar<double>, FULL>> second_of[2];
+  Barrier filled[MAX_CHUNKS];
+  QueuedRow<S> queue[QUEUE];
+  Gathered<AnchoredSums<T, FULL>> first_of[2];  // live rows take turns
+  Gathered<SecondSums<Scalar<T>, FULL>> second_of[2];
+
+  ANL_DEVICE QueuedRow<S>& queued(unsigned n) { return queue[n % QUEUE]; }
+};
+
+// What a warp copies next, of row n of the cluster's, into slot `slot` of its ring; lane 0's.
+template <class S>
+struct Copier {
+  const S* from;
+  int left;  // packs of the row from there on
+  int slot, free;  // free: slots
+  unsigned n;
 };
 
 template <class S, bool FULL>
 struct ClusterRows {
-  using T = acc_t<S>;
   using Memory = Shared<S, FULL>;
   using Part = GlobalRowPart<S>;
-  static constexpr int P = PACK<S>;
 
   const Params& p;
   Memory& shared;
-  unsigned char* const ring;
-  const int64_t first_pack;  // of the body: this CTA's
-  const int64_t num_clusters;
-  int slot = 0;              // where the row's first chunk is
-  unsigned round = 0;        // 1 where that has been filled an even number of times
-  int turn = 0;
+  uint4* const ring;  // the warp's
+  Barrier* const filled;
+  const int64_t cluster, num_clusters;
+  const int rank, warp;
+  const unsigned count;  // of the cluster's rows
+  Copier<S> copier;
+  unsigned n = 0;        // the row that is worked on
+  int slot = 0;          // where that begins
+  unsigned round = 0;    // 1 where that slot has been filled an even number of times
+  int turn = 0;          // of live rows
+
+  ANL_DEVICE ClusterRows(const Params& params, Memory& memory, uint4* rings, int own_warp)
+      : p(params), shared(memory), ring(rings + own_warp * slots() * chunk()), filled(memory.filled + own_warp * slots()),
+        cluster(blockIdx.x / unsigned(p.plan.cluster)), num_clusters(gridDim.x / unsigned(p.plan.cluster)),
+        rank(int(blockIdx.x % unsigned(p.plan.cluster))), warp(own_warp),
+        count(unsigned(ceil_div(p.num_rows - cluster, num_clusters))), copier{nullptr, 0, 0, slots(), ~0u} {}
 
   ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
   ANL_DEVICE int slots() const { return p.plan.ring.slots; }
+  ANL_DEVICE int step() const { return int(blockDim.x) / WARP * chunk(); }
 
-  ANL_DEVICE uint4* slot_data(int s) const { return reinterpret_cast<uint4*>(ring) + int64_t(s) * chunk(); }
+  // ---- rows to come --------------------------------------------------------------------------------------------------
 
-  ANL_DEVICE Part part_of(int64_t r, int64_t y) const {
+  // One thread: what is to be known of row m.
+  ANL_DEVICE void queue(unsigned m) const {
+    if (m >= count) return;
     const Call& call = p.call;
+    const int64_t r = cluster + m * num_clusters, y = label_at(call, r);
     const S* row = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
     S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
-    return Part(row, grad, call.num_classes, y, first_pack, p.plan.ring.packs_per_cta, first_pack == 0);
+    const int most = int(p.plan.ring.packs_per_cta);
+    QueuedRow<S> queued;
+    static_cast<PartPlace<S>&>(queued) = PartPlace<S>(row, grad, call.num_classes, y, rank * most, most);
+    queued.r = r;
+    queued.y = y;
+    queued.kind = label_kind(call, y);
+    queued.copied = queued.kind == Label::LIVE ? queued.packs : 0;
+    shared.queued(m) = queued;
+  }
+  // The last warp, while warp 0 does the row's mathematics: the label takes its time.
+  ANL_DEVICE void queue_next() const {
+    if (threadIdx.x == blockDim.x - WARP) queue(n + AHEAD);
   }
 
   // ---- the ring ------------------------------------------------------------------------------------------------------
 
-  // Thread 0: copies the next chunk into the next slot, when that is empty; nothing if there is none.
-  ANL_DEVICE void copy_next() const {
-    Copier<S>& c = shared.copier;
-    while (c.next >= c.packs) {
-      c.row += num_clusters;
-      if (c.row >= p.num_rows) {
-        c.row = p.num_rows;
-        return;
+  // Lane 0: copies into all slots that are free, as far as rows are known.
+  ANL_DEVICE void copy_next() {
+    if (lane_index() > 0) return;
+    Copier<S>& c = copier;
+    while (c.free > 0) {
+      if (c.left <= 0) {
+        if (c.n == n + AHEAD - 1 || c.n + 1 >= count) return;
+        const QueuedRow<S>& row = shared.queued(++c.n);
+        c.left = row.copied - warp * chunk();
+        c.from = row.logits + warp * chunk() * PACK<S>;
+        continue;
       }
-      const int64_t y = label_at(p.call, c.row);
-      const Part part = part_of(c.row, y);
-      c.logits = part.logits;
-      c.packs = label_kind(p.call, y) == Label::LIVE ? part.packs : 0;
-      c.next = 0;
-    }
-    if (c.round > 0) barrier_wait(&shared.emptied[c.slot], (c.round - 1) & 1);
-    const int left = c.packs - c.next, packs = left < chunk() ? left : chunk();
-    barrier_expect(&shared.filled[c.slot], unsigned(packs) * 16);
-    bulk_copy(slot_data(c.slot), c.logits + int64_t(c.next) * P, unsigned(packs) * 16, &shared.filled[c.slot]);
-    c.next += packs;
-    if (++c.slot == slots()) {
-      c.slot = 0;
-      ++c.round;
+      const unsigned bytes = unsigned(min(c.left, chunk())) * 16;
+      barrier_expect(filled + c.slot, bytes);
+      bulk_copy(ring + c.slot * chunk(), c.from, bytes, filled + c.slot);
+      c.left -= step();
+      c.from += int64_t(step()) * PACK<S>;
+      if (++c.slot == slots()) c.slot = 0;
+      --c.free;
     }
   }
 
@@ -110,87 +141,103 @@ struct ClusterRows {
     gathered.round = 0;
   }
   ANL_DEVICE void start() {
+    if (lane_index() == 0)
+      for (int s = 0; s < slots(); ++s) barrier_init(filled + s, 1);
     if (threadIdx.x == 0) {
-      for (int s = 0; s < slots(); ++s) {
-        barrier_init(&shared.filled[s], 1);
-        barrier_init(&shared.emptied[s], blockDim.x / WARP);
-      }
       for (int t = 0; t < 2; ++t) {
         start(shared.first_of[t]);
         start(shared.second_of[t]);
       }
-      shared.copier = {int64_t(blockIdx.x / unsigned(p.plan.cluster)) - num_clusters, nullptr, 0, 0, 0, 0};
     }
+    if (threadIdx.x < AHEAD) queue(threadIdx.x);
     cluster_sync();
-    if (threadIdx.x == 0)
-      for (int s = 0; s < slots(); ++s) copy_next();
+    copy_next();
   }
 
-  // f(end, packs) for every chunk of the row, which is waited for: packs up to `end`. `last`: this is the last walk over
-  // them; chunks that follow take their places.
-  template <class F>
-  ANL_DEVICE void each_chunk(const Part& part, bool last, const F& f) {
-    int s = slot, ahead = slot * chunk();  // from a pack's place in the part to that in the ring
-    unsigned parity = round;
-    for (int begin = 0; begin < part.packs; begin += chunk()) {
-      barrier_wait(&shared.filled[s], parity);
-      f(min(begin + chunk(), part.packs), SharedPacks<S>{reinterpret_cast<const uint4*>(ring) + ahead});
-      if (last) {
-        __syncwarp();
-        if (lane_index() == 0) barrier_expect(&shared.emptied[s], 0);
-        if (threadIdx.x == 0 && begin > 0) copy_next();  // where the chunk before was: by now the other warps are done
-      }
-      if (++s == slots()) {
-        s = 0;
-        parity ^= 1;
-        ahead -= slots() * chunk();
-      }
+  // The chunks of the warp's share, one after the other.
+  struct Cursor {
+    ClusterRows& rows;
+    const Pass pass;
+    int begin, slot;  // of the part's packs
+    unsigned round;
+    SharedPacks<S> packs;  // pack i of the part is packs.load(i), if it is of this chunk
+
+    ANL_DEVICE Cursor(ClusterRows& r, Pass which)
+        : rows(r), pass(which), begin(r.warp * r.chunk()), slot(r.slot), round(r.round), packs{SharedPlace(r.ring)} {
+      packs.data.move(slot * r.chunk() - begin);
     }
-    if (!last) return;
-    if (threadIdx.x == 0 && part.packs > 0) copy_next();
-    slot = s;
-    round = parity;
-    turn ^= 1;
-  }
+    // The first pass waits for a chunk.
+    ANL_DEVICE void arrive() const {
+      if (pass == Pass::FIRST) barrier_wait(rows.filled + slot, round);
+    }
+    // The last pass lets go of it.
+    ANL_DEVICE void leave(int chunk) {
+      if (pass == Pass::LAST) {
+        __syncwarp();
+        ++rows.copier.free;
+        rows.copy_next();
+      }
+      begin += rows.step();
+      packs.data.move(chunk - rows.step());
+      if (++slot < rows.slots()) return;
+      slot = 0;
+      round ^= 1;
+      packs.data.move(-rows.slots() * chunk);
+    }
+    ANL_DEVICE void finish() const {
+      if (pass != Pass::LAST) return;
+      rows.slot = slot;
+      rows.round = round;
+    }
+  };
 
   // Over the packs of a part (PlainWalk says what such has).
   struct Walk {
     ClusterRows& rows;
-    const Part& part;
-    const bool last;
+    const int count;
+    const Pass pass;
 
     template <int U, class F>
     ANL_DEVICE void tiles(const F& f) const {
-      constexpr int TILE = U * WARP;
-      const int lane = int(lane_index()), step = int(blockDim.x) * U;
-      const int whole = rows.chunk() < step ? 0 : part.packs / TILE * TILE;  // packs, where chunks are whole tiles
-      int next = int(threadIdx.x) / WARP * TILE;  // the warp's; behind the whole ones, U times as far as it is
-      rows.each_chunk(part, last, [&](int end, const SharedPacks<S>& packs) {
-        for (; next < whole && next < end; next += step) f(Count<U>(), next + lane, true, packs);
-        if (next < whole) return;
-        for (int i; (i = whole + (next - whole) / U) < end; next += step) f(Count<1>(), i + lane, i + lane < end, packs);
-      });
+      constexpr int WHOLE = TILE_PACKS<S> * WARP;
+      const int lane = int(lane_index());
+      Cursor at(rows, pass);
+      if (rows.chunk() == WHOLE) {
+        for (; at.begin + WHOLE <= count; at.leave(WHOLE)) {
+          at.arrive();
+#pragma unroll
+          for (int i = 0; i < WHOLE; i += U * WARP) f(Count<U>(), at.begin + i + lane, true, at.packs);
+        }
+      }
+      for (; at.begin < count; at.leave(rows.chunk())) {
+        at.arrive();
+        const int end = min(at.begin + rows.chunk(), count);
+#pragma unroll 1
+        for (int i = at.begin; i < end; i += WARP) f(Count<1>(), i + lane, i + lane < end, at.packs);
+      }
+      at.finish();
     }
     template <class F>
     ANL_DEVICE void chunks(const F& f) const {
-      int begin = 0;
-      rows.each_chunk(part, last, [&](int end, const SharedPacks<S>& packs) {
-        f(begin, end, packs);
-        begin = end;
-      });
+      Cursor at(rows, pass);
+      for (; at.begin < count; at.leave(rows.chunk())) {
+        at.arrive();
+        f(at.begin, min(at.begin + rows.chunk(), count), at.packs);
+      }
+      at.finish();
     }
   };
-  ANL_DEVICE Walk walk(const Part& part, bool last) { return {*this, part, last}; }
+  ANL_DEVICE Walk walk(const Part& part, Pass pass) { return {*this, part.packs, pass}; }
 
   // ---- a row ---------------------------------------------------------------------------------------------------------
 
   // Warp 0: the cluster's sums, in every lane. own: this CTA's. What is sent of a row finds its place free, as the row
   // before the last had it: this CTA has the last row's sums of all others, which they sent when they had read that.
-  template <class Sums>
-  ANL_DEVICE Sums exchange(const Sums& own, Gathered<Sums>& gathered) const {
+  template <class Wide, class Sums>
+  ANL_DEVICE Wide exchange(const Sums& own, Gathered<Sums>& gathered) const {
     using Place = typename Gathered<Sums>::Place;
     const unsigned ranks = unsigned(p.plan.cluster), lane = lane_index(), parity = gathered.round & 1;
-    if (ranks == 1) return own;
+    if (ranks == 1) return convert<Wide>(own);
     __syncwarp();
     if (lane == 0) {
       ++gathered.round;
@@ -200,49 +247,60 @@ struct ClusterRows {
       const Place place = {own};
       uint4 words[Gathered<Sums>::WORDS] = {};
       memcpy(words, &place, sizeof(Sums));
-      uint4* const to = reinterpret_cast<uint4*>(gathered.of_rank + cluster_rank());
+      uint4* const to = reinterpret_cast<uint4*>(gathered.of_rank + rank);
 #pragma unroll
       for (int i = 0; i < Gathered<Sums>::WORDS; ++i) cluster_send16(to + i, words[i], &gathered.there, lane);
     }
     barrier_wait(&gathered.there, parity);
-    return merge_places<Sums>(gathered.of_rank, ranks);
+    return merge_places<Wide>(gathered.of_rank, ranks);
   }
 
-  template <class First>
-  ANL_DEVICE First merge_first(const First& own) const {
-    return exchange(own, shared.first_of[turn]);
+  template <class Wide, class Sums>
+  ANL_DEVICE Wide merge(const Sums& own, Sums* by_warp, Gathered<Sums>& gathered) const {
+    const Sums of_cta = block_merge<Sums>(own, by_warp);
+    return threadIdx.x < WARP ? exchange<Wide>(of_cta, gathered) : none<Wide>();
   }
-  template <class Second>
-  ANL_DEVICE Second merge_second(const Second& own) const {
-    return exchange(own, shared.second_of[turn]);
+  template <class Wide, class Sums>
+  ANL_DEVICE Wide merge_first(const Sums& own, Sums* by_warp) const {
+    const Wide all = merge<Wide>(own, by_warp, shared.first_of[turn]);
+    queue_next();
+    return all;
+  }
+  template <class Wide, class Sums>
+  ANL_DEVICE Wide merge_second(const Sums& own, Sums* by_warp) const {
+    return merge<Wide>(own, by_warp, shared.second_of[turn]);
+  }
+
+  ANL_DEVICE void run_row(const QueuedRow<S>& row) {
+    const Part part(row, p.call.num_classes, rank == 0);
+    if (row.kind == Label::LIVE) {
+      const ChipRow live = {row.r, row.y, p.plan.ring.packs, rank == 0};
+      run_chip_row<S, FULL>(p, live, part, *this, shared.row);
+      turn ^= 1;
+    } else {
+      if (threadIdx.x == 0 && rank == 0) shared.row.loss += double(write_unread_row<acc_t<S>>(p, row.r, row.kind));
+      if (p.call.grad) part.fill(unread_value<acc_t<S>>(row.kind), p.plan.ring.packs);
+      queue_next();
+      __syncthreads();
+    }
+    copy_next();  // of rows that have become known, should slots have been free all the time
   }
 };
 
 template <class S, bool FULL>
 __global__ void __launch_bounds__(MAX_THREADS, 1) rows_cluster_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
-  ANL_SHARED(unsigned char, ring);
+  ANL_SHARED(uint4, ring);
   using Memory = Shared<S, FULL>;
   static_assert(sizeof(Memory) + 1024 <= STATIC_SHARED, "finish_loss has some, too");
   ANL_STATIC_SHARED(Memory, shared);
   shared.row.start(loss_denominator<T>(p));
-  const int64_t cluster = blockIdx.x / unsigned(p.plan.cluster), rank = blockIdx.x % unsigned(p.plan.cluster);
-  ClusterRows<S, FULL> rows = {p, shared, ring, rank * p.plan.ring.packs_per_cta, gridDim.x / unsigned(p.plan.cluster)};
+  const int warp = __shfl_sync(ALL_LANES, int(threadIdx.x / WARP), 0);  // which the compiler then knows to be all lanes'
+  ClusterRows<S, FULL> rows(p, shared, ring, warp);
   rows.start();
-  for (int64_t r = cluster; r < p.num_rows; r += rows.num_clusters) {
-    const int64_t y = label_at(p.call, r);
-    const Label kind = label_kind(p.call, y);
-    if (kind == Label::LIVE) {
-      const auto part = rows.part_of(r, y);
-      const ChipRow live = {r, y, p.plan.ring.packs, rank == 0};
-      run_chip_row<S, FULL>(p, live, part, rows, shared.row);
-      continue;
-    }
-    if (threadIdx.x == 0 && rank == 0) shared.row.loss += double(write_unread_row<T>(p, r, kind));
-    if (p.call.grad) rows.part_of(r, y).fill(unread_value<T>(kind), p.plan.ring.packs);
-  }
+  for (; rows.n < rows.count; ++rows.n) rows.run_row(shared.queued(rows.n));
   __syncthreads();  // thread 0 has brought its last row
-  if (rank == 0) finish_loss<T>(p, cluster, shared.row.loss, shared.row.denominator);
+  if (rows.rank == 0) finish_loss<T>(p, rows.cluster, shared.row.loss, shared.row.denominator);
 }
 
 template <class S, bool FULL>
@@ -262,20 +320,28 @@ cudaError_t launch_variant(Params& p, cudaStream_t stream) {
 
 // How a CTA's shared memory is cut where a multiprocessor holds so many of them.
 struct Ring {
-  int threads, chunk_packs, slots;
-  int64_t packs() const { return int64_t(slots) * chunk_packs; }
+  int threads, chunk_packs, slots;  // slots: of every warp
+  int64_t chunks() const { return int64_t(threads) / WARP * slots; }
+  int64_t packs() const { return chunks() * chunk_packs; }
+  // Whether it holds the next chunks of a row of so many packs.
+  bool holds(int64_t row_packs) const { return ceil_div(row_packs, chunk_packs) <= chunks(); }
 };
 
-Ring ring_of(const Limits& limits, int ctas) {
+int64_t ring_bytes(const Limits& limits, int ctas) {
   const int64_t fixed = limits.shared_bytes < 64 << 10 ? limits.shared_bytes / 4 : STATIC_SHARED;
-  const int64_t bytes = (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
-  const int64_t packs = bytes / PACK_BYTES;
+  return (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
+}
+
+Ring ring_of(const Call& call, const Limits& limits, int ctas) {
+  const int64_t packs = ring_bytes(limits, ctas) / PACK_BYTES;
   const int most = most_threads(MAX_THREADS / ctas, limits);
   const int fewest = ctas == 1 ? most * 3 / 4 : most;  // alone, to hold the longest rows; together, to finish them soonest
-  const int chunk = packs >= fewest * CHUNK_PACKS * FEWEST_CHUNKS ? CHUNK_PACKS : 1;  // packs per thread
-  Ring best = {most, most, 0};
+  const int tile = logit_bytes(call) == 2 ? TILE_PACKS<half_t> : TILE_PACKS<float>;  // packs per thread
+  const int per_thread = packs >= fewest * tile * FEWEST_CHUNKS ? tile : 1;
+  Ring best = {most, per_thread * WARP, 0};
   for (int threads = most; threads > 0 && threads >= fewest; threads -= WARP) {  // those that leave least over, the fewest
-    const Ring ring = {threads, threads * chunk, int(std::min<int64_t>(packs / (threads * chunk), MAX_SLOTS))};
+    const int64_t slots = std::min<int64_t>(packs / (threads * per_thread), MAX_CHUNKS / (threads / WARP));
+    const Ring ring = {threads, per_thread * WARP, int(slots)};
     if (ring.packs() >= best.packs()) best = ring;
   }
   return best;
@@ -288,8 +354,7 @@ int cluster_for(const Ring& ring, int64_t row_packs, int64_t num_rows, const Lim
   int cluster = 1;
   while (cluster < widest && (ceil_div(row_packs, cluster) * 3 > ring.packs() * 2 || num_rows * cluster < limits.num_sms))
     cluster *= 2;
-  const int64_t chunks = ceil_div(ceil_div(row_packs, cluster), ring.chunk_packs);
-  return ring.slots < 2 || chunks > ring.slots ? 0 : cluster;
+  return ring.slots < 2 || !ring.holds(ceil_div(row_packs, cluster)) ? 0 : cluster;
 }
 
 int64_t body_packs(const Call& call) { return call.num_classes * logit_bytes(call) / PACK_BYTES; }
@@ -298,7 +363,7 @@ int64_t body_packs(const Call& call) { return call.num_classes * logit_bytes(cal
 // row is too long for that; 0 where it is too long for any cluster.
 int ctas_for(const Call& call, const Limits& limits) {
   for (int ctas = 2; ctas >= 1; --ctas)
-    if (cluster_for(ring_of(limits, ctas), body_packs(call), rows_of(call), limits)) return ctas;
+    if (cluster_for(ring_of(call, limits, ctas), body_packs(call), rows_of(call), limits)) return ctas;
   return 0;
 }
 
@@ -308,7 +373,7 @@ int ctas_for(const Call& call, const Limits& limits) {
 Plan plan_cluster(const Call& call, const Limits& limits) {
   const int64_t num_rows = rows_of(call), packs = body_packs(call);
   const int ctas = ctas_for(call, limits);
-  const Ring ring = ring_of(limits, ctas);
+  const Ring ring = ring_of(call, limits, ctas);
   const int cluster = cluster_for(ring, packs, num_rows, limits);
   Plan plan = {};
   plan.kernel = Kernel::CLUSTER;
@@ -317,10 +382,10 @@ Plan plan_cluster(const Call& call, const Limits& limits) {
   plan.loss_parts = std::min(std::max<int64_t>(1, int64_t(limits.num_sms) * ctas / cluster), num_rows);
   plan.blocks = plan.loss_parts * cluster;
   plan.shared_bytes = ring.packs() * PACK_BYTES;
-  // Whole tiles for all CTAs but the last, where that gives it little less.
-  constexpr int64_t TILE = TILE_PACKS<float> * WARP;
+  // Whole chunks for all CTAs but the last, where that gives it little less.
+  const int64_t chunk = ring.chunk_packs;
   int64_t part = ceil_div(packs, cluster);
-  if (part > 8 * TILE && ceil_div(part, TILE) * TILE <= ring.packs()) part = ceil_div(part, TILE) * TILE;
+  if (part > 8 * chunk) part = ceil_div(part, chunk) * chunk;
   plan.ring = {part, ring.chunk_packs, ring.slots, equally_aligned(call)};
   return plan;
 }
@@ -330,9 +395,8 @@ bool fits_cluster(const Call& call, const Limits& limits) {
 }
 
 cudaError_t widest_rows_cluster(const Limits& limits, int& cluster) {
-  const size_t bytes = size_t(ring_of(limits, 1).packs() * PACK_BYTES);
   return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false>),
-                        most_threads(MAX_THREADS, limits), bytes, cluster);
+                        most_threads(MAX_THREADS, limits), size_t(ring_bytes(limits, 1)), cluster);
 }
 
 cudaError_t launch_cluster(Params& p, cudaStream_t stream) {

@@ -117,7 +117,8 @@ struct SplitRows {
   ANL_DEVICE Part part_of(const Item& item, int64_t y) const {
     S* grad = p.call.grad ? static_cast<S*>(p.call.grad) + row_offset(p.call, p.call.grad_strides, item.row) : nullptr;
     const int64_t packs = p.plan.split.packs_per_part;
-    return Part(logits(item.row), grad, p.call.num_classes, y, item.part * packs, packs, item.part == 0);
+    const int first = int(item.part * packs), classes = p.call.num_classes;
+    return Part({logits(item.row), grad, classes, y, first, int(packs)}, classes, item.part == 0);
   }
 
   // Where row r's parts put their sums.

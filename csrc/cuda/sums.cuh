@@ -209,20 +209,18 @@ ANL_DEVICE void convert_each(To& to, const From& from) {
 #pragma unroll
   for (int i = 0; i < To::SIZE; ++i) to.of[i] = typename To::V(from.of[i]);
 }
-// From float to double, exps become exact; back, those that ClassExps makes.
-template <class B, class A, bool FULL>
-ANL_DEVICE AnchoredSums<B, FULL> convert(const AnchoredSums<A, FULL>& s) {
-  AnchoredSums<B, FULL> out = {B(s.max), B(s.min)};
+// From float to double, exps become exact.
+template <class To, class A, bool FULL>
+ANL_DEVICE To convert(const AnchoredSums<A, FULL>& s) {
+  using B = decltype(To::max);
+  To out = {B(s.max), B(s.min)};
   convert_each(out.sums, s.sums);
-  if constexpr (sizeof(A) < sizeof(B))
-    out.sums.of[TAIL] *= s.exps().correction(s.anchor());
-  else if constexpr (sizeof(A) > sizeof(B))
-    out.sums.of[TAIL] /= out.exps().correction(out.anchor());
+  if constexpr (sizeof(A) < sizeof(B)) out.sums.of[TAIL] *= s.exps().correction(s.anchor());
   return out;
 }
-template <class B, class A, bool FULL>
-ANL_DEVICE SecondSums<Scalar<B>, FULL> convert(const SecondSums<Scalar<A>, FULL>& s) {
-  SecondSums<Scalar<B>, FULL> out;
+template <class To, class A, bool FULL>
+ANL_DEVICE To convert(const SecondSums<Scalar<A>, FULL>& s) {
+  To out;
   convert_each(out, s);
   return out;
 }
@@ -268,33 +266,6 @@ struct MergeSameMax {
   }
 };
 
-// Every number of a group of lanes' sums, about one max, by reduce(number, merge).
-template <class A, bool FULL, class Reduce>
-ANL_DEVICE void reduce_each(AnchoredSums<A, FULL>& s, const Reduce& reduce) {
-  s.min = reduce(s.min, SmallerNumber());
-#pragma unroll
-  for (A& sum : s.sums.of) sum = reduce(sum, Add<A>());
-}
-template <class M, bool FULL, class Reduce>
-ANL_DEVICE void reduce_each(SecondSums<M, FULL>& s, const Reduce& reduce) {
-#pragma unroll
-  for (auto& sum : s.of) sum = reduce(sum, Add<typename M::V>());
-}
-
-// The sums of a group of lanes in each of them, about whatever is the largest logit of all; reduce(number, merge) is over
-// the group. A sum of two is the same whichever comes first.
-template <class A, bool FULL, class Reduce>
-ANL_DEVICE AnchoredSums<A, FULL> merge_lanes(AnchoredSums<A, FULL> s, const Reduce& reduce) {
-  s.rebase(reduce(s.max, LargerNumber()));
-  reduce_each(s, reduce);
-  return s;
-}
-template <class M, bool FULL, class Reduce>
-ANL_DEVICE SecondSums<M, FULL> merge_lanes(SecondSums<M, FULL> s, const Reduce& reduce) {
-  reduce_each(s, reduce);
-  return s;
-}
-
 // Groups of `width` lanes, a power of two; the merge does not depend on the order.
 struct LaneGroup {
   unsigned width;
@@ -311,24 +282,48 @@ struct WholeWarp {
     for (int offset = 1; offset < WARP; offset *= 2) x = merge(x, shuffle_xor(x, offset));
     return x;
   }
+  ANL_DEVICE float operator()(float x, const LargerNumber&) const { return warp_max(x); }
+  ANL_DEVICE float operator()(float x, const SmallerNumber&) const { return -warp_max(-x); }
+  ANL_DEVICE float operator()(float x, const AddCount<float>&) const { return warp_count(x); }
 };
 
-// A warp: the sums in `count` places (at most one per lane), in double, in every lane.
-template <class Wide, class Place>
-ANL_DEVICE Wide merge_places(const Place* places, unsigned count) {
+// The sums of a group of lanes in each of them, in Wide's arithmetic; reduce(number, merge) is over the group. They are
+// about whatever is the largest logit of all. A sum of two is the same whichever comes first.
+template <class Wide, class A, bool FULL, class Reduce>
+ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own, const Reduce& reduce) {
+  own.rebase(reduce(own.max, LargerNumber()));
+  own.min = reduce(own.min, SmallerNumber());
+  own.sums.of[COUNT] = reduce(own.sums.of[COUNT], AddCount<A>());
+  Wide s = convert<Wide>(own);
+#pragma unroll
+  for (int i = 0; i < FirstSums<Scalar<A>, FULL>::SIZE; ++i)
+    if (i != COUNT) s.sums.of[i] = reduce(s.sums.of[i], Add<decltype(s.max)>());
+  return s;
+}
+template <class Wide, class A, bool FULL, class Reduce>
+ANL_DEVICE Wide merge_lanes(SecondSums<Scalar<A>, FULL> own, const Reduce& reduce) {
+  own.of[ABOVE_COUNT] = reduce(own.of[ABOVE_COUNT], AddCount<A>());
+  Wide s = convert<Wide>(own);
+#pragma unroll
+  for (int i = 0; i < Wide::SIZE; ++i)
+    if (i != ABOVE_COUNT) s.of[i] = reduce(s.of[i], Add<typename Wide::V>());
+  return s;
+}
+
+// A warp: the sums in `count` places (at most one per lane), in every lane.
+template <class Wide, class Sums>
+ANL_DEVICE Wide merge_places(const Sums* places, unsigned count) {
   unsigned width = 1;
   while (width < count) width *= 2;
   const unsigned own = lane_index() % width;
-  Wide s = none<Wide>();
-  if (own < count) s = convert<double>(places[own]);
-  return merge_lanes(s, LaneGroup{width});
+  return merge_lanes<Wide>(own < count ? places[own] : none<Sums>(), LaneGroup{width});
 }
 
 // All threads' sums, in every lane of warp 0. `shared` has a place for every warp; a __syncthreads stands between two uses
 // of it.
 template <class Wide, class X>
 ANL_DEVICE Wide block_merge(const X& own, X* shared) {
-  const X s = merge_lanes(own, WholeWarp());
+  const X s = merge_lanes<X>(own, WholeWarp());
   if (lane_index() == 0) shared[threadIdx.x / WARP] = s;
   __syncthreads();
   return threadIdx.x < WARP ? merge_places<Wide>(shared, blockDim.x / WARP) : none<Wide>();

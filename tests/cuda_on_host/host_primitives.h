@@ -95,6 +95,13 @@ void copy_async(void* shared, const void* global) {
   self().copies.open.push_back({shared, global, BYTES});
 }
 
+struct SharedPlace {
+  const uint4* place;
+  explicit SharedPlace(const void* p) : place(static_cast<const uint4*>(p)) {}
+  void move(int packs) { place += packs; }
+  uint4 load(int i) const { return place[i]; }
+  const void* pointer() const { return place; }
+};
 inline void copy_async16(void* shared, const void* global) {
   check_copy(shared, global, 16);
   self().copies.open.push_back({shared, global, 16});

@@ -150,6 +150,19 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     if (mask >> lane & 1) votes |= unsigned(all.of(lane)) << lane;
   return votes;
 }
+template <class F>
+int reduce_lanes(unsigned mask, int value, const F& f) {
+  const ::anl::host::Exchanged all = ::anl::host::exchange(mask, unsigned(value));
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) value = f(value, int(all.of(lane)), lane == int(::anl::host::lane()));
+  return value;
+}
+inline int __reduce_max_sync(unsigned mask, int value) {
+  return reduce_lanes(mask, value, [](int a, int b, bool) { return a > b ? a : b; });
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+  return reduce_lanes(mask, value, [](int a, int b, bool own) { return own ? a : a + b; });
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 ANL_IN_PLACE int __syncthreads_or(int predicate, anl_location where = anl_location::current()) {
