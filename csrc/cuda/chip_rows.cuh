@@ -21,11 +21,12 @@ struct RowMemory {
   RowGradient<T, FULL> gradient;
   bool sweeps_again, all_exist;
   int64_t y;
-  double denominator, loss;  // thread 0's: what the CTA keeps for all its rows
+  double denominator, grad_scale, loss;  // thread 0's: what the CTA keeps for all its rows
 
   ANL_DEVICE void start(double known_denominator) {
     if (threadIdx.x > 0) return;
     denominator = known_denominator;
+    grad_scale = 1.0 / known_denominator;
     loss = 0.0;
   }
 };
@@ -87,7 +88,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     } else {
       RowGradient<T, FULL> gradient;
       const T weight = row_weight<T>(call, shared.y, Label::LIVE);
-      const T loss = finish_row<T, FULL>(p, live.r, row, weight, shared.denominator, writes, gradient);
+      const T loss = finish_row<T, FULL>(p, live.r, row, weight, shared.grad_scale, writes, gradient);
       if (first_thread) {
         shared.gradient = gradient;
         shared.loss += double(loss);

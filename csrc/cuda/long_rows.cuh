@@ -143,14 +143,14 @@ struct GlobalRowPart : PartPlace<S> {
     }
   }
 
-  // The same, with -inf in the target's place.
+  // The same, with `absent` in the target's place.
   template <int U, class Packs>
-  ANL_DEVICE void load_others(int i, const Packs& packs, T (&x)[U * P]) const {
+  ANL_DEVICE void load_others(int i, const Packs& packs, T (&x)[U * P], T absent) const {
     load_classes<U>(i, packs, x);
     if (!has_target<U>(i)) return;
     const int at = target_in<U>(i);
 #pragma unroll
-    for (int j = 0; j < U * P; ++j) x[j] = j == at ? minus_inf<T>() : x[j];
+    for (int j = 0; j < U * P; ++j) x[j] = j == at ? absent : x[j];
   }
 
   // Whether the target is among the classes of these U packs, and which of them it is; below 0: none.
@@ -177,11 +177,12 @@ struct GlobalRowPart : PartPlace<S> {
       }
     }
     if constexpr (FULL || !IS_PACKED<S>) {
+      auto exps = sums.exps();
       walk.template tiles<FULL_PACKS<S, FULL>>([&](auto count, int i, bool inside, const auto& packs) {
         if (!inside) return;
         T z[decltype(count)::value * P];
-        load_others<decltype(count)::value>(i, packs, z);
-        add_tile(sums, z);
+        load_others<decltype(count)::value>(i, packs, z, minus_inf<T>());
+        add_tile(sums, exps, z);
       });
     }
   }
@@ -225,10 +226,10 @@ struct GlobalRowPart : PartPlace<S> {
       walk.template tiles<FULL_PACKS<S, FULL>>([&](auto count, int i, bool inside, const auto& packs) {
         if (!inside) return;
         T z[decltype(count)::value * P];
-        load_others<decltype(count)::value>(i, packs, z);
+        load_others<decltype(count)::value>(i, packs, z, FULL ? minus_inf<T>() : T(-FLT_MAX));
         add(z);
       });
-    });
+    }, all_exist);
   }
 
   // The gradient of every class but the edges. whole_packs: its packs are aligned as the logits' are.
@@ -341,15 +342,18 @@ struct GlobalRowPart : PartPlace<S> {
   }
 
   template <bool FULL, int E>
-  static ANL_DEVICE void add_tile(AnchoredSums<T, FULL>& sums, const T (&z)[E]) {
+  static ANL_DEVICE void add_tile(AnchoredSums<T, FULL>& sums, ClassExps<T, FULL>& exps, const T (&z)[E]) {
     T high = z[0], low = z[0];
 #pragma unroll
     for (int j = 1; j < E; ++j) {
       high = larger(high, z[j]);
       low = smaller(low, z[j]);
     }
-    if (high > sums.max) sums.rebase(high);
-    sums.add_all(z, low, sums.anchor());
+    if (high > sums.max) {
+      sums.rebase(high);
+      exps = sums.exps();
+    }
+    sums.add_all(z, low, exps);
   }
 };
 

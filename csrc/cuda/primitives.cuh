@@ -5,6 +5,7 @@
 // tests/cuda_on_host has the other side of everything declared here.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -61,11 +62,23 @@ ANL_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 or 0.
+ANL_DEVICE float one_if_above(float x, float bound) {
+  float one;
+  asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(x), "f"(bound));
+  return one;
+}
 // 1 / x to 2^-23 of its value; 0 above 2^126, infinite below 2^-126.
 ANL_DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// x, in a register of its own: not computed again wherever it is read.
+ANL_DEVICE int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // ---- 16 aligned bytes of global memory ------------------------------------------------------------------------------

@@ -99,16 +99,16 @@ ANL_DEVICE void write_coefs(const Params& p, int64_t r, const T (&coefs)[NUM_COE
   for (int i = 0; i < NUM_COEFS; ++i) out[i * p.num_rows] = coefs[i];
 }
 
-// The weighted loss of a live row, and its gradient. Only the thread with `writes` writes what is kept of them.
+// The weighted loss of a live row, and its gradient, of which the loss of all rows has the part grad_scale: 1 / denominator.
+// Only the thread with `writes` writes what is kept of them.
 template <class T, bool FULL>
-ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight, double denominator, bool writes,
+ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight, double grad_scale, bool writes,
                         RowGradient<T, FULL>& gradient) {
   using M = Scalar<T>;
   const Program& program = p.call.program;
   T coefs[NUM_COEFS];
   const T loss = evaluate<M, FULL>(program, row.stats, coefs) * weight;
-  const double inverse = 1.0 / denominator;  // the same for all rows: divided once
-  const T scale = p.call.weight ? T(double(weight) * inverse) : T(inverse);
+  const T scale = p.call.weight ? T(double(weight) * grad_scale) : T(grad_scale);
 #pragma unroll
   for (int i = COEF_A; i <= COEF_TARGET; ++i) coefs[i] *= scale;
   coefs[COEF_MAX] = row.max;
@@ -162,12 +162,12 @@ ANL_DEVICE T write_unread_row(const Params& p, int64_t r, Label kind) {
 
 // Finishes a row. Only the thread with `writes` returns its loss; padding rows write nothing.
 template <class T, bool FULL>
-ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, const Row<T>& row, double denominator,
+ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, const Row<T>& row, double grad_scale,
                             bool writes, RowGradient<T, FULL>& gradient) {
   const bool live = kind == Label::LIVE;
   gradient = RowGradient<T, FULL>::constant(unread_value<T>(kind));
   if (live && p.call.op != Op::STATS) {
-    const T loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, kind), denominator, writes, gradient);
+    const T loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, kind), grad_scale, writes, gradient);
     return writes ? loss : T(0);
   }
   if (!writes) return T(0);

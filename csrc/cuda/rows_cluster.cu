@@ -71,6 +71,7 @@ struct ClusterRows {
   Barrier* const filled;
   const int64_t cluster, num_clusters;
   const int rank, warp;
+  const int across, around;  // packs from a warp's chunk of a part to its next, and of the warp's ring
   const unsigned count;  // of the cluster's rows
   Copier<S> copier;
   unsigned n = 0;        // the row that is worked on
@@ -82,11 +83,12 @@ struct ClusterRows {
       : p(params), shared(memory), ring(rings + own_warp * slots() * chunk()), filled(memory.filled + own_warp * slots()),
         cluster(blockIdx.x / unsigned(p.plan.cluster)), num_clusters(gridDim.x / unsigned(p.plan.cluster)),
         rank(int(blockIdx.x % unsigned(p.plan.cluster))), warp(own_warp),
+        across(kept(int(blockDim.x) / WARP * chunk())), around(kept(slots() * chunk())),
         count(unsigned(ceil_div(p.num_rows - cluster, num_clusters))), copier{nullptr, 0, 0, slots(), ~0u} {}
 
   ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
   ANL_DEVICE int slots() const { return p.plan.ring.slots; }
-  ANL_DEVICE int step() const { return int(blockDim.x) / WARP * chunk(); }
+  ANL_DEVICE int step() const { return across; }
 
   // ---- rows to come --------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ struct ClusterRows {
       if (++slot < rows.slots()) return;
       slot = 0;
       round ^= 1;
-      packs.data.move(-rows.slots() * chunk);
+      packs.data.move(-rows.around);
     }
     ANL_DEVICE void finish() const {
       if (pass != Pass::LAST) return;

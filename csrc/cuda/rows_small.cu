@@ -165,7 +165,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       if (row.second) row.set_second_sums(call.program, second_sums);
     }
     RowGradient<T, FULL> gradient;
-    if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, denominator, true, gradient));
+    if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, 1.0 / denominator, true, gradient));
     if (!call.grad) continue;
 
     const T target = gradient.row.target;

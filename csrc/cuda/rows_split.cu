@@ -164,7 +164,8 @@ struct SplitRows {
       if (!again && p.call.op == Op::STATS) {
         if (writes) write_statistics(p, r, row);
       } else if (!again) {
-        loss = finish_row<T, FULL>(p, r, row, row_weight<T>(p.call, y, Label::LIVE), denominator, writes, gradient);
+        const T weight = row_weight<T>(p.call, y, Label::LIVE);
+        loss = finish_row<T, FULL>(p, r, row, weight, 1.0 / denominator, writes, gradient);
       }
       __syncwarp();  // all lanes have read the target's logit, where its gradient may now go
       if (writes) {

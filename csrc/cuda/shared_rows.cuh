@@ -257,8 +257,8 @@ struct Share {
     }
     auto s = none<AnchoredSums<T, FULL>>();
     s.max = extremes.high;
-    const T anchor = s.anchor();
-    const auto add = [&](const auto& x) { s.add_all(x, extremes.low, anchor); };
+    const auto exps = s.exps();
+    const auto add = [&](const auto& x) { s.add_all(x, extremes.low, exps); };
     if (extremes.low > minus_inf<T>())  // asked here, and so not for each tile
       each_class(row, add);
     else

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
     for (int v = 0; v < V; ++v) {
       const bool writes = pixels.exist && pixels.group == 0;
       total += double(finish_any_row<T, FULL>(p, int64_t(pixels.r) + v, pixels.y[v], pixels.kind(v), row[v],
-                                              denominator, writes, gradient[v]));
+                                              1.0 / denominator, writes, gradient[v]));
       all_exist[v] = !pixels.live(v) || sums[v].sums.of[COUNT] == T(pixels.count_of(call) - 1);
       all_above[v] = all_exist[v] && (!pixels.live(v) || gradient[v].all_above(sums[v].min));
     }

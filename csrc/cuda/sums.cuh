@@ -56,14 +56,14 @@ struct AnchoredSums {
     sums.template add_gap<false>(z - anchor);
   }
   ANL_DEVICE void count_existing(A count, A low) {
-    min = low < min ? low : min;
+    min = smaller(min, low);
     sums.of[COUNT] += count;
   }
 
-  // The same for E of them, the smallest of which is `low`. Most often all exist, and need no looking at.
+  // The same for E of them, the smallest of which is `low`; exps: exps(). Most often all exist, and need no looking at.
   template <int E>
-  ANL_DEVICE void add_all(const A (&z)[E], A low, A anchor) {
-    const auto exps = ClassExps<A, FULL>::about(anchor);
+  ANL_DEVICE void add_all(const A (&z)[E], A low, const ClassExps<A, FULL>& exps) {
+    const A anchor = this->anchor();
 #pragma unroll
     for (int j = 0; j < E; ++j) sums.add_exp(exps.at(z[j]));
     if (low > A(-INF)) {
@@ -110,6 +110,8 @@ ANL_DEVICE T clamp_bound(T max, T log_sum, T clamp_height) {
   return add_down(max, log_sum - clamp_height);
 }
 
+constexpr float NEAR = 64.0f;
+
 // row_math.h's second sweep over logits as they are stored. What heights and exps are rounded by is made up for in `correct`.
 template <class T, bool FULL>
 struct RowSweep {
@@ -120,13 +122,13 @@ struct RowSweep {
   ClassExps<T, FULL> exps;
 
   // each(add) calls add(z) for every logit of the thread's, or for arrays of them. What the row's loss looks for is asked
-  // before, not per class; a full kernel makes the mass that few losses read in any case.
+  // before, not per class; a full kernel makes the mass that few losses read in any case. all_finite: no logit is infinite.
   template <class F>
-  ANL_DEVICE void run(SecondSums<M, FULL>& sums, const F& each) const {
+  ANL_DEVICE void run(SecondSums<M, FULL>& sums, const F& each, bool all_finite = false) const {
     if constexpr (FULL) {
       if (classes.focal) return each(Adder<true, true>{*this, sums});
     } else {
-      if (by_bound()) return each(Adder<false, false>{*this, sums});
+      if (by_bound()) return each(Adder<false, false>{*this, sums, all_finite && fabs(bound) < NEAR});
     }
     each(Adder<true, false>{*this, sums});
   }
@@ -135,6 +137,7 @@ struct RowSweep {
   struct Adder {
     const RowSweep& row;
     SecondSums<M, FULL>& sums;
+    const bool is_near = false;
 
     ANL_DEVICE void operator()(T z) const {
       if constexpr (MASS) {
@@ -149,6 +152,8 @@ struct RowSweep {
       if constexpr (MASS) {
 #pragma unroll
         for (T v : z) (*this)(v);
+      } else if (is_near) {
+        row.add_near_heights(sums, z);
       } else {
         row.add_heights(sums, z);
       }
@@ -166,6 +171,22 @@ struct RowSweep {
     }
     sums.of[ABOVE_COUNT] += T(above);
     sums.of[ABOVE_SUM] -= depth;
+  }
+  // The same of finite logits about a bound that is NEAR: their sum loses little to it.
+  template <int E>
+  ANL_DEVICE void add_near_heights(SecondSums<M, false>& sums, const T (&z)[E]) const {
+    constexpr unsigned INVERSE = 383;  // of 127, the exponent of a one, modulo 2^9
+    unsigned ones = 0;  // as they are stored
+    T sum[4] = {};
+#pragma unroll
+    for (int j = 0; j < E; ++j) {
+      const T one = one_if_above(z[j], bound);
+      ones += __float_as_uint(one);
+      sum[j % 4] = fmaf(one, z[j], sum[j % 4]);
+    }
+    const T above = T(int((ones >> 23) * INVERSE % (1 << 9)));
+    sums.of[ABOVE_COUNT] += above;
+    sums.of[ABOVE_SUM] += fmaf(-above, bound, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
   // Whether heights are those above `bound`.
@@ -266,15 +287,7 @@ struct MergeSameMax {
   }
 };
 
-// Groups of `width` lanes, a power of two; the merge does not depend on the order.
-struct LaneGroup {
-  unsigned width;
-  template <class X, class Merge>
-  ANL_DEVICE X operator()(X x, const Merge& merge) const {
-    for (unsigned offset = 1; offset < width; offset *= 2) x = merge(x, shuffle_xor(x, int(offset)));
-    return x;
-  }
-};
+// A warp's lanes; the merge does not depend on the order.
 struct WholeWarp {
   template <class X, class Merge>
   ANL_DEVICE X operator()(X x, const Merge& merge) const {
@@ -287,10 +300,11 @@ struct WholeWarp {
   ANL_DEVICE float operator()(float x, const AddCount<float>&) const { return warp_count(x); }
 };
 
-// The sums of a group of lanes in each of them, in Wide's arithmetic; reduce(number, merge) is over the group. They are
-// about whatever is the largest logit of all. A sum of two is the same whichever comes first.
-template <class Wide, class A, bool FULL, class Reduce>
-ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own, const Reduce& reduce) {
+// The sums of a warp's lanes in each of them, in Wide's arithmetic, about whatever is the largest logit of all. A sum of
+// two is the same whichever comes first.
+template <class Wide, class A, bool FULL>
+ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own) {
+  const WholeWarp reduce;
   own.rebase(reduce(own.max, LargerNumber()));
   own.min = reduce(own.min, SmallerNumber());
   own.sums.of[COUNT] = reduce(own.sums.of[COUNT], AddCount<A>());
@@ -300,8 +314,9 @@ ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own, const Reduce& reduce) {
     if (i != COUNT) s.sums.of[i] = reduce(s.sums.of[i], Add<decltype(s.max)>());
   return s;
 }
-template <class Wide, class A, bool FULL, class Reduce>
-ANL_DEVICE Wide merge_lanes(SecondSums<Scalar<A>, FULL> own, const Reduce& reduce) {
+template <class Wide, class A, bool FULL>
+ANL_DEVICE Wide merge_lanes(SecondSums<Scalar<A>, FULL> own) {
+  const WholeWarp reduce;
   own.of[ABOVE_COUNT] = reduce(own.of[ABOVE_COUNT], AddCount<A>());
   Wide s = convert<Wide>(own);
 #pragma unroll
@@ -313,17 +328,14 @@ ANL_DEVICE Wide merge_lanes(SecondSums<Scalar<A>, FULL> own, const Reduce& reduc
 // A warp: the sums in `count` places (at most one per lane), in every lane.
 template <class Wide, class Sums>
 ANL_DEVICE Wide merge_places(const Sums* places, unsigned count) {
-  unsigned width = 1;
-  while (width < count) width *= 2;
-  const unsigned own = lane_index() % width;
-  return merge_lanes<Wide>(own < count ? places[own] : none<Sums>(), LaneGroup{width});
+  return merge_lanes<Wide>(lane_index() < count ? places[lane_index()] : none<Sums>());
 }
 
 // All threads' sums, in every lane of warp 0. `shared` has a place for every warp; a __syncthreads stands between two uses
 // of it.
 template <class Wide, class X>
 ANL_DEVICE Wide block_merge(const X& own, X* shared) {
-  const X s = merge_lanes<X>(own, WholeWarp());
+  const X s = merge_lanes<X>(own);
   if (lane_index() == 0) shared[threadIdx.x / WARP] = s;
   __syncthreads();
   return threadIdx.x < WARP ? merge_places<Wide>(shared, blockDim.x / WARP) : none<Wide>();

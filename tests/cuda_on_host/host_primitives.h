@@ -14,6 +14,8 @@ inline uint16_t float_to_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline int kept(int x) { return x; }
+inline float one_if_above(float x, float bound) { return x > bound ? 1.0f : 0.0f; }
 inline uint32_t floats_to_half2(float low, float high) { return uint32_t(float_to_half(high)) << 16 | float_to_half(low); }
 inline uint32_t floats_to_bfloat162(float low, float high) {
   return uint32_t(float_to_bfloat16(high)) << 16 | float_to_bfloat16(low);
