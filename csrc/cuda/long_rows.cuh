@@ -4,6 +4,7 @@
 // after it are the edges, one per thread. A thread takes several packs at a time, so that their exps are independent.
 #pragma once
 
+#include "float_sweep.cuh"
 #include "packed_focal.cuh"
 #include "results.cuh"
 
@@ -176,14 +177,19 @@ struct GlobalRowPart : PartPlace<S> {
         return;
       }
     }
-    if constexpr (FULL || !IS_PACKED<S>) {
-      auto exps = sums.exps();
+    const auto add_others = [&](const auto& add_tile) {
       walk.template tiles<FULL_PACKS<S, FULL>>([&](auto count, int i, bool inside, const auto& packs) {
         if (!inside) return;
         T z[decltype(count)::value * P];
         load_others<decltype(count)::value>(i, packs, z, minus_inf<T>());
-        add_tile(sums, exps, z);
+        add_tile(z);
       });
+    };
+    if constexpr (FULL) {
+      add_others([&](const auto& z) { sums.include_all(z); });
+    } else if constexpr (!IS_PACKED<S>) {
+      FloatFirstSweep sweep = {sums};
+      add_others([&](const auto& z) { sweep.add(z); });
     }
   }
 
@@ -339,21 +345,6 @@ struct GlobalRowPart : PartPlace<S> {
     else
       for (int j = threadIdx.x; j < packs * P; j += blockDim.x) grad[j] = element;
     if (edge != NO_EDGE) grad[edge] = element;
-  }
-
-  template <bool FULL, int E>
-  static ANL_DEVICE void add_tile(AnchoredSums<T, FULL>& sums, ClassExps<T, FULL>& exps, const T (&z)[E]) {
-    T high = z[0], low = z[0];
-#pragma unroll
-    for (int j = 1; j < E; ++j) {
-      high = larger(high, z[j]);
-      low = smaller(low, z[j]);
-    }
-    if (high > sums.max) {
-      sums.rebase(high);
-      exps = sums.exps();
-    }
-    sums.add_all(z, low, exps);
   }
 };
 

@@ -86,12 +86,6 @@ ANL_DEVICE uint32_t above2(uint32_t a, uint32_t bound) {
 }
 #undef ANL_PACKED
 
-// Kept in a register: not made anew wherever it is used.
-ANL_DEVICE uint32_t kept(uint32_t word) {
-  asm volatile("mov.b32 %0, %0;" : "+r"(word));
-  return word;
-}
-
 // A lane's part of the diagonal matrix of a number.
 ANL_DEVICE uint32_t diagonal(uint16_t factor) {
   const unsigned lane = threadIdx.x % WARP, row = lane % 4 * 2, column = lane / 4;

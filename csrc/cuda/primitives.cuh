@@ -76,7 +76,9 @@ ANL_DEVICE float reciprocal_approx(float x) {
 }
 
 // x, in a register of its own: not computed again wherever it is read.
-ANL_DEVICE int kept(int x) {
+template <class X>
+ANL_DEVICE X kept(X x) {
+  static_assert(sizeof(X) == 4, "one register");
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -185,8 +187,8 @@ ANL_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_gener
 // 16-byte packs in shared memory, by an address of 32 bits: what is added to a pointer is added to both halves of it.
 struct SharedPlace {
   uint32_t address;
-  ANL_DEVICE explicit SharedPlace(const void* p) : address(shared_address(p)) {}
-  ANL_DEVICE void move(int packs) { address += packs * 16; }
+  ANL_DEVICE explicit SharedPlace(const void* p) : SharedPlace(kept(shared_address(p)), 0) {}
+  ANL_DEVICE SharedPlace operator+(int packs) const { return SharedPlace(address + packs * 16, 0); }
   ANL_DEVICE uint4 load(int i) const {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -195,6 +197,9 @@ struct SharedPlace {
     return v;
   }
   ANL_DEVICE const void* pointer() const { return __cvta_shared_to_generic(address); }
+
+ private:
+  ANL_DEVICE SharedPlace(uint32_t of, int) : address(of) {}
 };
 
 // 4 or 8 aligned bytes. What a thread has copied it sees after copy_async_wait, others after a barrier then.
@@ -251,9 +256,9 @@ ANL_DEVICE void barrier_wait(Barrier* barrier, unsigned parity) {
         : "memory");
   while (!done);
 }
-ANL_DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, Barrier* barrier) {
+ANL_DEVICE void bulk_copy(SharedPlace shared, const void* global, unsigned bytes, Barrier* barrier) {
   ANL_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-               shared_address(shared)),
+               shared.address),
            "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
            : "memory");
 }

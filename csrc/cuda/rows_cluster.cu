@@ -67,11 +67,12 @@ struct ClusterRows {
 
   const Params& p;
   Memory& shared;
-  uint4* const ring;  // the warp's
+  const SharedPlace ring;  // the warp's
   Barrier* const filled;
   const int64_t cluster, num_clusters;
   const int rank, warp;
-  const int across, around;  // packs from a warp's chunk of a part to its next, and of the warp's ring
+  const int across;        // packs from a warp's chunk of a part to its next
+  const int next, around;  // from a pack's place in the part to that in the ring: what the next chunk adds, and a new round
   const unsigned count;  // of the cluster's rows
   Copier<S> copier;
   unsigned n = 0;        // the row that is worked on
@@ -80,15 +81,14 @@ struct ClusterRows {
   int turn = 0;          // of live rows
 
   ANL_DEVICE ClusterRows(const Params& params, Memory& memory, uint4* rings, int own_warp)
-      : p(params), shared(memory), ring(rings + own_warp * slots() * chunk()), filled(memory.filled + own_warp * slots()),
+      : p(params), shared(memory), ring(rings + own_warp * slots() * chunk()), filled(memory.filled + kept(own_warp * slots())),
         cluster(blockIdx.x / unsigned(p.plan.cluster)), num_clusters(gridDim.x / unsigned(p.plan.cluster)),
         rank(int(blockIdx.x % unsigned(p.plan.cluster))), warp(own_warp),
-        across(kept(int(blockDim.x) / WARP * chunk())), around(kept(slots() * chunk())),
+        across(kept(int(blockDim.x) / WARP * chunk())), next(kept(chunk() - across)), around(kept(-slots() * chunk())),
         count(unsigned(ceil_div(p.num_rows - cluster, num_clusters))), copier{nullptr, 0, 0, slots(), ~0u} {}
 
   ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
   ANL_DEVICE int slots() const { return p.plan.ring.slots; }
-  ANL_DEVICE int step() const { return across; }
 
   // ---- rows to come --------------------------------------------------------------------------------------------------
 
@@ -130,8 +130,8 @@ struct ClusterRows {
       const unsigned bytes = unsigned(min(c.left, chunk())) * 16;
       barrier_expect(filled + c.slot, bytes);
       bulk_copy(ring + c.slot * chunk(), c.from, bytes, filled + c.slot);
-      c.left -= step();
-      c.from += int64_t(step()) * PACK<S>;
+      c.left -= across;
+      c.from += int64_t(across) * PACK<S>;
       if (++c.slot == slots()) c.slot = 0;
       --c.free;
     }
@@ -165,26 +165,24 @@ struct ClusterRows {
     SharedPacks<S> packs;  // pack i of the part is packs.load(i), if it is of this chunk
 
     ANL_DEVICE Cursor(ClusterRows& r, Pass which)
-        : rows(r), pass(which), begin(r.warp * r.chunk()), slot(r.slot), round(r.round), packs{SharedPlace(r.ring)} {
-      packs.data.move(slot * r.chunk() - begin);
-    }
+        : rows(r), pass(which), begin(r.warp * r.chunk()), slot(r.slot), round(r.round), packs{r.ring + (slot * r.chunk() - begin)} {}
     // The first pass waits for a chunk.
     ANL_DEVICE void arrive() const {
       if (pass == Pass::FIRST) barrier_wait(rows.filled + slot, round);
     }
     // The last pass lets go of it.
-    ANL_DEVICE void leave(int chunk) {
+    ANL_DEVICE void leave() {
       if (pass == Pass::LAST) {
         __syncwarp();
         ++rows.copier.free;
         rows.copy_next();
       }
-      begin += rows.step();
-      packs.data.move(chunk - rows.step());
+      begin += rows.across;
+      packs.data = packs.data + rows.next;
       if (++slot < rows.slots()) return;
       slot = 0;
       round ^= 1;
-      packs.data.move(-rows.around);
+      packs.data = packs.data + rows.around;
     }
     ANL_DEVICE void finish() const {
       if (pass != Pass::LAST) return;
@@ -205,13 +203,13 @@ struct ClusterRows {
       const int lane = int(lane_index());
       Cursor at(rows, pass);
       if (rows.chunk() == WHOLE) {
-        for (; at.begin + WHOLE <= count; at.leave(WHOLE)) {
+        for (; at.begin + WHOLE <= count; at.leave()) {
           at.arrive();
 #pragma unroll
           for (int i = 0; i < WHOLE; i += U * WARP) f(Count<U>(), at.begin + i + lane, true, at.packs);
         }
       }
-      for (; at.begin < count; at.leave(rows.chunk())) {
+      for (; at.begin < count; at.leave()) {
         at.arrive();
         const int end = min(at.begin + rows.chunk(), count);
 #pragma unroll 1
@@ -222,7 +220,7 @@ struct ClusterRows {
     template <class F>
     ANL_DEVICE void chunks(const F& f) const {
       Cursor at(rows, pass);
-      for (; at.begin < count; at.leave(rows.chunk())) {
+      for (; at.begin < count; at.leave()) {
         at.arrive();
         f(at.begin, min(at.begin + rows.chunk(), count), at.packs);
       }

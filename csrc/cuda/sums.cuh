@@ -27,7 +27,7 @@ ANL_DEVICE T minus_inf() {
 template <class A, bool FULL>
 struct AnchoredSums {
   A max;  // -inf if there are none
-  A min;  // +inf if there are none
+  A min;  // +inf if there are none; from the first sweep of float logits, a little below the smallest
   FirstSums<Scalar<A>, FULL> sums;
 
   // What is subtracted from the logits while sums are made: max, and any number if that is none.
@@ -72,6 +72,18 @@ struct AnchoredSums {
 #pragma unroll
       for (int j = 0; j < E; ++j) add_gap(z[j], anchor);
     }
+  }
+  // E classes more, of any size.
+  template <int E>
+  ANL_DEVICE void include_all(const A (&z)[E]) {
+    A high = z[0], low = z[0];
+#pragma unroll
+    for (int j = 1; j < E; ++j) {
+      high = larger(high, z[j]);
+      low = smaller(low, z[j]);
+    }
+    if (high > max) rebase(high);
+    add_all(z, low, exps());
   }
   // Besides their exps: classes that all exist, the sum of anchor - z, and the smallest z.
   ANL_DEVICE void add_existing(A count, A gap, A low) {
@@ -321,7 +333,8 @@ ANL_DEVICE Wide merge_lanes(SecondSums<Scalar<A>, FULL> own) {
   Wide s = convert<Wide>(own);
 #pragma unroll
   for (int i = 0; i < Wide::SIZE; ++i)
-    if (i != ABOVE_COUNT) s.of[i] = reduce(s.of[i], Add<typename Wide::V>());
+    if (i != ABOVE_COUNT && (i != BELOW_MASS || __any_sync(ALL_LANES, own.of[BELOW_MASS] != A(0))))  // few losses read that
+      s.of[i] = reduce(s.of[i], Add<typename Wide::V>());
   return s;
 }
 

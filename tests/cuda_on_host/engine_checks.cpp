@@ -57,7 +57,7 @@ __global__ void bulk(const Arguments a) {
   __syncthreads();
   if (threadIdx.x == 0) {
     barrier_expect(&barrier, EXPECTED);
-    bulk_copy(staged, a.in, 64 * 16, &barrier);
+    bulk_copy(SharedPlace(staged), a.in, 64 * 16, &barrier);
   }
   barrier_wait(&barrier, 0);
   a.out[threadIdx.x] = reinterpret_cast<float*>(staged)[4 * threadIdx.x];

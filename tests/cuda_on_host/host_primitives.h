@@ -14,7 +14,10 @@ inline uint16_t float_to_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline int kept(int x) { return x; }
+template <class X>
+X kept(X x) {
+  return x;
+}
 inline float one_if_above(float x, float bound) { return x > bound ? 1.0f : 0.0f; }
 inline uint32_t floats_to_half2(float low, float high) { return uint32_t(float_to_half(high)) << 16 | float_to_half(low); }
 inline uint32_t floats_to_bfloat162(float low, float high) {
@@ -100,9 +103,10 @@ void copy_async(void* shared, const void* global) {
 struct SharedPlace {
   const uint4* place;
   explicit SharedPlace(const void* p) : place(static_cast<const uint4*>(p)) {}
-  void move(int packs) { place += packs; }
+  SharedPlace operator+(int packs) const { return SharedPlace(place + packs); }
   uint4 load(int i) const { return place[i]; }
   const void* pointer() const { return place; }
+  void* writable() const { return const_cast<uint4*>(place); }
 };
 inline void copy_async16(void* shared, const void* global) {
   check_copy(shared, global, 16);
@@ -194,8 +198,9 @@ inline void make_late_copies(Barrier* barrier, const Phase& phase) {
   self().cta->late_copies.erase(found);
   change(barrier, [bytes](Phase& x) { x.bytes -= bytes; });
 }
-inline void bulk_copy(void* shared, const void* global, unsigned bytes, Barrier* barrier) {
+inline void bulk_copy(SharedPlace place, const void* global, unsigned bytes, Barrier* barrier) {
   needs_sm90();
+  void* const shared = place.writable();
   check_copy(shared, global, bytes);
   if (bytes > MOST_BYTES) host::fail("a bulk copy of more bytes than a barrier counts");
   const Copy copy = {shared, global, bytes};

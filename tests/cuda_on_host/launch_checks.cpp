@@ -46,7 +46,7 @@ __global__ void instruction(int which) {
     case 0: return barrier_init(unknown, 1);
     case 1: return barrier_expect(unknown, 0);
     case 2: return barrier_wait(unknown, 0);
-    case 3: return bulk_copy(staged, staged, 16, unknown);
+    case 3: return bulk_copy(SharedPlace(staged), staged, 16, unknown);
     case 4: return cluster_sync();
     case 5: return cluster_wait();
     case 6: staged[cluster_rank()].x = 0; return;

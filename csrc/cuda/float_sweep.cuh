@@ -1,0 +1,68 @@
+// The first sweep of lean kernels over float logits, many at a time.
+#pragma once
+
+#include "sums.cuh"
+
+namespace anl {
+namespace gpu {
+
+// While no class is above the anchor, the exponents l = log2_of(z), which the exps take in any case, are below 0, but for
+// those of the anchor itself: so the smallest has the largest bits, and integers, three to an instruction, find it.
+struct FloatFirstSweep {
+  using Sums = AnchoredSums<float, false>;
+  using Exps = ClassExps<float, false>;
+  static constexpr Exps NO_ANCHOR = {1.0f, FLT_MAX};  // about which every class is above it
+  static constexpr uint32_t MISSING = 0xff800000u;       // -inf
+
+  Sums& sums;
+  Exps exps = NO_ANCHOR;
+
+  template <int E>
+  ANL_DEVICE void add(const float (&z)[E]) {
+    float l[E];
+#pragma unroll
+    for (int j = 0; j < E; ++j) l[j] = exps.log2_of(z[j]);
+    if (largest(l) >= 0) {
+      float high = z[0];
+#pragma unroll
+      for (int j = 1; j < E; ++j) high = larger(high, z[j]);
+      if (high > sums.max) sums.rebase(high);
+      exps = sums.exps();
+#pragma unroll
+      for (int j = 0; j < E; ++j) l[j] = exps.log2_of(z[j]);
+    }
+    const uint32_t low = lowest(l);
+#pragma unroll
+    for (int j = 0; j < E; ++j) sums.sums.add_exp(exp2_approx(l[j]));
+    if (low < MISSING) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < E; ++j) sum += l[j];
+      sums.add_existing(float(E), exps.sum_of_gaps(sum, float(E), sums.anchor()), exps.logit_below(__uint_as_float(low), sums.anchor()));
+    } else {
+#pragma unroll
+      for (int j = 0; j < E; ++j) sums.add_gap(z[j], sums.anchor());
+      if (sums.max == -float(INF)) exps = NO_ANCHOR;
+    }
+  }
+
+  // The largest as integers: below 0 if all floats are.
+  template <int E>
+  static ANL_DEVICE int largest(const float (&l)[E]) {
+    int x = __float_as_int(l[0]);
+#pragma unroll
+    for (int j = 1; j + 1 < E; j += 2) x = __vimax3_s32(x, __float_as_int(l[j]), __float_as_int(l[j + 1]));
+    return E % 2 ? x : max(x, __float_as_int(l[E - 1]));
+  }
+  // The bits of the smallest, as far as any is below 0.
+  template <int E>
+  static ANL_DEVICE uint32_t lowest(const float (&l)[E]) {
+    uint32_t x = __float_as_uint(l[0]);
+#pragma unroll
+    for (int j = 1; j + 1 < E; j += 2) x = __vimax3_u32(x, __float_as_uint(l[j]), __float_as_uint(l[j + 1]));
+    return E % 2 ? x : max(x, __float_as_uint(l[E - 1]));
+  }
+};
+
+}  // namespace gpu
+}  // namespace anl
