@@ -48,17 +48,9 @@ struct ClassExps<float, false> {
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < E; ++j) sum += log2_of(z[j]);
-    return sum_of_gaps(sum, float(E), anchor);
+    return fmaf(float(E), log2_of(anchor), -sum) * inverse();
   }
-  // The same of so many, from the sum of log2_of(z).
-  ANL_DEVICE float sum_of_gaps(float sum, float count, float anchor) const {
-    return fmaf(count, log2_of(anchor), -sum) * one_of_unit();
-  }
-  ANL_DEVICE float one_of_unit() const { return is_far() ? 1.0f : 1.0f / LOG2_E; }
-  // The logit of this log2_of(z), or a number a little below it: by what its distance from the anchor was rounded by.
-  ANL_DEVICE float logit_below(float l, float anchor) const {
-    return add_down(anchor, (l - log2_of(anchor)) * (one_of_unit() * (1.0f + 0x1p-20f)));
-  }
+  ANL_DEVICE float inverse() const { return is_far() ? 1.0f : 1.0f / LOG2_E; }
   ANL_DEVICE float correction(float anchor) const { return exp2_approx(-log2_of(anchor)); }
   ANL_DEVICE float scale_to(const ClassExps& other) const {
     return unit == other.unit ? exp2_approx(other.shift - shift) : 0.0f;

@@ -16,6 +16,7 @@ struct FloatFirstSweep {
 
   Sums& sums;
   Exps exps = NO_ANCHOR;
+  float of_anchor = 0.0f, inverse = 0.0f;  // log2_of(anchor); from exponents of 2 to logits
 
   template <int E>
   ANL_DEVICE void add(const float (&z)[E]) {
@@ -28,6 +29,8 @@ struct FloatFirstSweep {
       for (int j = 1; j < E; ++j) high = larger(high, z[j]);
       if (high > sums.max) sums.rebase(high);
       exps = sums.exps();
+      of_anchor = exps.log2_of(sums.anchor());
+      inverse = exps.inverse();
 #pragma unroll
       for (int j = 0; j < E; ++j) l[j] = exps.log2_of(z[j]);
     }
@@ -38,7 +41,9 @@ struct FloatFirstSweep {
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < E; ++j) sum += l[j];
-      sums.add_existing(float(E), exps.sum_of_gaps(sum, float(E), sums.anchor()), exps.logit_below(__uint_as_float(low), sums.anchor()));
+      // Rounded so that the smallest is that, or a little below it.
+      const float below = (__uint_as_float(low) - of_anchor) * (inverse * (1.0f + 0x1p-20f));
+      sums.add_existing(float(E), fmaf(float(E), of_anchor, -sum) * inverse, add_down(sums.max, below));
     } else {
 #pragma unroll
       for (int j = 0; j < E; ++j) sums.add_gap(z[j], sums.anchor());

@@ -205,7 +205,7 @@ struct ClusterRows {
       if (rows.chunk() == WHOLE) {
         for (; at.begin + WHOLE <= count; at.leave()) {
           at.arrive();
-#pragma unroll
+#pragma unroll 1
           for (int i = 0; i < WHOLE; i += U * WARP) f(Count<U>(), at.begin + i + lane, true, at.packs);
         }
       }

@@ -27,7 +27,7 @@ class Budget:
 PIXELS = 512 * 512
 BUDGETS = (
     Budget("cluster", "rows_cluster_kernel", Case(classes=128256), 20, 20, 15),
-    Budget("cluster float32", "rows_cluster_kernel", Case("float32", classes=128256), 31, 24, 18),
+    Budget("cluster float32", "rows_cluster_kernel", Case("float32", classes=128256), 24, 24, 18),
     Budget("block", "rows_block_kernel", Case(classes=10000, rows=1 << 14), 24, 24, 18),
     Budget("small 1000", "rows_small_kernel", Case(classes=1000, rows=1 << 17), 24, 28, 20),
     Budget("small 100", "rows_small_kernel", Case(classes=100, rows=1 << 20), 40, 40, 28),

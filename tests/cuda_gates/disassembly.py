@@ -126,8 +126,10 @@ def kernels(binary) -> list[Kernel]:
         for start, stop in zip(starts, [s.start() for s in starts[1:]] + [len(text)])
     }
     names = demangled([name for name, *_ in usage])
+    arch = re.search(r"code for sm_(\d+)", text)
+    reserved = 1024 if arch and int(arch[1]) >= 90 else 0  # CUDA's own, which these tools count from there on
     return [
-        Kernel(names[name], *(int(n) for n in (registers, stack, shared, local)), code.get(name, []), name)
+        Kernel(names[name], int(registers), int(stack), int(shared) - reserved, int(local), code.get(name, []), name)
         for name, registers, stack, shared, local in usage
     ]
 
