@@ -52,6 +52,7 @@ struct ClusterPlan {
   int64_t packs_per_cta;  // the part of a row that each CTA of a cluster holds
   int chunk_packs;        // packs per bulk copy
   int slots;              // chunks that a warp's ring holds
+  bool held;              // besides, every warp has one in its threads' registers
   bool packs;
 };
 struct SplitPlan {

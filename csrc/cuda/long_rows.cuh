@@ -27,19 +27,28 @@ struct Count {
   static constexpr int value = U;
 };
 
-// Packs in shared memory.
+// Where packs are: load(i, u) is pack i + u WARP, element(j) element j of them all.
+//
+// In shared memory.
 template <class S>
 struct SharedPacks {
   SharedPlace data;
-  ANL_DEVICE uint4 load(int i) const { return data.load(i); }
+  ANL_DEVICE uint4 load(int i, int u) const { return data.load(i + u * WARP); }
   ANL_DEVICE S element(int j) const { return static_cast<const S*>(data.pointer())[j]; }
 };
-// Packs in global memory.
+// In global memory.
 template <class S, Cache C>
 struct GlobalPacks {
   const S* data;
-  ANL_DEVICE uint4 load(int i) const { return load16<C>(data + int64_t(i) * PACK<S>); }
+  ANL_DEVICE uint4 load(int i, int u) const { return load16<C>(data + int64_t(i + u * WARP) * PACK<S>); }
   ANL_DEVICE S element(int j) const { return data[j]; }
+};
+
+// In the thread's registers: pack i, whichever that is, and U - 1 more.
+template <int U>
+struct HeldPacks {
+  const uint4 (&words)[U];
+  ANL_DEVICE uint4 load(int, int u) const { return words[u]; }
 };
 
 // A walk over packs in one place. Like any walk, it has
@@ -123,7 +132,7 @@ struct GlobalRowPart : PartPlace<S> {
   ANL_DEVICE void load_words(int i, bool inside, const Packs& packs, uint32_t (&words)[U * 4]) const {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const uint4 bits = inside ? packs.load(i + u * WARP) : uint4{};
+      const uint4 bits = inside ? packs.load(i, u) : uint4{};
       const uint32_t pack[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
       for (int v = 0; v < 4; ++v) words[u * 4 + v] = pack[v];

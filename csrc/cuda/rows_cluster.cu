@@ -2,8 +2,8 @@
 //
 // Every warp keeps its share of a row in a ring of chunks of its own, which bulk copies fill: it takes a chunk as soon as
 // that is there, and lets go of one after the other as it writes the gradient; the next rows' chunks arrive meanwhile. No
-// other warp ever waits for that. The CTAs tell one another what they have found by one message per sweep, which the
-// receiver's barrier counts.
+// other warp ever waits for that. The longest rows are HELD: each warp has one more chunk in its threads' registers. The
+// CTAs tell one another what they have found by one message per sweep, which the receiver's barrier counts.
 #include "chip_rows.cuh"
 #include "clusters.cuh"
 #include "plans.h"
@@ -60,7 +60,7 @@ struct Copier {
   unsigned n;
 };
 
-template <class S, bool FULL>
+template <class S, bool FULL, bool HELD>
 struct ClusterRows {
   using Memory = Shared<S, FULL>;
   using Part = GlobalRowPart<S>;
@@ -75,6 +75,8 @@ struct ClusterRows {
   const int next, around;  // from a pack's place in the part to that in the ring: what the next chunk adds, and a new round
   const unsigned count;  // of the cluster's rows
   Copier<S> copier;
+  static constexpr int TILE = TILE_PACKS<S>;
+  uint4 held[HELD ? TILE : 1];  // of the warp's first chunk of row n
   unsigned n = 0;        // the row that is worked on
   int slot = 0;          // where that begins
   unsigned round = 0;    // 1 where that slot has been filled an even number of times
@@ -89,6 +91,10 @@ struct ClusterRows {
 
   ANL_DEVICE int chunk() const { return p.plan.ring.chunk_packs; }
   ANL_DEVICE int slots() const { return p.plan.ring.slots; }
+
+  // The first pack of a warp's that is in its ring, of a part of so many packs.
+  ANL_DEVICE bool holds(int packs) const { return HELD && packs >= across; }
+  ANL_DEVICE int first_in_ring(int packs) const { return warp * chunk() + (holds(packs) ? across : 0); }
 
   // ---- rows to come --------------------------------------------------------------------------------------------------
 
@@ -123,8 +129,9 @@ struct ClusterRows {
       if (c.left <= 0) {
         if (c.n == n + AHEAD - 1 || c.n + 1 >= count) return;
         const QueuedRow<S>& row = shared.queued(++c.n);
-        c.left = row.copied - warp * chunk();
-        c.from = row.logits + warp * chunk() * PACK<S>;
+        const int first = first_in_ring(row.copied);
+        c.left = row.copied - first;
+        c.from = row.logits + int64_t(first) * PACK<S>;
         continue;
       }
       const unsigned bytes = unsigned(min(c.left, chunk())) * 16;
@@ -154,6 +161,17 @@ struct ClusterRows {
     if (threadIdx.x < AHEAD) queue(threadIdx.x);
     cluster_sync();
     copy_next();
+    hold(0);
+  }
+
+  // Reads what is held of row m.
+  ANL_DEVICE void hold(unsigned m) {
+    if (!HELD || m >= count) return;
+    const QueuedRow<S>& row = shared.queued(m);
+    if (!holds(row.copied)) return;
+    const S* const from = row.logits + (warp * chunk() + lane_index()) * PACK<S>;
+#pragma unroll
+    for (int u = 0; u < TILE; ++u) held[u] = load16<Cache::STREAM>(from + u * WARP * PACK<S>);
   }
 
   // The chunks of the warp's share, one after the other.
@@ -164,8 +182,8 @@ struct ClusterRows {
     unsigned round;
     SharedPacks<S> packs;  // pack i of the part is packs.load(i), if it is of this chunk
 
-    ANL_DEVICE Cursor(ClusterRows& r, Pass which)
-        : rows(r), pass(which), begin(r.warp * r.chunk()), slot(r.slot), round(r.round), packs{r.ring + (slot * r.chunk() - begin)} {}
+    ANL_DEVICE Cursor(ClusterRows& r, Pass which, int count)
+        : rows(r), pass(which), begin(r.first_in_ring(count)), slot(r.slot), round(r.round), packs{r.ring + (slot * r.chunk() - begin)} {}
     // The first pass waits for a chunk.
     ANL_DEVICE void arrive() const {
       if (pass == Pass::FIRST) barrier_wait(rows.filled + slot, round);
@@ -201,7 +219,7 @@ struct ClusterRows {
     ANL_DEVICE void tiles(const F& f) const {
       constexpr int WHOLE = TILE_PACKS<S> * WARP;
       const int lane = int(lane_index());
-      Cursor at(rows, pass);
+      Cursor at(rows, pass, count);
       if (rows.chunk() == WHOLE) {
         for (; at.begin + WHOLE <= count; at.leave()) {
           at.arrive();
@@ -216,15 +234,35 @@ struct ClusterRows {
         for (int i = at.begin; i < end; i += WARP) f(Count<1>(), i + lane, i + lane < end, at.packs);
       }
       at.finish();
+      if constexpr (HELD) {
+        if (!rows.holds(count)) return;
+        const int begin = rows.warp * WHOLE + lane;
+        if constexpr (U == TILE) {
+          f(Count<U>(), begin, true, HeldPacks<U>{rows.held});
+        } else {
+          const auto part = [&](auto first) {
+            constexpr int FIRST = decltype(first)::value;
+            uint4 words[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) words[u] = rows.held[FIRST + u];
+            f(Count<U>(), begin + FIRST * WARP, true, HeldPacks<U>{words});
+          };
+          static_assert(2 * U == TILE, "two halves");
+          part(Count<0>());
+          part(Count<U>());
+        }
+      }
     }
     template <class F>
     ANL_DEVICE void chunks(const F& f) const {
-      Cursor at(rows, pass);
+      Cursor at(rows, pass, count);
       for (; at.begin < count; at.leave()) {
         at.arrive();
         f(at.begin, min(at.begin + rows.chunk(), count), at.packs);
       }
       at.finish();
+      const int begin = rows.warp * rows.chunk();  // single elements of what is held are read once more
+      if (rows.holds(count)) f(begin, begin + rows.chunk(), GlobalPacks<S, Cache::STREAM>{rows.shared.queued(rows.n).logits});
     }
   };
   ANL_DEVICE Walk walk(const Part& part, Pass pass) { return {*this, part.packs, pass}; }
@@ -284,10 +322,11 @@ struct ClusterRows {
       __syncthreads();
     }
     copy_next();  // of rows that have become known, should slots have been free all the time
+    hold(n + 1);
   }
 };
 
-template <class S, bool FULL>
+template <class S, bool FULL, bool HELD>
 __global__ void __launch_bounds__(MAX_THREADS, 1) rows_cluster_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(uint4, ring);
@@ -296,35 +335,41 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_cluster_kernel(const __gr
   ANL_STATIC_SHARED(Memory, shared);
   shared.row.start(loss_denominator<T>(p));
   const int warp = __shfl_sync(ALL_LANES, int(threadIdx.x / WARP), 0);  // which the compiler then knows to be all lanes'
-  ClusterRows<S, FULL> rows(p, shared, ring, warp);
+  ClusterRows<S, FULL, HELD> rows(p, shared, ring, warp);
   rows.start();
   for (; rows.n < rows.count; ++rows.n) rows.run_row(shared.queued(rows.n));
   __syncthreads();  // thread 0 has brought its last row
   if (rows.rank == 0) finish_loss<T>(p, rows.cluster, shared.row.loss, shared.row.denominator);
 }
 
-template <class S, bool FULL>
+template <class S, bool FULL, bool HELD>
 cudaError_t launch_variant(Params& p, cudaStream_t stream) {
   const unsigned cluster = unsigned(p.plan.cluster);
   // Rows are dealt to the clusters beforehand, so no more of them than run at a time.
   int most = 0;
-  if (const cudaError_t error = ANL_COUNT_CLUSTERS((rows_cluster_kernel<S, FULL>), p.plan.threads, cluster,
+  if (const cudaError_t error = ANL_COUNT_CLUSTERS((rows_cluster_kernel<S, FULL, HELD>), p.plan.threads, cluster,
                                                    p.plan.shared_bytes, most))
     return error;
   if (most < p.plan.loss_parts) p.plan.loss_parts = most;
-  return ANL_LAUNCH((rows_cluster_kernel<S, FULL>), unsigned(p.plan.loss_parts) * cluster, p.plan.threads, cluster,
+  return ANL_LAUNCH((rows_cluster_kernel<S, FULL, HELD>), unsigned(p.plan.loss_parts) * cluster, p.plan.threads, cluster,
                     p.plan.shared_bytes, stream, p);
 }
 
 // ---- the plan ---------------------------------------------------------------------------------------------------------
 
-// How a CTA's shared memory is cut where a multiprocessor holds so many of them.
-struct Ring {
-  int threads, chunk_packs, slots;  // slots: of every warp
-  int64_t chunks() const { return int64_t(threads) / WARP * slots; }
-  int64_t packs() const { return chunks() * chunk_packs; }
-  // Whether it holds the next chunks of a row of so many packs.
-  bool holds(int64_t row_packs) const { return ceil_div(row_packs, chunk_packs) <= chunks(); }
+// How a row is spread, where a multiprocessor holds so many CTAs.
+struct Spread {
+  int ctas, threads, chunk_packs;
+  int slots;  // of every warp's ring
+  bool held;
+  int cluster;
+
+  int64_t warps() const { return threads / WARP; }
+  int64_t ring_packs() const { return warps() * slots * chunk_packs; }
+  // Whether there is room for a row of so many packs.
+  bool has_room(int64_t row_packs) const {
+    return slots >= 2 && ceil_div(ceil_div(row_packs, cluster), chunk_packs) <= warps() * (slots + held);
+  }
 };
 
 int64_t ring_bytes(const Limits& limits, int ctas) {
@@ -332,80 +377,86 @@ int64_t ring_bytes(const Limits& limits, int ctas) {
   return (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
 }
 
-Ring ring_of(const Call& call, const Limits& limits, int ctas) {
+// The smallest cluster that holds half of the next row besides a row, and leaves no multiprocessor idle; the widest if none
+// does.
+int cluster_for(int64_t row_packs, int64_t ring_packs, int64_t num_rows, const Limits& limits) {
+  const int widest = limits.max_cluster < MAX_CLUSTER ? limits.max_cluster : MAX_CLUSTER;
+  int cluster = 1;
+  while (cluster < widest && (ceil_div(row_packs, cluster) * 3 > ring_packs * 2 || num_rows * cluster < limits.num_sms))
+    cluster *= 2;
+  return cluster;
+}
+
+int64_t body_packs(const Call& call) { return call.num_classes * logit_bytes(call) / PACK_BYTES; }
+
+Spread spread_over(const Call& call, const Limits& limits, int ctas, bool held) {
   const int64_t packs = ring_bytes(limits, ctas) / PACK_BYTES;
   const int most = most_threads(MAX_THREADS / ctas, limits);
   const int fewest = ctas == 1 ? most * 3 / 4 : most;  // alone, to hold the longest rows; together, to finish them soonest
   const int tile = logit_bytes(call) == 2 ? TILE_PACKS<half_t> : TILE_PACKS<float>;  // packs per thread
   const int per_thread = packs >= fewest * tile * FEWEST_CHUNKS ? tile : 1;
-  Ring best = {most, per_thread * WARP, 0};
+  Spread best = {ctas, most, per_thread * WARP, 0, held && per_thread == tile, 1};
   for (int threads = most; threads > 0 && threads >= fewest; threads -= WARP) {  // those that leave least over, the fewest
     const int64_t slots = std::min<int64_t>(packs / (threads * per_thread), MAX_CHUNKS / (threads / WARP));
-    const Ring ring = {threads, per_thread * WARP, int(slots)};
-    if (ring.packs() >= best.packs()) best = ring;
+    Spread spread = best;
+    spread.threads = threads;
+    spread.slots = int(slots);
+    if (spread.ring_packs() >= best.ring_packs()) best = spread;
   }
+  best.cluster = cluster_for(body_packs(call), best.ring_packs(), rows_of(call), limits);
   return best;
 }
 
-// The smallest cluster that holds half of the next row besides a row, and leaves no multiprocessor idle; the widest if
-// none does; 0 if that does not hold a row.
-int cluster_for(const Ring& ring, int64_t row_packs, int64_t num_rows, const Limits& limits) {
-  const int widest = limits.max_cluster < MAX_CLUSTER ? limits.max_cluster : MAX_CLUSTER;
-  int cluster = 1;
-  while (cluster < widest && (ceil_div(row_packs, cluster) * 3 > ring.packs() * 2 || num_rows * cluster < limits.num_sms))
-    cluster *= 2;
-  return ring.slots < 2 || !ring.holds(ceil_div(row_packs, cluster)) ? 0 : cluster;
-}
-
-int64_t body_packs(const Call& call) { return call.num_classes * logit_bytes(call) / PACK_BYTES; }
-
-// How many CTAs a multiprocessor is to hold: two, so that one computes while the other waits for its cluster; one where a
-// row is too long for that; 0 where it is too long for any cluster.
-int ctas_for(const Call& call, const Limits& limits) {
-  for (int ctas = 2; ctas >= 1; --ctas)
-    if (cluster_for(ring_of(call, limits, ctas), body_packs(call), rows_of(call), limits)) return ctas;
-  return 0;
+// A multiprocessor holds two CTAs, so that one computes while the other waits for its cluster; one where a row is too long
+// for that. Whether any cluster has room for a row.
+bool spread_row(const Call& call, const Limits& limits, Spread& spread) {
+  for (const auto& [ctas, held] : {std::pair(2, false), std::pair(1, false), std::pair(1, call.dtype == FLOAT32)}) {
+    spread = spread_over(call, limits, ctas, held);
+    if (spread.has_room(body_packs(call))) return true;
+  }
+  return false;
 }
 
 }  // namespace
 
 // Only for rows that fit a cluster.
 Plan plan_cluster(const Call& call, const Limits& limits) {
-  const int64_t num_rows = rows_of(call), packs = body_packs(call);
-  const int ctas = ctas_for(call, limits);
-  const Ring ring = ring_of(call, limits, ctas);
-  const int cluster = cluster_for(ring, packs, num_rows, limits);
+  Spread spread;
+  spread_row(call, limits, spread);
+  const int cluster = spread.cluster;
   Plan plan = {};
   plan.kernel = Kernel::CLUSTER;
-  plan.threads = ring.threads;
+  plan.threads = spread.threads;
   plan.cluster = cluster;
-  plan.loss_parts = std::min(std::max<int64_t>(1, int64_t(limits.num_sms) * ctas / cluster), num_rows);
+  plan.loss_parts = std::min(std::max<int64_t>(1, int64_t(limits.num_sms) * spread.ctas / cluster), rows_of(call));
   plan.blocks = plan.loss_parts * cluster;
-  plan.shared_bytes = ring.packs() * PACK_BYTES;
+  plan.shared_bytes = spread.ring_packs() * PACK_BYTES;
   // Whole chunks for all CTAs but the last, where that gives it little less.
-  const int64_t chunk = ring.chunk_packs;
-  int64_t part = ceil_div(packs, cluster);
+  const int64_t chunk = spread.chunk_packs;
+  int64_t part = ceil_div(body_packs(call), cluster);
   if (part > 8 * chunk) part = ceil_div(part, chunk) * chunk;
-  plan.ring = {part, ring.chunk_packs, ring.slots, equally_aligned(call)};
+  plan.ring = {part, spread.chunk_packs, spread.slots, spread.held, equally_aligned(call)};
   return plan;
 }
 
 bool fits_cluster(const Call& call, const Limits& limits) {
-  return limits.protocols & CLUSTERS && limits.max_cluster > 1 && call.dtype != FLOAT64 && ctas_for(call, limits);
+  Spread spread;
+  return limits.protocols & CLUSTERS && limits.max_cluster > 1 && call.dtype != FLOAT64 && spread_row(call, limits, spread);
 }
 
 cudaError_t widest_rows_cluster(const Limits& limits, int& cluster) {
-  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false>),
+  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false, false>),
                         most_threads(MAX_THREADS, limits), size_t(ring_bytes(limits, 1)), cluster);
 }
 
 cudaError_t launch_cluster(Params& p, cudaStream_t stream) {
   return by_variant<half_t, bfloat16_t>(p.call, [&](auto s, auto full) {
     using S = typename decltype(s)::type;
-    if constexpr (sizeof(S) == 8)
-      return cudaErrorInvalidValue;
-    else
-      return launch_variant<S, decltype(full)::value>(p, stream);
+    constexpr bool FULL = decltype(full)::value;
+    if constexpr (sizeof(S) == 8) return cudaErrorInvalidValue;
+    if constexpr (sizeof(S) == 4)
+      if (p.plan.ring.held) return launch_variant<S, FULL, true>(p, stream);
+    if constexpr (sizeof(S) < 8) return launch_variant<S, FULL, false>(p, stream);
   });
 }
 

@@ -68,7 +68,8 @@ H100, A100, B200, RTX4090 = 3, 4, 7, 8  # of tests/cuda_on_host/host_devices.cpp
         (H100, BFLOAT16, 4096, 20_000, "rows_block"),
         (H100, BFLOAT16, 4096, 100_000, "rows_cluster"),
         (H100, FLOAT32, 1024, 800_000, "rows_cluster"),
-        (H100, FLOAT32, 1, 1_000_000, "rows_split"),
+        (H100, FLOAT32, 1, 1_000_000, "rows_cluster"),
+        (H100, FLOAT32, 1, 1_100_000, "rows_split"),
         (H100, FLOAT32, 1024, 4_000_000, "rows_split"),
         (A100, FLOAT32, 1024, 20_000, "rows_block"),
         (A100, FLOAT32, 1024, 20_800, "rows_split"),  # with what CUDA and the kernel need, two do not fit

@@ -121,8 +121,23 @@ def test_the_cases_take_every_kernel_there_is(device):
 def test_the_widest_cluster_of_a_device(device, expected):
     """Rows that only 16 CTAs hold: an H20 has too few multiprocessors in a GPC for so many."""
     with adapter.on_host(device) as module:
-        plan = module.plan_for(0, (2, 500_000, 1), (500_000, 1, 0), -1)
+        plan = module.plan_for(0, (2, 600_000, 1), (600_000, 1, 0), -1)
     assert (plan["kernel"], plan["cluster"]) == expected
+
+
+@pytest.mark.parametrize(("layout", "classes", "name"), [("rows", 480_000, "anl_ce"), ("offset", 500_003, "anl_fl")])
+def test_rows_partly_in_registers(layout, classes, name):
+    """Longer than a cluster's shared memory; two clusters take three rows each."""
+    values = torch.randn(6, classes, generator=helpers.generator(classes)) * 4
+    labels = torch.tensor([0, classes - 1, -100, classes // 2, 5000, 100_000])
+    terms = helpers.EXPRESSIONS[name]
+    true = helpers.truth(values, labels, terms)
+    logits, target = helpers.lay_out(layout, values, labels)
+    with adapter.on_host("host-mig") as module:
+        plan = module.plan_for(0, (6, classes, 1), (*logits.stride(), 0), -1)
+        loss, grad = helpers.calculate(logits, target, helpers.expression(terms), backend="cuda")
+    assert (plan["kernel"], plan["cluster"], plan["threads"]) == ("rows_cluster", 8, 352)
+    helpers.assert_as_accurate(loss, oracle.as_rows(grad), labels, true)
 
 
 # ---- contexts
