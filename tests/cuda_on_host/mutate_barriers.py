@@ -64,7 +64,7 @@ MUTATIONS = [
 ]
 # (file, line, mutation): why nothing can notice. The line is its text without the comment; after the line before, if it
 # is the same in many places.
-FILLED = "barrier_expect(&shared.filled[c.slot], unsigned(packs) * 16);"
+FILLED = "barrier_expect(filled + c.slot, bytes);"
 SURVIVORS = {
     ("results.cuh", "ANL_STATIC_SHARED(unsigned, last); __syncthreads();", "removed"): (
         "every CTA that brings several parts of the loss has a barrier between them for other reasons"
