@@ -11,7 +11,7 @@ namespace gpu {
 struct FloatFirstSweep {
   using Sums = AnchoredSums<float, false>;
   using Exps = ClassExps<float, false>;
-  static constexpr Exps NO_ANCHOR = {1.0f, FLT_MAX};  // about which every class is above it
+  static constexpr Exps NO_ANCHOR = {1.0f, FLT_MAX};  // every class that exists is above it
   static constexpr uint32_t MISSING = 0xff800000u;       // -inf
 
   Sums& sums;
@@ -27,7 +27,7 @@ struct FloatFirstSweep {
       float high = z[0];
 #pragma unroll
       for (int j = 1; j < E; ++j) high = larger(high, z[j]);
-      if (high > sums.max) sums.rebase(high);
+      sums.rebase(high);
       exps = sums.exps();
       of_anchor = exps.log2_of(sums.anchor());
       inverse = exps.inverse();
@@ -47,7 +47,6 @@ struct FloatFirstSweep {
     } else {
 #pragma unroll
       for (int j = 0; j < E; ++j) sums.add_gap(z[j], sums.anchor());
-      if (sums.max == -float(INF)) exps = NO_ANCHOR;
     }
   }
 

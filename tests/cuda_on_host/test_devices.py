@@ -105,6 +105,18 @@ def test_on_every_model(device, case, caplog, monkeypatch):
     assert "refuses to launch" not in caplog.text
 
 
+@pytest.mark.parametrize(("device", "classes"), [("host", 3001), ("host-warp", 1001)])
+def test_long_runs_of_ignored_rows(device, classes):
+    """A cluster knows a few rows ahead which of them it reads."""
+    logits, labels, live = few_live_rows(FLOAT32, 90, classes)
+    terms = helpers.EXPRESSIONS["anl_ce"]
+    true = helpers.truth(logits[live], labels[live], terms)
+    with adapter.on_host(device) as module:
+        assert module.plan_for(0, (90, classes, 1), (classes, 1, 0), -1)["kernel"] == "rows_cluster"
+        loss, grad = helpers.calculate(logits, labels, helpers.expression(terms), backend="cuda")
+    helpers.assert_as_accurate(loss, grad[live], labels[live], true)
+
+
 @pytest.mark.parametrize("device", adapter.LARGE)
 def test_the_cases_take_every_kernel_there_is(device):
     codes = {FLOAT32: 0, FLOAT64: 1, BFLOAT16: 3}

@@ -8,6 +8,7 @@ LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/rows_cluster.cu", "
 GRADIENT, SPATIAL, PIXELS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/pixels.cuh"
 SCALAR = "csrc/cuda/scalar.cuh"
 CHIP, PACKED = "csrc/cuda/chip_rows.cuh", "csrc/cuda/packed_sweeps.cuh"
+FLOAT_SWEEP = "csrc/cuda/float_sweep.cuh"
 FOCAL, EXPS = "csrc/cuda/packed_focal.cuh", "csrc/cuda/class_exps.cuh"
 COLUMNS, SCALE = "csrc/cuda/column_sums.cu", "csrc/cuda/scale.cu"
 LAUNCH, CLUSTERS = "csrc/cuda/launch.cuh", "csrc/cuda/clusters.cuh"
@@ -21,12 +22,14 @@ LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
 WEIGHTS = f'tests/test_accuracy.py -k "focal_weights and (float16 or bfloat16) and {HOST}"'
 FAR = f'tests/test_special_rows.py -k "(far_from or large_number) and bfloat16 and {HOST}"'
+FAR_FLOAT = f'tests/test_special_rows.py -k "(far_from or large_number) and float32 and {HOST}"'
 BELOW = f'tests/test_special_rows.py -k "just_below and nfl and {HOST}"'
 MASKED_NAN = f'tests/test_special_rows.py -k "masked_too and {HOST}"'
 ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
 COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
 LAUNCHES = "tests/backends/test_cuda_launches.py"
 MODELS = "tests/cuda_on_host/test_devices.py"
+ONE_WARP = f"{MODELS} -k 'further and rows and float32 and warp'"
 TICKETS = "tests/cuda_on_host/test_tickets.py"
 LAUNCHERS = "anl_kernels/backends/cuda.py"
 
@@ -72,7 +75,17 @@ MUTANTS = [
     ),
     (SUMS, "sums.rebase(sums.of[COUNT] > A(0) ? larger - max : A(0));", "sums.rebase(larger - max);", STRETCHES),
     (SUMS, "return FULL && needs_focal(prog) ? T(1) : inv_sum;", "return inv_sum;", BELOW),
-    (SUMS, "if (own < count) s = convert<double>(places[own]);", "s = convert<double>(places[own]);", NUMBERS),
+    (SUMS, "lane_index() < count ? places[lane_index()] : none<Sums>()", "places[lane_index()]", NUMBERS),
+    (SUMS, "__any_sync(ALL_LANES, own.of[BELOW_MASS] != A(0))", "own.of[BELOW_MASS] != A(0)", STRETCHES),
+    (SUMS, "all_finite && fabs(bound) < NEAR}", "fabs(bound) < NEAR}", STRETCHES),
+    (SUMS, "all_finite && fabs(bound) < NEAR}", "all_finite}", FAR_FLOAT),
+    (SUMS, "INVERSE = 383;", "INVERSE = 381;", NUMBERS),
+    (REDUCE, "bits ^ (bits >> 31 & 0x7fffffff)", "bits", NUMBERS),
+    (FLOAT_SWEEP, "if (largest(l) >= 0) {", "if (largest(l) > 0) {", FAR_FLOAT),
+    (FLOAT_SWEEP, "if (low < MISSING) {", "if (low <= MISSING) {", STRETCHES),
+    (FLOAT_SWEEP, "= {1.0f, FLT_MAX};", "= {1.0f, 0.0f};", NUMBERS),
+    (FLOAT_SWEEP, "add_down(sums.max, below)", "sums.max", NUMBERS),
+    (FLOAT_SWEEP, "fmaf(float(E), of_anchor, -sum)", "-sum", FAR_FLOAT),
     ("csrc/row_math.h", "? missing : value) : value;", "? M::set(0.0) : value) : value;", MASKED_NAN),
     (
         SCALAR,
@@ -129,10 +142,15 @@ MUTANTS = [
     (LONG, "if (all_exist && gradient.row.slope", "if (gradient.row.slope", STRETCHES),
     (
         CLUSTER,
-        "slot = s;\n    round = parity;",
-        "slot = s;",
+        "rows.slot = slot;\n      rows.round = round;",
+        "rows.slot = slot;",
         f'tests/test_conformance.py -k "thousands and float32 and rows and {HOST}"',
     ),
+    (CLUSTER, "      turn ^= 1;\n", "", ONE_WARP),
+    (CLUSTER, "queued.kind == Label::LIVE ? queued.packs : 0", "queued.packs", ONE_WARP),
+    (CLUSTER, "    copy_next();  // of rows", "    // of rows", f"{MODELS} -k runs_of_ignored"),
+    (CLUSTER, "    hold(n + 1);\n", "", f"{MODELS} -k partly_in_registers"),
+    (CLUSTER, "begin + FIRST * WARP, true", "begin, true", f"{MODELS} -k partly_in_registers"),
     (
         SPLIT,
         "split.separate_launches ? 0 : 2 + 2 * num_rows",
