@@ -16,7 +16,7 @@ constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 8 : 4;  // that
 // The same where classes are looked at one by one: in full kernels 4 packs of half precision do not fit in a thread's
 // registers, and lean ones seldom do so.
 template <class S, bool FULL>
-constexpr int FULL_PACKS = sizeof(S) == 8 ? TILE_PACKS<S> : sizeof(S) == 4 ? (FULL ? 4 : TILE_PACKS<S>) : FULL ? 2 : 1;
+constexpr int FULL_PACKS = sizeof(S) == 4 ? (FULL ? 2 : TILE_PACKS<S>) : 1;
 
 // Whether sweeps are over words of two classes, those of full kernels where the loss and the row allow it.
 template <class S>
@@ -63,9 +63,9 @@ struct PlainWalk {
   template <int U, class F>
   ANL_DEVICE void tiles(const F& f) const {
     constexpr int TILE = U * WARP;
-    const int lane = int(lane_index()), warps = int(blockDim.x) / WARP, tiles = count / TILE;
+    const int lane = int(lane_index()), warps = int(blockDim.x) / WARP, tiles = U > 1 ? count / TILE : 0;
     int tile = int(threadIdx.x) / WARP;
-    for (; tile < tiles; tile += warps) f(Count<U>(), tile * TILE + lane, true, packs);
+    if constexpr (U > 1) for (; tile < tiles; tile += warps) f(Count<U>(), tile * TILE + lane, true, packs);
     const int rest = tiles * TILE;
     for (int i = rest + (tile - tiles) * WARP + lane; i - lane < count; i += warps * WARP) f(Count<1>(), i, i < count, packs);
   }

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(max_threads(FULL, sizeof(S)), sizeof(S) == 8 ?
     const Label kind = label_kind(call, y);
     const S* logits = static_cast<const S*>(call.logits) + row_offset(call, call.logits_strides, r);
     S* grad = call.grad ? static_cast<S*>(call.grad) + row_offset(call, call.grad_strides, r) : nullptr;
-    const GlobalRowPart<S> part({logits, grad, call.num_classes, y, 0, INT32_MAX}, call.num_classes, true);
+    const GlobalRowPart<S> part({logits, grad, int(call.num_classes), y, 0, INT32_MAX}, int(call.num_classes), true);
     if (kind == Label::LIVE) {
       __syncthreads();  // the row before has been swept
       chip.load(part);

@@ -2,7 +2,7 @@
 //
 // Every warp keeps its share of a row in a ring of chunks of its own, which bulk copies fill: it takes a chunk as soon as
 // that is there, and lets go of one after the other as it writes the gradient; the next rows' chunks arrive meanwhile. No
-// other warp ever waits for that. The longest rows are HELD: each warp has one more chunk in its threads' registers. The
+// other warp ever waits for that. The longest float rows are HELD: each warp has one more chunk in its threads' registers. The
 // CTAs tell one another what they have found by one message per sweep, which the receiver's barrier counts.
 #include "chip_rows.cuh"
 #include "clusters.cuh"
@@ -220,7 +220,7 @@ struct ClusterRows {
       constexpr int WHOLE = TILE_PACKS<S> * WARP;
       const int lane = int(lane_index());
       Cursor at(rows, pass, count);
-      if (rows.chunk() == WHOLE) {
+      if (U > 1 && rows.chunk() == WHOLE) {
         for (; at.begin + WHOLE <= count; at.leave()) {
           at.arrive();
 #pragma unroll 1
@@ -237,20 +237,8 @@ struct ClusterRows {
       if constexpr (HELD) {
         if (!rows.holds(count)) return;
         const int begin = rows.warp * WHOLE + lane;
-        if constexpr (U == TILE) {
-          f(Count<U>(), begin, true, HeldPacks<U>{rows.held});
-        } else {
-          const auto part = [&](auto first) {
-            constexpr int FIRST = decltype(first)::value;
-            uint4 words[U];
-#pragma unroll
-            for (int u = 0; u < U; ++u) words[u] = rows.held[FIRST + u];
-            f(Count<U>(), begin + FIRST * WARP, true, HeldPacks<U>{words});
-          };
-          static_assert(2 * U == TILE, "two halves");
-          part(Count<0>());
-          part(Count<U>());
-        }
+        static_assert(U == TILE, "all that is held");
+        f(Count<U>(), begin, true, HeldPacks<U>{rows.held});
       }
     }
     template <class F>
@@ -342,6 +330,9 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_cluster_kernel(const __gr
   if (rows.rank == 0) finish_loss<T>(p, rows.cluster, shared.row.loss, shared.row.denominator);
 }
 
+template <bool FULL, int SIZE>
+constexpr bool HAS_HELD = !FULL && SIZE == 4;
+
 template <class S, bool FULL, bool HELD>
 cudaError_t launch_variant(Params& p, cudaStream_t stream) {
   const unsigned cluster = unsigned(p.plan.cluster);
@@ -410,7 +401,7 @@ Spread spread_over(const Call& call, const Limits& limits, int ctas, bool held) 
 // A multiprocessor holds two CTAs, so that one computes while the other waits for its cluster; one where a row is too long
 // for that. Whether any cluster has room for a row.
 bool spread_row(const Call& call, const Limits& limits, Spread& spread) {
-  for (const auto& [ctas, held] : {std::pair(2, false), std::pair(1, false), std::pair(1, call.dtype == FLOAT32)}) {
+  for (const auto& [ctas, held] : {std::pair(2, false), std::pair(1, false), std::pair(1, call.dtype == FLOAT32 && !takes_full(call))}) {
     spread = spread_over(call, limits, ctas, held);
     if (spread.has_room(body_packs(call))) return true;
   }
@@ -454,7 +445,7 @@ cudaError_t launch_cluster(Params& p, cudaStream_t stream) {
     using S = typename decltype(s)::type;
     constexpr bool FULL = decltype(full)::value;
     if constexpr (sizeof(S) == 8) return cudaErrorInvalidValue;
-    if constexpr (sizeof(S) == 4)
+    if constexpr (HAS_HELD<FULL, sizeof(S)>)
       if (p.plan.ring.held) return launch_variant<S, FULL, true>(p, stream);
     if constexpr (sizeof(S) < 8) return launch_variant<S, FULL, false>(p, stream);
   });

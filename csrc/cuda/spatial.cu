@@ -146,9 +146,13 @@ cudaError_t launch_words(const Params& p, cudaStream_t stream) {
   return cudaErrorInvalidConfiguration;  // the plan has no such words
 }
 
+// Full kernels have so much to do for a class that its load is no matter.
+template <bool FULL, int SIZE>
+constexpr bool HAS_PAIRS = !FULL && SIZE < 8;
+
 template <class S, bool FULL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
-  if constexpr (sizeof(S) < 8)
+  if constexpr (HAS_PAIRS<FULL, sizeof(S)>)
     if (p.plan.spatial.word == 2) return launch_words<S, FULL, 2>(p, stream);
   return launch_words<S, FULL, 1>(p, stream);
 }
@@ -194,7 +198,7 @@ struct Tiling {
 
 Plan plan_spatial(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64, grad = call.op == Op::GRAD, full = takes_full(call);
-  const bool paired = !wide && pairs(call.logits, call.logits_strides, call) &&
+  const bool paired = !wide && !full && pairs(call.logits, call.logits_strides, call) &&
                       (!call.grad || pairs(call.grad, call.grad_strides, call));
   Tiling tiling(call, limits, paired ? 2 : 1);
   if (paired && (tiling.groups > 1 || (!grad && tiling.bytes(call) > tiling.room))) tiling = Tiling(call, limits, 1);

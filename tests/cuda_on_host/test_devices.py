@@ -137,10 +137,7 @@ def test_the_widest_cluster_of_a_device(device, expected):
     assert (plan["kernel"], plan["cluster"]) == expected
 
 
-@pytest.mark.parametrize(
-    ("layout", "classes", "name"),
-    [("rows", 480_000, "anl_ce"), ("rows", 480_004, "anl_fl"), ("offset", 500_003, "anl_fl")],
-)
+@pytest.mark.parametrize(("layout", "classes", "name"), [("rows", 480_000, "anl_ce"), ("offset", 500_003, "nce+rce")])
 def test_rows_partly_in_registers(layout, classes, name):
     """Longer than a cluster's shared memory; two clusters take three rows each."""
     values = torch.randn(6, classes, generator=helpers.generator(classes)) * 4

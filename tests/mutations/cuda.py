@@ -150,7 +150,6 @@ MUTANTS = [
     (CLUSTER, "queued.kind == Label::LIVE ? queued.packs : 0", "queued.packs", ONE_WARP),
     (CLUSTER, "    copy_next();  // of rows", "    // of rows", f"{MODELS} -k runs_of_ignored"),
     (CLUSTER, "    hold(n + 1);\n", "", f"{MODELS} -k partly_in_registers"),
-    (CLUSTER, "begin + FIRST * WARP, true", "begin, true", f"{MODELS} -k partly_in_registers"),
     (
         SPLIT,
         "split.separate_launches ? 0 : 2 + 2 * num_rows",
