@@ -368,12 +368,12 @@ int64_t ring_bytes(const Limits& limits, int ctas) {
   return (limits.shared_bytes + RESERVED_SHARED) / ctas - RESERVED_SHARED - fixed;
 }
 
-// The smallest cluster that holds half of the next row besides a row, and leaves no multiprocessor idle; the widest if none
-// does.
+// The smallest cluster that holds a third of the next row besides a row, and leaves no multiprocessor idle; the widest if
+// none does.
 int cluster_for(int64_t row_packs, int64_t ring_packs, int64_t num_rows, const Limits& limits) {
   const int widest = limits.max_cluster < MAX_CLUSTER ? limits.max_cluster : MAX_CLUSTER;
   int cluster = 1;
-  while (cluster < widest && (ceil_div(row_packs, cluster) * 3 > ring_packs * 2 || num_rows * cluster < limits.num_sms))
+  while (cluster < widest && (ceil_div(row_packs, cluster) * 4 > ring_packs * 3 || num_rows * cluster < limits.num_sms))
     cluster *= 2;
   return cluster;
 }

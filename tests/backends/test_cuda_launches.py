@@ -261,11 +261,11 @@ def test_what_is_verified_is_used(host, tmp_path, monkeypatch):
 
 def test_one_cluster_runs_where_two_were_planned_for(host, monkeypatch):
     """It then writes the loss itself: there are no parts to add up, with tickets or by a launch."""
-    logits, target = problem(classes=1051)
+    logits, target = problem(classes=1251)
     for protocols in ("cuda.cluster", "cuda.cluster,cuda.tickets"):
         monkeypatch.setenv(trust.VARIABLE, protocols)
         trust._trusted.cache_clear()
-        plan = cuda.plan_for(24, 1051, torch.float32, logits.device, ("cluster",))
+        plan = cuda.plan_for(24, 1251, torch.float32, logits.device, ("cluster",))
         assert (plan["kernel"], plan["cluster"], plan["blocks"]) == ("rows_cluster", 4, 8)
         is_right(run(logits, target), logits, target)
         assert host.anl_host_protocol_uses() > 0
