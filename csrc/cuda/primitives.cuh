@@ -193,7 +193,8 @@ struct SharedPlace {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address + i * 16));
+                 : "r"(address + i * 16)
+                 : "memory");
     return v;
   }
   ANL_DEVICE const void* pointer() const { return __cvta_shared_to_generic(address); }
