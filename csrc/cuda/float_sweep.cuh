@@ -7,7 +7,8 @@ namespace anl {
 namespace gpu {
 
 // While no class is above the anchor, the exponents l = log2_of(z), which the exps take in any case, are below 0, but for
-// those of the anchor itself: so the smallest has the largest bits, and integers, three to an instruction, find it.
+// those of the anchor itself: so the smallest has the largest bits, and integers, three to an instruction, find it. What is
+// above the anchor is so by a unit in its last place or more, 1.44 in l, and l's shift was rounded by 1 at most: l is above 0.
 struct FloatFirstSweep {
   using Sums = AnchoredSums<float, false>;
   using Exps = ClassExps<float, false>;
@@ -53,18 +54,20 @@ struct FloatFirstSweep {
   // The largest as integers: below 0 if all floats are.
   template <int E>
   static ANL_DEVICE int largest(const float (&l)[E]) {
-    int x = __float_as_int(l[0]);
-#pragma unroll
-    for (int j = 1; j + 1 < E; j += 2) x = __vimax3_s32(x, __float_as_int(l[j]), __float_as_int(l[j + 1]));
-    return E % 2 ? x : max(x, __float_as_int(l[E - 1]));
+    return largest_bits<int>(l, [](int a, int b, int c) { return __vimax3_s32(a, b, c); });
   }
   // The bits of the smallest, as far as any is below 0.
   template <int E>
   static ANL_DEVICE uint32_t lowest(const float (&l)[E]) {
-    uint32_t x = __float_as_uint(l[0]);
+    return largest_bits<uint32_t>(l, [](uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u32(a, b, c); });
+  }
+  template <class X, int E, class F>
+  static ANL_DEVICE X largest_bits(const float (&l)[E], const F& largest_of_three) {
+    X x = X(__float_as_uint(l[0]));
 #pragma unroll
-    for (int j = 1; j + 1 < E; j += 2) x = __vimax3_u32(x, __float_as_uint(l[j]), __float_as_uint(l[j + 1]));
-    return E % 2 ? x : max(x, __float_as_uint(l[E - 1]));
+    for (int j = 1; j < E; j += 2)
+      x = largest_of_three(x, X(__float_as_uint(l[j])), X(__float_as_uint(l[j + 1 < E ? j + 1 : j])));
+    return x;
   }
 };
 
