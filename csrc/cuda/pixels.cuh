@@ -291,13 +291,15 @@ struct Pixels {
     for (auto& s : sums) clear(s);
     if (wanted) {
       by_folds(sums, n, [&](Index begin, Index end) {
-        RowSweep<T, FULL>::run(sweep, sums, [&](const auto& add) {
-#pragma unroll(FULL ? 1 : 4)
-          for (Index j = begin; j < end; ++j) {
-            const W word = this->at(j);
-#pragma unroll
-            for (int v = 0; v < V; ++v) add(v, this->other(j, word, v));
-          }
+        sweep[0].run(sums[0], [&](const auto& add) {
+          sweep[V - 1].run(sums[V - 1], [&](const auto& add_last) {
+#pragma unroll 4
+            for (Index j = begin; j < end; ++j) {
+              const W word = this->at(j);
+              add(this->other(j, word, 0));
+              if (V > 1) add_last(word.part(V - 1));
+            }
+          });
         });
       });
     }

@@ -145,23 +145,6 @@ struct RowSweep {
     each(Adder<true, false>{*this, sums});
   }
 
-  // The same of several rows at a time: each(add) calls add(v, z) for the logits of row v.
-  template <int V, class F>
-  static ANL_DEVICE void run(const RowSweep (&rows)[V], SecondSums<M, FULL> (&sums)[V], const F& each) {
-    const auto with = [&](auto mass, auto focal) {
-      each([&](int v, T z) { Adder<decltype(mass)::value, decltype(focal)::value>{rows[v], sums[v]}(z); });
-    };
-    if constexpr (FULL) {
-      if (rows[0].classes.focal) return with(std::true_type(), std::true_type());
-    } else {
-      bool by_bound = true;
-#pragma unroll
-      for (const RowSweep& row : rows) by_bound = by_bound && row.by_bound();
-      if (by_bound) return with(std::false_type(), std::false_type());
-    }
-    with(std::true_type(), std::false_type());
-  }
-
   template <bool MASS, bool FOCAL>
   struct Adder {
     const RowSweep& row;

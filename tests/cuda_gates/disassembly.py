@@ -129,7 +129,7 @@ def kernels(binary) -> list[Kernel]:
     arch = re.search(r"code for sm_(\d+)", text)
     reserved = 1024 if arch and int(arch[1]) >= 90 else 0  # CUDA's own, which these tools count from there on
     return [
-        Kernel(names[name], int(registers), int(stack), int(shared) - reserved, int(local), code.get(name, []), name)
+        Kernel(names[name], int(registers), int(stack), max(0, int(shared) - reserved), int(local), code.get(name, []), name)
         for name, registers, stack, shared, local in usage
     ]
 

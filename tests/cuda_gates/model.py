@@ -31,7 +31,7 @@ def show(counts: Counts, with_loops: bool) -> None:
         bounds = ", ".join(f"{name} {1e6 * s:.1f}" for name, s in sorted(p.bounds.items(), key=lambda x: -x[1])[:4])
         held = f"{p.resident} CTAs and {p.warps} warps an SM, {p.in_flight / 1024:.1f} KB in flight"
         print(f"  {gpu.name}: {held}; {100 * p.share:.0f} % of a copy; us: {bounds}")
-        if not case.gradient_alone:
+        if not case.gradient_alone and launch.kernel != "rows_split_kernel":
             print(f"  the last CTA's tail: {1e6 * tail_seconds(counts, gpu):.1f} us")
     if with_loops:
         for where, share, what in loops_of(counts):

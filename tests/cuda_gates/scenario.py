@@ -8,8 +8,9 @@ import re
 import shutil
 import struct
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from threading import Semaphore, Thread
 
 from binaries import ROOT
 from disassembly import Kernel, run, tool
@@ -228,14 +229,44 @@ def walk_block(
     constant = Constants(binary, kernel, launch, arch)
     shared: dict[int, int] = {}
     arrived = Arrived(before)
-    traces = []
+    walks = []
     for warp in range((launch.block + 31) // 32):
         special = {
             "SR_TID.X": [warp * 32 + lane for lane in range(32)], "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CTAID.X": block,
             "SR_CTAID.Y": 0, "SR_CTAID.Z": 0, "SR_LANEID": list(range(32)), "SR_CgaCtaId": block % launch.cluster,
             "SR_CgaSize": launch.cluster,
         }  # fmt: skip
-        traces.append(Walk(graph, State(constant, load, special, shared, arrived)).run())
+        walks.append(Walk(graph, State(constant, load, special, shared, arrived)))
+    return from_barrier_to_barrier(walks)
+
+
+def from_barrier_to_barrier(walks: list[Walk]) -> list[Trace]:
+    """The warps of a CTA in turn, each up to its next barrier: so that all see what one of them has written by then."""
+    turns, back = [Semaphore(0) for _ in walks], Semaphore(0)
+    traces, lost = [None] * len(walks), []
+
+    def walk(warp):
+        turns[warp].acquire()
+        try:
+            traces[warp] = walks[warp].run()
+        except BaseException as error:
+            lost.append(error)
+        back.release()
+
+    def wait(warp):
+        back.release()
+        turns[warp].acquire()
+
+    for warp, each in enumerate(walks):
+        each.at_barrier = partial(wait, warp)
+        Thread(target=walk, args=(warp,), daemon=True).start()
+    while None in traces:
+        for warp, turn in enumerate(turns):
+            if traces[warp] is None:
+                turn.release()
+                back.acquire()
+            if lost:
+                raise lost[0]
     return traces
 
 
@@ -256,11 +287,40 @@ class Work:
     elements: float
 
 
+PHASES, PHASE, MERGE = range(3), 1, 2  # of rows_split.cu
+
+
+def walk_split(kernel: Kernel, binary: Path, arch: int, case: Case) -> Work:
+    """What two more rows take, phase by phase and merge by merge, of one CTA: all but the tickets."""
+    launch = launch_of(case)
+    graph = Graph(kernel.instructions, jump_tables(binary).get(kernel.symbol, {}))
+    words = struct.unpack(f"<{len(launch.parameters) // 8}q", launch.parameters)
+
+    def walk(rows, step, phase):
+        fewer = [rows if word == case.rows else word for word in words[:-1]]
+        parameters = struct.pack(f"<{len(fewer)}qii", *fewer, step, phase)
+        alone = replace(launch, grid=1, parameters=parameters)
+        return walk_block(graph, kernel, binary, alone, arch, 0, replace(case, rows=rows))
+
+    warps = [Trace() for _ in range(launch.block // 32)]
+    for step, phases in ((PHASE, PHASES), (MERGE, PHASES[:-1])):
+        for phase in phases:
+            for trace, more, less in zip(warps, walk(3, step, phase), walk(1, step, phase)):
+                trace.add(more)
+                trace.add(less, -1)
+    total = Trace()
+    for trace in warps:
+        total.add(trace)
+    return Work(total, warps, 2 * case.classes)
+
+
 def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, last=False, alone=False) -> Work:
     """What a launch's first cluster does; where clusters take more rows than a few, what two more rows take.
 
     alone: the first CTA alone, for few rows; last: besides, the others are done, and it adds up the loss."""
     launch = launch_of(case)
+    if launch.kernel == "rows_split_kernel" and not alone:
+        return walk_split(kernel, binary, arch, case)
     graph = Graph(kernel.instructions, jump_tables(binary).get(kernel.symbol, {}))
     clusters = launch.grid // launch.cluster
 

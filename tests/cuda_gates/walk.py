@@ -152,6 +152,7 @@ class Walk:
         self.meetings: dict[str, int] = {}
         self.pending: set = set()  # registers that global memory has yet to fill
         self.asked = 0  # bytes
+        self.at_barrier = lambda: None
 
     def run(self) -> Trace:
         self._run(0, Lanes.ALL, None)
@@ -183,6 +184,8 @@ class Walk:
             trace.issued[pc] += 1
             if self.asked and (op.base == "DEPBAR" or not self.pending.isdisjoint(op.reads)):
                 self._wait()
+            if op.base == "BAR":
+                self.at_barrier()
             if op.control is None:
                 moved = op.execute(state, op, mask)
                 if moved:
