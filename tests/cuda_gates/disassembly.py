@@ -128,10 +128,11 @@ def kernels(binary) -> list[Kernel]:
     names = demangled([name for name, *_ in usage])
     arch = re.search(r"code for sm_(\d+)", text)
     reserved = 1024 if arch and int(arch[1]) >= 90 else 0  # CUDA's own, which these tools count from there on
-    return [
-        Kernel(names[name], int(registers), int(stack), max(0, int(shared) - reserved), int(local), code.get(name, []), name)
-        for name, registers, stack, shared, local in usage
-    ]
+    found = []
+    for name, *sizes in usage:
+        registers, stack, shared, local = map(int, sizes)
+        found.append(Kernel(names[name], registers, stack, max(0, shared - reserved), local, code.get(name, []), name))
+    return found
 
 
 def demangled(names: list[str]) -> dict[str, str]:
