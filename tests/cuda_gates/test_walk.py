@@ -104,6 +104,11 @@ def test_what_is_done_one_by_one_in_a_rare_case_is_not(walk):
     assert (warp["MUFU.EX2"], warp["MUFU.SIN"]) == (16, 0)
 
 
+def test_warps_see_what_was_written_before_their_barrier(walk):
+    warps = walk("told_kernel", 96, "i", 5)
+    assert [warp["MUFU.EX2"] for warp in warps] == [18, 18, 18]
+
+
 @pytest.mark.parametrize("a, b, c, d", [(100, 7, 1 << 40, 29), (5, 9, 17, 17), (-20, -3, 1000003, 1009)])
 def test_divisions_come_out(walk, a, b, c, d):
     warp = walk("division_kernel", 32, "iiqq", a, b, c, d)[0]
