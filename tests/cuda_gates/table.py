@@ -34,8 +34,8 @@ What every kernel's warps issue, counted in the machine code of the GPU's archit
 (tests/cuda_gates/walk.py), with everything of a row divided by its classes; and the time that follows: the largest of
 several bounds (tests/cuda_gates/predict.py), with a copy at {100 * COPY:.0f} % of the data sheet's bandwidth and long
 loops at {100 * SUSTAINED:.0f} % of the issue rate. No GPU was there. Written by `python tests/cuda_gates/model.py`.
-rows_split reads a row up to three times, of which its memory bound counts one: the others find it in L2, the bandwidth of
-which is not in the model, and neither are its tickets.
+rows_split reads a row up to three times, of which its memory bound counts one: the others find it in L2, whose
+bandwidth is not in the model; nor are its tickets.
 """
 
 
