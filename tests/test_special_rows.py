@@ -129,6 +129,13 @@ def test_rows_far_from_zero(backend, name, dtype, layout):
         helpers.check(logits, labels, EXPRESSIONS[name], reduction="sum", backend=backend.name)
 
 
+@pytest.mark.parametrize("offset", [3e4, -1e5])
+def test_heights_of_rows_far_from_zero(backend, offset):
+    """Logits that fill a float's last digits: what is summed of them is how far they are above the clamp."""
+    values = torch.randn(4, 5003, generator=helpers.generator(1)) * 5 + offset
+    helpers.check(values, values.argmax(1), EXPRESSIONS["anl_ce"], reduction="sum", backend=backend.name)
+
+
 @pytest.mark.few(dtype=[torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_linear_head_s_target_is_the_top_only_if_no_logit_is_larger(one_backend, dtype):
