@@ -13,8 +13,7 @@ namespace gpu {
 
 template <class S>
 constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 8 : 4;  // that a thread takes at a time
-// The same where classes are looked at one by one: in full kernels 4 packs of half precision do not fit in a thread's
-// registers, and lean ones seldom do so.
+// The same where classes are looked at one by one: few, but in lean kernels of float32, as the others take long to compile.
 template <class S, bool FULL>
 constexpr int FULL_PACKS = sizeof(S) == 4 ? (FULL ? 2 : TILE_PACKS<S>) : 1;
 
@@ -73,7 +72,8 @@ struct PlainWalk {
   ANL_DEVICE void chunks(const F& f) const {
     constexpr int CHUNK = 8 * WARP;
     const int step = int(blockDim.x) / WARP * CHUNK;
-    for (int begin = int(threadIdx.x) / WARP * CHUNK; begin < count; begin += step) f(begin, min(begin + CHUNK, count), packs);
+    for (int begin = int(threadIdx.x) / WARP * CHUNK; begin < count; begin += step)
+      f(begin, min(begin + CHUNK, count), packs);
   }
 };
 

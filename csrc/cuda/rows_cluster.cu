@@ -2,8 +2,8 @@
 //
 // Every warp keeps its share of a row in a ring of chunks of its own, which bulk copies fill: it takes a chunk as soon as
 // that is there, and lets go of one after the other as it writes the gradient; the next rows' chunks arrive meanwhile. No
-// other warp ever waits for that. The longest float rows are HELD: each warp has one more chunk in its threads' registers. The
-// CTAs tell one another what they have found by one message per sweep, which the receiver's barrier counts.
+// other warp ever waits for that. The longest float rows are HELD: each warp has one more chunk in its threads' registers.
+// The CTAs tell one another what they have found by one message per sweep, which the receiver's barrier counts.
 #include "chip_rows.cuh"
 #include "clusters.cuh"
 #include "plans.h"
@@ -183,7 +183,8 @@ struct ClusterRows {
     SharedPacks<S> packs;  // pack i of the part is packs.load(i), if it is of this chunk
 
     ANL_DEVICE Cursor(ClusterRows& r, Pass which, int count)
-        : rows(r), pass(which), begin(r.first_in_ring(count)), slot(r.slot), round(r.round), packs{r.ring + (slot * r.chunk() - begin)} {}
+        : rows(r), pass(which), begin(r.first_in_ring(count)), slot(r.slot), round(r.round),
+          packs{r.ring + (slot * r.chunk() - begin)} {}
     // The first pass waits for a chunk.
     ANL_DEVICE void arrive() const {
       if (pass == Pass::FIRST) barrier_wait(rows.filled + slot, round);
@@ -401,7 +402,8 @@ Spread spread_over(const Call& call, const Limits& limits, int ctas, bool held) 
 // A multiprocessor holds two CTAs, so that one computes while the other waits for its cluster; one where a row is too long
 // for that. Whether any cluster has room for a row.
 bool spread_row(const Call& call, const Limits& limits, Spread& spread) {
-  for (const auto& [ctas, held] : {std::pair(2, false), std::pair(1, false), std::pair(1, call.dtype == FLOAT32 && !takes_full(call))}) {
+  const bool may_hold = call.dtype == FLOAT32 && !takes_full(call);
+  for (const auto& [ctas, held] : {std::pair(2, false), std::pair(1, false), std::pair(1, may_hold)}) {
     spread = spread_over(call, limits, ctas, held);
     if (spread.has_room(body_packs(call))) return true;
   }

@@ -146,7 +146,7 @@ cudaError_t launch_words(const Params& p, cudaStream_t stream) {
   return cudaErrorInvalidConfiguration;  // the plan has no such words
 }
 
-// Full kernels have so much to do for a class that its load is no matter.
+// Of lean kernels alone: fewer to compile.
 template <bool FULL, int SIZE>
 constexpr bool HAS_PAIRS = !FULL && SIZE < 8;
 

@@ -122,7 +122,7 @@ ANL_DEVICE T clamp_bound(T max, T log_sum, T clamp_height) {
   return add_down(max, log_sum - clamp_height);
 }
 
-constexpr float NEAR = 64.0f;
+constexpr float NEAR = 64.0f;  // a bound so small leaves a sum of logits nearly all its digits
 
 // row_math.h's second sweep over logits as they are stored. What heights and exps are rounded by is made up for in `correct`.
 template <class T, bool FULL>
