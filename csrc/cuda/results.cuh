@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "row.cuh"
 #include "row_gradient.cuh"
 #include "tickets.cuh"
 

@@ -29,7 +29,7 @@ REACHED_BY = {
     "reduce.cuh": "block,spatial,cluster",
     "results.cuh": "block,split,small",
     "rows_block.cu": "block,block_apart",
-    "rows_cluster.cu": "cluster",
+    "cluster_rows.cuh": "cluster",
     "rows_gradient.cu": "small,block",  # one warp has no other barrier
     "rows_small.cu": "small,small_batches",
     "shared_rows.cuh": "small,small_batches",
@@ -69,7 +69,7 @@ SURVIVORS = {
     ("results.cuh", "ANL_STATIC_SHARED(unsigned, last); __syncthreads();", "removed"): (
         "every CTA that brings several parts of the loss has a barrier between them for other reasons"
     ),
-    ("rows_cluster.cu", FILLED, "relaxed"): "who waits, waits for the copy, not for what its thread did before",
+    ("cluster_rows.cuh", FILLED, "relaxed"): "who waits, waits for the copy, not for what its thread did before",
 }
 
 

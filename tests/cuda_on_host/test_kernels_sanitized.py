@@ -51,8 +51,8 @@ BARRIER = "__syncthreads();\n"
     [
         ("pixels.cuh", BARRIER, 0, "\n", "spatial"),
         ("chip_rows.cuh", BARRIER, 0, "\n", "block"),
-        ("rows_cluster.cu", "barrier_wait(&gathered.there, parity);\n", 0, "\n", "cluster"),
-        ("rows_cluster.cu", "__syncwarp();\n", 0, "\n", "cluster"),
+        ("cluster_rows.cuh", "barrier_wait(&gathered.there, parity);\n", 0, "\n", "cluster"),
+        ("cluster_rows.cuh", "__syncwarp();\n", 0, "\n", "cluster"),
         ("rows_split.cu", "add_acq_rel(", 0, "add_relaxed(", "split"),
     ],
     ids=["spatial", "block", "cluster", "warp", "order"],
