@@ -113,7 +113,8 @@ def test_only_clusters_need_more_than_sm_80():
     names = re.findall(r"^ANL_DEVICE \w+\*? (\w+)\([^{]*\{(?:[^}]|\n(?!\}))*?ANL_SM90", text, re.MULTILINE)
     assert {"barrier_init", "bulk_copy", "cluster_rank", "cluster_send16"} <= set(names)
     uses = {path.name for path in cuda.glob("*.cu*") if re.search(rf"\b({'|'.join(names)})\(", path.read_text())}
-    assert uses == {"primitives.cuh", "rows_cluster.cu"}
+    assert uses == {"primitives.cuh", "cluster_rows.cuh"}
+    assert [path.name for path in cuda.iterdir() if '"cluster_rows.cuh"' in path.read_text()] == ["rows_cluster.cu"]
 
 
 def test_every_source_is_compiled_and_the_runtime_is_static(environment):
