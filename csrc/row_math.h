@@ -246,15 +246,16 @@ enum StatField : int {
   STAT_VALID, NUM_STATS
 };
 
-// The statistics over all classes; NaN for those that no sweep was asked for, and for a NaN row.
-template <class M>
+// The statistics over all classes; NaN for those that no sweep was asked for, and for a NaN row. FOCAL: with those that
+// few losses read.
+template <class M, bool FOCAL = true>
 ANL_HD void all_statistics(const Program& prog, const RowStatistics<M>& s, typename M::V max,
                            typename M::V (&out)[NUM_STATS]) {
   using V = typename M::V;
   const V zero = M::set(0.0), one = M::set(1.0), absent = M::set(__builtin_nan(""));
-  const V l = s.target_log_prob, w_y = focal_weight<M>(s.target_tail, prog.gamma);
+  const V l = s.target_log_prob, w_y = FOCAL ? focal_weight<M>(s.target_tail, prog.gamma) : one;
   const V I_y = l > M::set(-prog.clamp_height) ? one : zero;
-  const bool above = needs_second(prog), mass = needs_mass(prog), focal = needs_focal(prog);
+  const bool above = needs_second(prog), mass = needs_mass(prog), focal = FOCAL && needs_focal(prog);
   const V poison = s.target_tail - s.target_tail;
   out[STAT_MAX] = max + poison;
   out[STAT_LOG_SUM] = s.log_sum;

@@ -84,7 +84,7 @@ ANL_DEVICE void run_chip_row(const Params& p, const ChipRow& live, const GlobalR
     const Row<T> row = shared.row;
     const bool writes = first_thread && live.writes;
     if (call.op == Op::STATS) {
-      if (writes) write_statistics(p, live.r, row);
+      if (writes) write_statistics<FULL>(p, live.r, row);
     } else {
       RowGradient<T, FULL> gradient;
       const T weight = row_weight<T>(call, shared.y, Label::LIVE);

@@ -15,7 +15,7 @@ template <class S>
 constexpr int TILE_PACKS = sizeof(S) == 8 ? 2 : sizeof(S) == 4 ? 8 : 4;  // that a thread takes at a time
 // The same where classes are looked at one by one: few, but in lean kernels of float32, as the others take long to compile.
 template <class S, bool FULL>
-constexpr int FULL_PACKS = sizeof(S) == 4 ? (FULL ? 2 : TILE_PACKS<S>) : 1;
+constexpr int FULL_PACKS = sizeof(S) == 4 && !FULL ? TILE_PACKS<S> : 1;
 
 // Whether sweeps are over words of two classes, those of full kernels where the loss and the row allow it.
 template <class S>
@@ -295,8 +295,7 @@ struct GlobalRowPart : PartPlace<S> {
       uint32_t* const pack = words + 4 * u;
       T x[P];
       widen_pack<S>(make_uint4(pack[0], pack[1], pack[2], pack[3]), x);
-#pragma unroll
-      for (T& v : x) v = gradient.template at<PARTS>(v);
+      each_of<bool(PARTS & FOCAL_OFFSET)>(x, [&](T& v) { v = gradient.template at<PARTS>(v); });
       const uint4 bits = narrow_pack<S>(x);
       pack[0] = bits.x;
       pack[1] = bits.y;
@@ -311,6 +310,7 @@ struct GlobalRowPart : PartPlace<S> {
                                  const Walk& walk) const {
     by_parts<FULL>(program, [&](auto parts) {
       walk.chunks([&](int begin, int end, const auto& packs) {
+#pragma unroll (FULL ? 1 : 4)
         for (int j = begin * P + int(lane_index()); j < end * P; j += WARP) {
           const T value = gradient.template at<decltype(parts)::value>(widen(packs.element(j)));
           grad[j] = narrow<S>(j == target ? gradient.row.target : value);

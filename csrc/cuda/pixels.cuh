@@ -293,7 +293,7 @@ struct Pixels {
       by_folds(sums, n, [&](Index begin, Index end) {
         sweep[0].run(sums[0], [&](const auto& add) {
           sweep[V - 1].run(sums[V - 1], [&](const auto& add_last) {
-#pragma unroll 4
+#pragma unroll (FULL ? 2 : 4)
             for (Index j = begin; j < end; ++j) {
               const W word = this->at(j);
               add(this->other(j, word, 0));
@@ -320,15 +320,15 @@ struct Pixels {
     return combine(sums, MergeEntropy<T>(), scratch);
   }
 
-  // value(v, z, j): the gradient of number j of pixel v. At the target, target_value(v).
-  template <class F, class Target>
+  // value(v, z, j): the gradient of number j of pixel v, so many at a time. At the target, target_value(v).
+  template <int AT_ONCE, class F, class Target>
   ANL_DEVICE void store(const F& value, const Target& target_value) const {
     bool read = true;
 #pragma unroll
     for (int v = 0; v < V; ++v) read = read && live(v);
     char* to = grad;
     const Index count = exist ? n : 0;
-#pragma unroll 4
+#pragma unroll (AT_ONCE)
     for (Index j = 0; j < count; ++j, to += grad_step) {
       W word = all_parts<S, V>(T(0));
       if (STAGED || read) word = at(j);

@@ -68,6 +68,12 @@ ANL_DEVICE float one_if_above(float x, float bound) {
   asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(x), "f"(bound));
   return one;
 }
+// 1 / sqrt(x) to 2^-22 of its value, of x from 2^-126 on.
+ANL_DEVICE float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // 1 / x to 2^-23 of its value; 0 above 2^126, infinite below 2^-126.
 ANL_DEVICE float reciprocal_approx(float x) {
   float y;

@@ -48,7 +48,7 @@ ANL_DEVICE float warp_count(float x) { return float(__reduce_add_sync(ALL_LANES,
 // Every lane gets the reduction over its aligned group of LANES.
 template <int LANES = WARP, class X, class Merge>
 ANL_DEVICE X warp_reduce(X x, const Merge& merge) {
-#pragma unroll
+#pragma unroll 1
   for (int offset = 1; offset < LANES; offset *= 2) {
     const X other = shuffle_xor(x, offset);
     x = lane_index() & offset ? merge(other, x) : merge(x, other);

@@ -125,11 +125,11 @@ ANL_DEVICE T finish_row(const Params& p, int64_t r, const Row<T>& row, T weight,
 
 // STATS: row r of the table, by one thread. In double: what is 1 minus a small sum, or differs from another by one, has to
 // keep the small part.
-template <class T>
+template <bool FULL, class T>
 ANL_DEVICE void write_statistics(const Params& p, int64_t r, const Row<T>& row) {
   using Wide = Scalar<double>;
   double fields[NUM_STATS];
-  all_statistics<Wide>(p.call.program, row.stats.template as<Wide>(), double(row.max), fields);
+  all_statistics<Wide, FULL>(p.call.program, row.stats.template as<Wide>(), double(row.max), fields);
 #pragma unroll
   for (int i = 0; i < NUM_STATS; ++i) p.call.stats[i * p.num_rows + r] = fields[i];
 }
@@ -173,7 +173,7 @@ ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, c
   }
   if (!writes) return T(0);
   if (!live) return write_unread_row<T>(p, r, kind);
-  write_statistics(p, r, row);
+  write_statistics<FULL>(p, r, row);
   return T(0);
 }
 

@@ -75,7 +75,7 @@ struct GivenRow {
   // The edges [begin, end) likewise: f(z, k) is the gradient of class k.
   template <class F>
   ANL_DEVICE void write_edges(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
-#pragma unroll 4
+#pragma unroll (FULL ? 1 : 4)
     for (int e = begin + taker; e < end; e += takers) {
       const int k = e < head ? e : e + packs * P;
       out(call)[k] = narrow<S>(f(unread ? T(0) : widen(in(call)[k]), k));
@@ -115,8 +115,8 @@ ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsig
     for (uint4& pack : bits) {
       acc_t<S> x[PACK<S>];
       widen_pack<S>(pack, x);
-#pragma unroll
-      for (auto& v : x) v = row.template at<decltype(parts)::value>(v);
+      constexpr unsigned ASKED = decltype(parts)::value;
+      each_of<bool(ASKED & FOCAL_OFFSET)>(x, [&](auto& v) { v = row.template at<ASKED>(v); });
       pack = narrow_pack<S>(x);
     }
   };

@@ -93,8 +93,6 @@ struct Shared {
     AnchoredSums<T, FULL> first[MAX_THREADS / WARP];
     SecondSums<Scalar<T>, FULL> second[MAX_THREADS / WARP];
   };
-  AnchoredSums<double, FULL> all_first[MAX_THREADS / WARP];  // of all parts
-  SecondSums<Scalar<double>, FULL> all_second[MAX_THREADS / WARP];
 };
 
 template <class S, bool FULL>
@@ -124,12 +122,12 @@ struct SplitRows {
   // Where row r's parts put their sums.
   ANL_DEVICE int64_t first_part(int64_t r) const { return r * p.plan.split.parts_per_row; }
 
-  // The sums over all parts, in every lane of warp 0.
+  // A warp: the sums over all parts, in every lane.
   template <class Sums>
-  ANL_DEVICE Sums merged(const Sums* parts, Sums* places) const {
+  ANL_DEVICE Sums merged(const Sums* parts) const {
     Sums s = none<Sums>();
-    for (int i = threadIdx.x; i < int(p.plan.split.parts_per_row); i += blockDim.x) s = Merge()(s, parts[i]);
-    return block_merge<Sums>(s, places);
+    for (int i = int(lane_index()); i < int(p.plan.split.parts_per_row); i += WARP) s = Merge()(s, parts[i]);
+    return merge_lanes<Sums>(s);
   }
 
   // Thread 0 has written a part of row r: whether it was the last of its phase.
@@ -150,19 +148,17 @@ struct SplitRows {
   // All parts of a sweep are there.
   ANL_DEVICE void merge_and_finish(int64_t r, int64_t y, Phase phase) const {
     const Program& program = p.call.program;
-    const auto first = merged(scratch.first + first_part(r), shared.all_first);
-    auto second = none<SecondSums<Scalar<double>, FULL>>();
-    if (phase == SECOND) second = merged(scratch.second + first_part(r), shared.all_second);
     if (threadIdx.x < WARP) {
       const bool writes = threadIdx.x == 0;
+      const auto first = merged(scratch.first + first_part(r));
       Row<T> row;
       row.set_first_sums(program, first, widen(logits(r)[y]));
-      if (phase == SECOND) row.set_second_sums(program, second);
+      if (phase == SECOND) row.set_second_sums(program, merged(scratch.second + first_part(r)));
       const bool again = phase == FIRST && row.second;
       T loss = T(0);
       auto gradient = RowGradient<T, FULL>::constant(T(0));
       if (!again && p.call.op == Op::STATS) {
-        if (writes) write_statistics(p, r, row);
+        if (writes) write_statistics<FULL>(p, r, row);
       } else if (!again) {
         const T weight = row_weight<T>(p.call, y, Label::LIVE);
         loss = finish_row<T, FULL>(p, r, row, weight, 1.0 / denominator, writes, gradient);
@@ -227,7 +223,10 @@ struct SplitRows {
     const bool all = step == Step::ALL;
     if (item.phase == SECOND && (all ? wait(r, SECOND) >= GRADIENT : !scratch.rows[r].sweeps_again)) return;  // closed form
     if (item.phase == GRADIENT && all) wait(r, GRADIENT);
-    if (step != Step::MERGE) run_part(item, y);
+    if (step != Step::MERGE)
+      run_part(item, y);
+    else
+      __syncthreads();  // all have read whether the row sweeps again, which the merge may change
     const bool is_last = all ? item.phase != GRADIENT && bring_part(r, item.phase) : step == Step::MERGE;
     if (is_last) merge_and_finish(r, y, item.phase);
   }

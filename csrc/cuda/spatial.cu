@@ -3,7 +3,7 @@
 // A thread takes V neighbouring pixels, whose logits of a class are one word: two where every such word is aligned.
 // Groups of warps share the classes of the same pixels where there are many: group g has classes g, g + groups, ...
 // Pixels that fit are staged in shared memory, in the logits' own format, and read from there by every sweep; a thread
-// sees only what it staged itself. Others are read again.
+// sees only what it staged itself. Others are read again, always by the full kernel: fewer to compile.
 #include "pixels.cuh"
 #include "plans.h"
 
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
     if (!call.grad) continue;
     if constexpr (STAGED) pixels.unswap();
     by_parts_of<FULL>(call.program, gradient, all_above, all_exist, [&](auto parts, const RowGradient<T, FULL>(&rows)[V]) {
-      pixels.store([&](int v, T z, auto) { return rows[v].template at<decltype(parts)::value>(z); },
+      pixels.template store<FULL ? 2 : 4>([&](int v, T z, auto) { return rows[v].template at<decltype(parts)::value>(z); },
                    [&](int v) { return rows[v].row.target; });
     });
   }
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) spatial_gradient_kernel(const 
   }
   const auto more = [&](int v, T z, int64_t k) { return log_q && pixels.live(v) ? entropy[v].at(z, log_q[k]) : T(0); };
   by_parts<FULL>(call.program, [&](auto parts) {
-    pixels.store(
+    pixels.template store<FULL ? 2 : 4>(
         [&](int v, T z, int64_t j) {
           return gradient[v].template at<decltype(parts)::value>(z) + more(v, z, pixels.group + j * pixels.groups);
         },
@@ -142,7 +142,7 @@ cudaError_t launch_words(const Params& p, cudaStream_t stream) {
     if (p.plan.spatial.staged_bytes)
       return ANL_LAUNCH((spatial_kernel<S, FULL, V, true>), grid, block, NO_CLUSTER, bytes, stream, p);
   if constexpr (V == 1)
-    return ANL_LAUNCH((spatial_kernel<S, FULL, 1, false>), grid, block, NO_CLUSTER, bytes, stream, p);
+    return ANL_LAUNCH((spatial_kernel<S, true, 1, false>), grid, block, NO_CLUSTER, bytes, stream, p);
   return cudaErrorInvalidConfiguration;  // the plan has no such words
 }
 
@@ -206,10 +206,12 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   plan.kernel = Kernel::SPATIAL;
   plan.cluster = 1;
   plan.threads = int(tiling.threads());
-  const int64_t scratch = plan.threads * (wide ? exchanged_bytes<double>(full) : exchanged_bytes<float>(full));
-  const int64_t used = tiling.groups > 1 ? scratch : 0;
+  const auto scratch = [&](bool of_full) {
+    const int64_t per_thread = wide ? exchanged_bytes<double>(of_full) : exchanged_bytes<float>(of_full);
+    return tiling.groups > 1 ? plan.threads * per_thread : 0;
+  };
   const int64_t bytes = tiling.bytes(call);
-  const bool staged = !grad && !wide && used + bytes <= tiling.room;
+  const bool staged = !grad && !wide && scratch(full) + bytes <= tiling.room;
   const int64_t pixels = tiling.columns * tiling.word * WARP, tiles = ceil_div(rows_of(call), pixels);
   // Several tiles in turn, where there are many more than run at a time.
   const int64_t at_once = int64_t(limits.num_sms) * (2048 / plan.threads);
@@ -218,7 +220,7 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   int bits = 0;
   while (1 << bits < tiling.columns * WARP) ++bits;
   plan.spatial = {int(pixels), int(tiling.word), bits, int(tiling.words_per_lane), pixels * many, staged ? bytes : 0};
-  plan.shared_bytes = used + plan.spatial.staged_bytes;
+  plan.shared_bytes = staged ? scratch(full) + bytes : scratch(full || !grad);
   plan.blocks = plan.loss_parts = ceil_div(tiles, many);
   return plan;
 }

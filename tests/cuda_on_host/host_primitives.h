@@ -32,6 +32,15 @@ inline float exp2_approx(float x) {
   return __uint_as_float(__float_as_uint(y) + unsigned(noise - 1 - (noise > 1)));
 }
 
+// Likewise.
+inline float rsqrt_approx(float x) {
+  const float y = 1.0f / sqrtf(x);
+  if (x < 0x1p-126f) return __builtin_inff();
+  if (x == 1.0f || !(y > 0.0f)) return y;
+  const int noise = int((__float_as_uint(x) * 2654435761u) >> 30);  // 0, 1, 2, 3
+  return __uint_as_float(__float_as_uint(y) + unsigned(noise - 1 - (noise > 1)));
+}
+
 // Likewise; one in two results is off by one in the last place.
 inline float reciprocal_approx(float x) {
   const float y = 1.0f / x;
