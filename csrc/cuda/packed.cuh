@@ -84,6 +84,15 @@ ANL_DEVICE uint32_t above2(uint32_t a, uint32_t bound) {
     return x;
   }
 }
+// Both halves' sums.
+template <class S>
+ANL_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
+  uint32_t x;
+#define ANL_FMA(format) "fma.rn." #format "x2 %0, %1, %2, %3;"
+  ANL_PACKED(S, x, ANL_FMA, "r"(a), "r"(twice(Format<S>::ONE)), "r"(b));
+#undef ANL_FMA
+  return x;
+}
 #undef ANL_PACKED
 
 // A lane's part of the diagonal matrix of a number.

@@ -113,8 +113,14 @@ struct PackedFirstSweep {
 // The largest number, as it is stored, that is not above x; finite.
 template <class S>
 ANL_DEVICE S stored_below(float x) {
-  S down = narrow<S>(x);
-  if (widen(down) > x) down.bits += down.bits & 0x8000 ? 1 : down.bits & 0x7fff ? -1 : 0x8001;
+  S down;
+  if constexpr (std::is_same_v<S, bfloat16_t>) {  // half of a float's bits, which grow as numbers below 0 fall
+    const uint32_t bits = __float_as_uint(x);
+    down.bits = uint16_t((bits + (int32_t(bits) < 0 ? 0xffff : 0)) >> 16);
+  } else {
+    down = narrow<S>(x);
+    if (widen(down) > x) down.bits += down.bits & 0x8000 ? 1 : down.bits & 0x7fff ? -1 : 0x8001;
+  }
   return down.bits == Format<S>::MINUS_INF ? S{Format<S>::LOWEST} : down;
 }
 

@@ -10,17 +10,6 @@ namespace gpu {
 ANL_DEVICE float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
 ANL_DEVICE double exp_approx(double x) { return exp(x); }
 
-// 1 - exp(-x) for 0 <= x < 0.5, to an ulp.
-ANL_DEVICE float one_minus_exp(float x) {
-  float a = -0x1.267e62p-10f;
-  a = fmaf(a, x, 0x1.0c5b76p-7f);
-  a = fmaf(a, x, -0x1.550898p-5f);
-  a = fmaf(a, x, 0x1.55531cp-3f);
-  a = fmaf(a, x, -0x1.fffff4p-2f);
-  return fmaf(a * x, x, x);
-}
-ANL_DEVICE double one_minus_exp(double x) { return -expm1(-x); }
-
 // Rounded down.
 ANL_DEVICE float add_down(float a, float b) { return __fadd_rd(a, b); }
 ANL_DEVICE double add_down(double a, double b) { return __dadd_rd(a, b); }
@@ -66,7 +55,7 @@ struct Scalar : ScalarMath<T> {
   static ANL_DEVICE T class_exp(T x) { return exp_approx(x); }
   static ANL_DEVICE T class_exp_and_rest(T l, T& rest) {
     const T e = exp_approx(l);
-    rest = l > T(-0.5) ? one_minus_exp(-l) : T(1) - e;
+    rest = l > T(-0.5) ? -ScalarMath<T>::expm1(l) : T(1) - e;
     return e;
   }
   static ANL_DEVICE void add_where(bool mask, T& sum, T x) {
@@ -78,7 +67,7 @@ struct Scalar : ScalarMath<T> {
 // f(v) for every v of x, which f may replace. ROLLED: two at a time, where f is long.
 template <bool ROLLED, int N, class T, class F>
 ANL_DEVICE void each_of(T (&x)[N], const F& f) {
-  constexpr int SOME = ROLLED && N > 2 ? 2 : N;
+  constexpr int SOME = ROLLED && N > 4 ? 2 : N;
   static_assert(N % SOME == 0, "whole turns");
 #pragma unroll 1
   for (int i = 0; i < N; i += SOME) {  // x moves up, as registers have no index

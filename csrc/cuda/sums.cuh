@@ -315,7 +315,7 @@ struct WholeWarp {
 };
 
 // The sums of a warp's lanes in each of them, in Wide's arithmetic, about whatever is the largest logit of all. A sum of
-// two is the same whichever comes first. Rolled: unrolled, the merges are a fifth of what there is to compile.
+// two is the same whichever comes first. Full kernels have it in loops: it is much to compile.
 template <class Wide, class A, bool FULL>
 ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own) {
   const WholeWarp reduce;
@@ -323,7 +323,7 @@ ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own) {
   own.min = reduce(own.min, SmallerNumber());
   own.sums.of[COUNT] = reduce(own.sums.of[COUNT], AddCount<A>());
   Wide s = convert<Wide>(own);
-#pragma unroll 1
+#pragma unroll (FULL ? 1 : 5)
   for (int offset = 1; offset < WARP; offset *= 2)
 #pragma unroll
     for (int i = 0; i < FirstSums<Scalar<A>, FULL>::SIZE; ++i)
@@ -332,14 +332,16 @@ ANL_DEVICE Wide merge_lanes(AnchoredSums<A, FULL> own) {
 }
 template <class Wide, class A, bool FULL>
 ANL_DEVICE Wide merge_lanes(SecondSums<Scalar<A>, FULL> own) {
-  own.of[ABOVE_COUNT] = WholeWarp()(own.of[ABOVE_COUNT], AddCount<A>());
+  const WholeWarp reduce;
+  own.of[ABOVE_COUNT] = reduce(own.of[ABOVE_COUNT], AddCount<A>());
   const bool mass = __any_sync(ALL_LANES, own.of[BELOW_MASS] != A(0));  // few losses read that
   Wide s = convert<Wide>(own);
-#pragma unroll 1
+#pragma unroll (FULL ? 1 : 5)
   for (int offset = 1; offset < WARP; offset *= 2)
 #pragma unroll
     for (int i = 0; i < Wide::SIZE; ++i)
-      if (i != ABOVE_COUNT && (i != BELOW_MASS || mass)) s.of[i] += shuffle_xor(s.of[i], offset);
+      if (i != ABOVE_COUNT && i != BELOW_MASS) s.of[i] += shuffle_xor(s.of[i], offset);
+  if (mass) s.of[BELOW_MASS] = reduce(s.of[BELOW_MASS], Add<typename Wide::V>());
   return s;
 }
 

@@ -3,8 +3,8 @@
 Integers that follow from the launch (parameters, thread and block numbers, labels) are computed; numbers that follow
 from logits are not known, but are neither infinite nor NaN. Where a branch depends on those, the walk takes the *plain
 path*, as rare cases are more work: a long side without a loop, where the other has one; else the side that reads memory
-or exchanges numbers, if one alone does; else the one with fewer instructions, or with the shorter loop. A loop that may
-be left is left. What cannot be followed so raises Lost.
+or exchanges numbers, if one alone does; of two loops, the one that uses tensor cores, or the shorter one; else the side
+with fewer instructions. A loop that may be left is left. What cannot be followed so raises Lost.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Graph:
         if len(working) == 1:
             return working[0]
         if len(working) == 2 and all(looped.values()):
-            return min(sides, key=looped.get)
+            packed = [node for node in sides if any(self.code[i].base == "HMMA" for i in own[node])]
+            return packed[0] if len(packed) == 1 else min(sides, key=looped.get)
         return min(sides, key=lambda node: sides[node].least)
 
 

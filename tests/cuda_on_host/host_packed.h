@@ -23,6 +23,10 @@ uint32_t smaller2(uint32_t a, uint32_t b) {
   });
 }
 template <class S>
+uint32_t add2(uint32_t a, uint32_t b) {
+  return each_half<S>(a, b, [](uint16_t x, uint16_t y) { return narrow<S>(widen(S{x}) + widen(S{y})).bits; });
+}
+template <class S>
 uint32_t above2(uint32_t a, uint32_t bound) {
   return each_half<S>(a, bound, [](uint16_t x, uint16_t y) { return widen(S{x}) > widen(S{y}) ? Format<S>::ONE : uint16_t(0); });
 }
