@@ -161,6 +161,42 @@ struct PackedHeights {
   }
 };
 
+// The same where a lane's words are its own, and no tensor core adds them up: of the words' lower halves and of their upper
+// ones. Sums of 16-bit numbers lose nothing to a bound that is as large as they are. Up to MOST words.
+template <class S>
+struct WordHeights {
+  static constexpr int MOST = 256;  // whole numbers that are exact in both formats
+  const float clamp[2];
+  const S low[2];  // the largest of the stored numbers that are not above the clamp
+  const uint32_t bound;
+  uint32_t count = 0;
+  float raised[2] = {};
+
+  ANL_DEVICE WordHeights(float lower_clamp, float upper_clamp)
+      : clamp{lower_clamp, upper_clamp}, low{stored_below<S>(lower_clamp), stored_below<S>(upper_clamp)},
+        bound(uint32_t(low[1].bits) << 16 | low[0].bits) {}
+
+  template <int W>
+  ANL_DEVICE void add(const uint32_t (&words)[W]) {
+    float sum[2];
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const uint32_t high = larger2<S>(words[j], bound);
+      count = add2<S>(count, above2<S>(words[j], bound));
+      sum[0] = j > 0 ? sum[0] + low_half<S>(high) : low_half<S>(high);
+      sum[1] = j > 0 ? sum[1] + high_half<S>(high) : high_half<S>(high);
+    }
+    raised[0] += sum[0];
+    raised[1] += sum[1];
+  }
+  // Adds the halves 0 or 1 of all `words` to the sums.
+  ANL_DEVICE void finish(int half, float words, SecondSums<Scalar<float>, false>& sums) const {
+    const float found = half ? high_half<S>(count) : low_half<S>(count), base = widen(low[half]);
+    sums.of[ABOVE_COUNT] += found;
+    sums.of[ABOVE_SUM] += fmaf(-found, clamp[half] - base, fmaf(-words, base, raised[half]));
+  }
+};
+
 // Of losses that ask for no more.
 template <class S>
 struct PackedSecondSweep {

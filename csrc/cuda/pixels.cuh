@@ -285,30 +285,15 @@ struct Pixels {
     }
   }
 
-  // Whether the sums of two pixels' logits lose little to their bounds, and are all that is asked for.
-  static ANL_DEVICE bool are_near(const RowSweep<T, false> (&sweep)[V]) {
-    return sweep[0].by_bound() && fmaxf(fabsf(sweep[0].bound), fabsf(sweep[V - 1].bound)) < NEAR;
-  }
   // Of two pixels that share no class: of each, the sum of what is above its bound, and how many those are.
   ANL_DEVICE void pair_heights(const RowSweep<T, false> (&sweep)[V], SecondSums<Scalar<T>, false> (&sums)[V]) const {
-    const S low[V] = {stored_below<S>(sweep[0].bound), stored_below<S>(sweep[1].bound)};
-    const uint32_t bound = uint32_t(low[1].bits) << 16 | low[0].bits;
+    const WordHeights<S> none(sweep[0].bound, sweep[1].bound);
     by_folds(sums, n, [&](Index begin, Index end) {
-      uint32_t count = 0;  // in the stored format: there are no more than FOLD
-      T raised[V] = {};
+      WordHeights<S> heights = none;
 #pragma unroll 4
-      for (Index j = begin; j < end; ++j) {
-        const uint32_t word = at(j).bits, high = larger2<S>(word, bound);
-        count = add2<S>(count, above2<S>(word, bound));
-        raised[0] += low_half<S>(high);
-        raised[1] += high_half<S>(high);
-      }
+      for (Index j = begin; j < end; ++j) heights.add({at(j).bits});
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const T found = v ? high_half<S>(count) : low_half<S>(count), base = widen(low[v]);
-        sums[v].of[ABOVE_COUNT] += found;
-        sums[v].of[ABOVE_SUM] += fmaf(-found, sweep[v].bound - base, fmaf(-T(end - begin), base, raised[v]));
-      }
+      for (int v = 0; v < V; ++v) heights.finish(v, T(end - begin), sums[v]);
     });
   }
 
@@ -317,7 +302,7 @@ struct Pixels {
                               char* scratch) const {
     for (auto& s : sums) clear(s);
     if constexpr (!FULL && V == 2 && sizeof(S) == 2) {
-      if (wanted && are_near(sweep)) return pair_heights(sweep, sums);
+      if (wanted && sweep[0].by_bound() && sweep[1].by_bound()) return pair_heights(sweep, sums);
     }
     if (wanted) {
       by_folds(sums, n, [&](Index begin, Index end) {

@@ -17,6 +17,9 @@ constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 template <class S>
 constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : 512;
 
+// Classes: a lane's words are then counted exactly.
+constexpr int64_t MOST_OF_LANE = 2 * WordHeights<half_t>::MOST;
+
 // What a row's thread and the lanes that sweep the row tell each other.
 template <class T, bool FULL>
 struct alignas(16) Record {
@@ -244,7 +247,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   const int64_t room = one_cta ? limits.shared_bytes * 3 / 4 : std::min<int64_t>(limits.shared_bytes / 2, 40 << 10);
   // More where that gives a whole warp the mathematics of its rows.
   const int64_t most_room = one_cta ? room : std::max(room, std::min<int64_t>(limits.shared_bytes / 3, 72 << 10));
-  while (lanes < 32 && bytes() > (threads / lanes > WARP ? room : most_room)) lanes *= 2;
+  while (lanes < 32 && (bytes() > (threads / lanes > WARP ? room : most_room) || K > MOST_OF_LANE * lanes)) lanes *= 2;
   while (!one_cta && lanes < lanes_for(4) && ceil_div(N, threads / lanes) < 2 * limits.num_sms) lanes *= 2;
   while (threads > 32 && bytes() > most_room) threads /= 2;
   const int64_t rows = threads / lanes;

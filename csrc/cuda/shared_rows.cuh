@@ -4,6 +4,7 @@
 // or end and is left out of the sweeps there. So no class has to be looked at for what it is.
 #pragma once
 
+#include "packed_sweeps.cuh"
 #include "results.cuh"
 
 namespace anl {
@@ -160,7 +161,7 @@ struct Share {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   static constexpr bool TURNS = BYTES == 16;
-  static constexpr int P = U::P, CLASSES = FULL ? 2 : TURNS ? 16 : 8;
+  static constexpr int P = U::P, CLASSES = FULL ? 2 : 16;
   static constexpr int TILE = CLASSES / P > 1 ? CLASSES / P : 1, REST = P > 1 ? P - 1 : 1;
 
   int bits, start, whole, left;
@@ -258,11 +259,12 @@ struct Share {
     auto s = none<AnchoredSums<T, FULL>>();
     s.max = extremes.high;
     const auto exps = s.exps();
-    const auto add = [&](const auto& x) { s.add_all(x, extremes.low, exps); };
-    if (extremes.low > minus_inf<T>())  // asked here, and so not for each tile
-      each_class(row, add);
-    else
-      each_class(row, add);
+    if (extremes.low > minus_inf<T>()) {
+      each_class(row, [&](const auto& x) { s.add_classes(x, exps); });
+      s.count_existing(T(whole * P + left), extremes.low);
+    } else {
+      each_class(row, [&](const auto& x) { s.add_all(x, extremes.low, exps); });
+    }
 #pragma unroll 1
     for (int offset = 1; offset < lanes(); offset *= 2) {  // of two lanes' numbers, both have the same sum
       AnchoredSums<T, FULL> other = s;
@@ -273,11 +275,41 @@ struct Share {
     return s;
   }
 
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, U* row) const {
-    auto s = none<SecondSums<Scalar<T>, FULL>>();
+  ANL_DEVICE void add_second(const RowSweep<T, FULL>& sweep, U* row, SecondSums<Scalar<T>, FULL>& s) const {
     sweep.run(s, [&](const auto& add) {
       each_class(row, [&](const auto& x) { add(x); });
     });
+  }
+  // The same of whole units in words of two.
+  ANL_DEVICE void add_heights(const RowSweep<T, FULL>& sweep, U* row, SecondSums<Scalar<T>, FULL>& s) const {
+    WordHeights<S> heights(sweep.bound, sweep.bound);
+    const auto whole_units = [&](auto n, const U* unit) {
+      uint32_t words[decltype(n)::value * U::WORDS];
+#pragma unroll
+      for (int u = 0; u < decltype(n)::value; ++u) {
+        const U one = unit[u * step()];
+#pragma unroll
+        for (int w = 0; w < U::WORDS; ++w) words[u * U::WORDS + w] = one.word[w];
+      }
+      heights.add(words);
+    };
+    each(row, whole_units, [&](const U* unit) {
+      const int count = TURNS ? left : 1;
+      for (int v = 0; v < count; ++v) sweep.add_height(s, widen(reinterpret_cast<const S*>(unit)[v]));
+    });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) heights.finish(half, T(whole * U::WORDS), s);
+  }
+  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, U* row) const {
+    auto s = none<SecondSums<Scalar<T>, FULL>>();
+    if constexpr (!FULL && sizeof(S) == 2) {
+      if (sweep.by_bound())
+        add_heights(sweep, row, s);
+      else
+        add_second(sweep, row, s);
+    } else {
+      add_second(sweep, row, s);
+    }
 #pragma unroll 1
     for (int offset = 1; offset < lanes(); offset *= 2) s.add(shuffle_xor(s, offset));
     return s;

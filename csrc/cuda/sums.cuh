@@ -63,15 +63,23 @@ struct AnchoredSums {
   // The same for E of them, the smallest of which is `low`; exps: exps(). Most often all exist, and need no looking at.
   template <int E>
   ANL_DEVICE void add_all(const A (&z)[E], A low, const ClassExps<A, FULL>& exps) {
-    const A anchor = this->anchor();
-#pragma unroll
-    for (int j = 0; j < E; ++j) sums.add_exp(exps.at(z[j]));
     if (low > A(-INF)) {
-      add_existing(A(E), exps.sum_of_gaps(z, anchor), low);
+      add_classes(z, exps);
+      count_existing(A(E), low);
     } else {
 #pragma unroll
-      for (int j = 0; j < E; ++j) add_gap(z[j], anchor);
+      for (int j = 0; j < E; ++j) {
+        sums.add_exp(exps.at(z[j]));
+        add_gap(z[j], anchor());
+      }
     }
+  }
+  // Classes that exist, without count_existing.
+  template <int E>
+  ANL_DEVICE void add_classes(const A (&z)[E], const ClassExps<A, FULL>& exps) {
+#pragma unroll
+    for (int j = 0; j < E; ++j) sums.add_exp(exps.at(z[j]));
+    sums.of[GAP] += exps.sum_of_gaps(z, anchor());
   }
   // E classes more, of any size.
   template <int E>
@@ -155,8 +163,7 @@ struct RowSweep {
       if constexpr (MASS) {
         row.classes.template add_as<true, FOCAL>(sums, z > row.bound, z - row.max, row.exps.at(z));
       } else {
-        M::add_where(z > row.bound, sums.of[ABOVE_SUM], z - row.bound);
-        M::add_where(z > row.bound, sums.of[ABOVE_COUNT], T(1));
+        row.add_height(sums, z);
       }
     }
     template <int E>
@@ -173,6 +180,10 @@ struct RowSweep {
       }
     }
   };
+  ANL_DEVICE void add_height(SecondSums<M, FULL>& sums, T z) const {
+    M::add_where(z > bound, sums.of[ABOVE_SUM], z - bound);
+    M::add_where(z > bound, sums.of[ABOVE_COUNT], T(1));
+  }
   // A class is above the clamp where the sign of its depth is set.
   template <int E>
   ANL_DEVICE void add_heights(SecondSums<M, false>& sums, const T (&z)[E]) const {

@@ -16,6 +16,7 @@ DEVICE, MODULE = "csrc/cuda/device.cpp", "csrc/cuda/module.cpp"
 HOST = "cuda-host and not (sm80 or warp or launches)"
 NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
 PAIRS = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and {HOST}"'
+PIXEL_PAIRS = f'tests/test_conformance.py -k "every_layout and bfloat16 and anl_ce and {HOST}"'
 ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
@@ -128,6 +129,12 @@ MUTANTS = [
     (PACKED, "if (any_target) put_half(words, target, 0);", "", PAIRS),
     (PACKED, "if (any_target) put_half(words, target, twice(Format<S>::LOWEST));", "", PAIRS),
     (PACKED, "fmaf(-found, lift, fmaf(-2.0f * W, low, sum.of[0] + sum.of[2]))", "sum.of[0] + sum.of[2]", PAIRS),
+    (PACKED, "count = add2<S>(count, above2<S>(words[j], bound));", "count = above2<S>(words[j], bound);", PAIRS),
+    (PACKED, "fmaf(-found, clamp[half] - base, fmaf(-words, base, raised[half]))", "raised[half]", PAIRS),
+    (PACKED, "(int32_t(bits) < 0 ? 0xffff : 0)", "0", PAIRS),
+    (SHARED, "const int count = TURNS ? left : 1;", "const int count = 0;", PAIRS),
+    (SHARED, "s.count_existing(T(whole * P + left)", "s.count_existing(T(whole * P)", PAIRS),
+    (PIXELS, "heights.finish(v, T(end - begin), sums[v]);", "heights.finish(0, T(end - begin), sums[v]);", PIXEL_PAIRS),
     (PACKED, "if (z == -float(INF)) return;", "", PAIRS),
     (PACKED, "tail *= about(base).scale_to(about(largest));", "", PAIRS),
     (FOCAL, "second = 0.5f * gamma", "second = 0.0f * gamma", WEIGHTS),
@@ -141,7 +148,7 @@ MUTANTS = [
     (FOCAL, " + (g.row.weight_above - g.row.weight)", "", WEIGHTS),
     (FOCAL, "rest = exp2_approx(g.max * log2e_rest<S>())", "rest = 1.0f", FAR),
     (SUMS, "s.max > -float(INF) && tail < 1.0f ? 1.0f : tail;", "tail;", PAIRS),
-    (SUMS, "z - row.bound);", "z - row.max - row.classes.threshold);", FAR),
+    (SUMS, "M::add_where(z > bound, sums.of[ABOVE_COUNT], T(1));", "", LAYOUT),
     (EXPS, "const float unit = fabsf(anchor) < FAR ? LOG2_E : 1.0f;", "const float unit = LOG2_E;", FAR),
     (PACKED, "!(fabsf(g.max) < MOST)", "false", FAR),
     (LONG, "if (all_exist && gradient.row.slope", "if (gradient.row.slope", STRETCHES),
