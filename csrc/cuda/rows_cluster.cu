@@ -132,7 +132,7 @@ bool fits_cluster(const Call& call, const Limits& limits) {
 }
 
 cudaError_t widest_rows_cluster(const Limits& limits, int& cluster) {
-  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, false, false>),
+  return widest_cluster(reinterpret_cast<const void*>(rows_cluster_kernel<float, !HAS_LEAN_KERNELS, false>),
                         most_threads(MAX_THREADS, limits), size_t(ring_bytes(limits, 1)), cluster);
 }
 
