@@ -26,7 +26,7 @@ struct RowMemory {
   ANL_DEVICE void start(double known_denominator) {
     if (threadIdx.x > 0) return;
     denominator = known_denominator;
-    grad_scale = 1.0 / known_denominator;
+    grad_scale = inverse(known_denominator);
     loss = 0.0;
   }
 };

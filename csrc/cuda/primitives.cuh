@@ -81,6 +81,13 @@ ANL_DEVICE float reciprocal_approx(float x) {
   return y;
 }
 
+// Likewise to 2^-20, in the range of double.
+ANL_DEVICE double reciprocal_approx(double x) {
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+  return y;
+}
+
 // x, in a register of its own: not computed again wherever it is read.
 template <class X>
 ANL_DEVICE X kept(X x) {

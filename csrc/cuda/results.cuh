@@ -64,7 +64,7 @@ ANL_DEVICE void add_loss_parts(const Params& p, double denominator) {
     for (int i = 0; i < AT_ONCE; i += 4) sum += (part[i] + part[i + 1]) + (part[i + 2] + part[i + 3]);
   }
   sum = block_reduce(sum, Add<double>(), shared);
-  if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
+  if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum * inverse(denominator));
 }
 
 // The CTA's sum of losses (thread 0 has it) into the call's: the CTA that comes last adds the parts up, or launch_finish.
@@ -74,7 +74,7 @@ ANL_DEVICE void finish_loss(const Params& p, int64_t part, double sum, double de
   if (!p.loss) return;
   const int64_t parts = p.plan.loss_parts;
   if (parts == 1) {
-    if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum / denominator);
+    if (threadIdx.x == 0) *static_cast<T*>(p.loss) = T(sum * inverse(denominator));
   } else if (!p.loss_ticket) {
     if (threadIdx.x == 0) p.loss_parts[part] = sum;
   } else {
@@ -146,15 +146,16 @@ template <class T>
 ANL_DEVICE T write_unread_row(const Params& p, int64_t r, Label kind) {
   const T value = unread_value<T>(kind);
   if (p.call.op == Op::STATS) {
+#pragma unroll 1
     for (int i = 0; i < NUM_STATS; ++i)
       p.call.stats[i * p.num_rows + r] = kind == Label::IGNORED ? p.ignored[i] : i == STAT_VALID ? 1.0 : NOT_A_NUMBER;
     return value;
   }
   if (p.call.row_loss) static_cast<T*>(p.call.row_loss)[r] = value;
   if (p.call.grad_coefs) {
-    T coefs[NUM_COEFS] = {};
-    coefs[COEF_INV_SUM] = value;
-    write_coefs(p, r, coefs);
+    T* coefs = static_cast<T*>(p.call.grad_coefs) + r;
+#pragma unroll 1
+    for (int i = 0; i < NUM_COEFS; ++i) coefs[i * p.num_rows] = i == COEF_INV_SUM ? value : T(0);
   }
   return value;
 }

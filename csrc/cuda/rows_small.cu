@@ -103,7 +103,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
   S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, true>) : 0));
   const Share<S, BYTES, FULL> share(bits, K - 1);
   const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
-  const double denominator = loss_denominator<T>(p);
+  const double denominator = loss_denominator<T>(p), grad_scale = inverse(denominator);
   double total = 0.0;
   const int64_t begin = blockIdx.x * p.plan.small.rows_per_cta;
   const int count = int(min(p.num_rows - begin, p.plan.small.rows_per_cta));
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       if (row.second) row.set_second_sums(call.program, second_sums);
     }
     RowGradient<T, FULL> gradient;
-    if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, 1.0 / denominator, true, gradient));
+    if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, grad_scale, true, gradient));
     if (!call.grad) continue;
 
     const T target = gradient.row.target;

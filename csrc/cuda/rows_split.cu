@@ -161,7 +161,7 @@ struct SplitRows {
         if (writes) write_statistics<FULL>(p, r, row);
       } else if (!again) {
         const T weight = row_weight<T>(p.call, y, Label::LIVE);
-        loss = finish_row<T, FULL>(p, r, row, weight, 1.0 / denominator, writes, gradient);
+        loss = finish_row<T, FULL>(p, r, row, weight, inverse(denominator), writes, gradient);
       }
       __syncwarp();  // all lanes have read the target's logit, where its gradient may now go
       if (writes) {

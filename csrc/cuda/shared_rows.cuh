@@ -161,7 +161,7 @@ struct Share {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   static constexpr bool TURNS = BYTES == 16;
-  static constexpr int P = U::P, CLASSES = FULL ? 2 : 16;
+  static constexpr int P = U::P, CLASSES = FULL ? 2 : P > 1 ? 16 : 8;
   static constexpr int TILE = CLASSES / P > 1 ? CLASSES / P : 1, REST = P > 1 ? P - 1 : 1;
 
   int bits, start, whole, left;

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
   ANL_SHARED(char, memory);  // scratch, then the pixels
   ANL_STATIC_SHARED(double[WARP], shared);
   const Call& call = p.call;
-  const double denominator = loss_denominator<T>(p);
+  const double denominator = loss_denominator<T>(p), grad_scale = inverse(denominator);
   double total = 0.0;
   for (int tile = 0; tile < int(p.plan.spatial.rows_per_cta) / p.plan.spatial.pixels; ++tile) {
     Pixels<S, V, STAGED> pixels(p, tile, memory + p.plan.shared_bytes - p.plan.spatial.staged_bytes);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
     for (int v = 0; v < V; ++v) {
       const bool writes = pixels.exist && pixels.group == 0;
       total += double(finish_any_row<T, FULL>(p, int64_t(pixels.r) + v, pixels.y[v], pixels.kind(v), row[v],
-                                              1.0 / denominator, writes, gradient[v]));
+                                              grad_scale, writes, gradient[v]));
       all_exist[v] = !pixels.live(v) || sums[v].sums.of[COUNT] == T(pixels.count_of(call) - 1);
       all_above[v] = all_exist[v] && (!pixels.live(v) || gradient[v].all_above(sums[v].min));
     }

@@ -6,7 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from binaries import ARCHS, ROOT, cubin, cubins
 from disassembly import kernels, tool
-from gates import HOT, Hot, adds_up_the_loss, code_problems, loop_problems, resource_problems, tail_problems
+from gates import (
+    HOT,
+    MOST_INSTRUCTIONS,
+    Hot,
+    adds_up_the_loss,
+    code_problems,
+    loop_problems,
+    resource_problems,
+    tail_problems,
+)
 
 pytestmark = [
     pytest.mark.thorough,
@@ -28,6 +37,11 @@ def compiled(request):
 def test_no_spills_and_few_registers(compiled):
     problems = [problem for kernel in compiled[1] for problem in resource_problems(kernel)]
     assert not problems, "\n".join(problems)
+
+
+def test_little_to_compile(compiled):
+    longest = sorted(((len(kernel.instructions), kernel.name) for kernel in compiled[1]), reverse=True)
+    assert sum(count for count, _ in longest) <= MOST_INSTRUCTIONS, longest[:20]
 
 
 def test_hot_loops(compiled):

@@ -51,6 +51,17 @@ inline float reciprocal_approx(float x) {
   return __uint_as_float(__float_as_uint(y) + unsigned(noise - 1 - (noise > 1)));
 }
 
+// Likewise, to 20 bits.
+inline double reciprocal_approx(double x) {
+  const double y = 1.0 / x;
+  uint64_t bits;
+  memcpy(&bits, &y, sizeof(y));
+  bits &= ~uint64_t(0) << 32;
+  double rounded;
+  memcpy(&rounded, &bits, sizeof(rounded));
+  return rounded;
+}
+
 template <Cache C = Cache::PLAIN>
 uint4 load16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) host::fail("a load of 16 bytes from an address that is not aligned");
