@@ -287,9 +287,9 @@ struct Pixels {
 
   // Of two pixels that share no class: of each, the sum of what is above its bound, and how many those are.
   ANL_DEVICE void pair_heights(const RowSweep<T, false> (&sweep)[V], SecondSums<Scalar<T>, false> (&sums)[V]) const {
-    const WordHeights<S> none(sweep[0].bound, sweep[1].bound);
+    const WordHeights<S> of_nothing(sweep[0].bound, sweep[1].bound);
     by_folds(sums, n, [&](Index begin, Index end) {
-      WordHeights<S> heights = none;
+      WordHeights<S> heights = of_nothing;
 #pragma unroll 4
       for (Index j = begin; j < end; ++j) heights.add({at(j).bits});
 #pragma unroll

@@ -104,6 +104,11 @@ def test_what_is_done_one_by_one_in_a_rare_case_is_not(walk):
     assert (warp["MUFU.EX2"], warp["MUFU.SIN"]) == (16, 0)
 
 
+def test_what_tensor_cores_do_is_not_done_number_by_number(walk):
+    warp = walk("packed_kernel", 32, "i", 7)[0]
+    assert (warp["HMMA"], warp["MUFU.EX2"], warp["MUFU.SIN"]) == (7, 28, 0)
+
+
 def test_warps_see_what_was_written_before_their_barrier(walk):
     warps = walk("told_kernel", 96, "i", 5)
     assert [warp["MUFU.EX2"] for warp in warps] == [18, 18, 18]
