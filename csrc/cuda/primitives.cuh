@@ -56,38 +56,23 @@ ANL_DEVICE uint32_t floats_to_bfloat162(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
-// 2^x to 2^-22 of its value; 0 below 2^-126.
-ANL_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+#define ANL_APPROX(name, instruction, T, r)       \
+  ANL_DEVICE T name(T x) {                        \
+    T y;                                          \
+    asm(instruction " %0, %1;" : "=" r(y) : r(x));\
+    return y;                                     \
+  }
+ANL_APPROX(exp2_approx, "ex2.approx.ftz.f32", float, "f")         // 2^x to 2^-22 of its value; 0 below 2^-126
+ANL_APPROX(rsqrt_approx, "rsqrt.approx.ftz.f32", float, "f")      // 1 / sqrt(x) to 2^-22, of x from 2^-126 on
+ANL_APPROX(reciprocal_approx, "rcp.approx.ftz.f32", float, "f")   // 1 / x to 2^-23; 0 above 2^126, infinite below 2^-126
+ANL_APPROX(reciprocal_approx, "rcp.approx.ftz.f64", double, "d")  // to 2^-20; 0 is infinite
+#undef ANL_APPROX
 // 1 or 0.
 ANL_DEVICE float one_if_above(float x, float bound) {
   float one;
   asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(x), "f"(bound));
   return one;
 }
-// 1 / sqrt(x) to 2^-22 of its value, of x from 2^-126 on.
-ANL_DEVICE float rsqrt_approx(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// 1 / x to 2^-23 of its value; 0 above 2^126, infinite below 2^-126.
-ANL_DEVICE float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Likewise to 2^-20, in the range of double.
-ANL_DEVICE double reciprocal_approx(double x) {
-  double y;
-  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
-  return y;
-}
-
 // x, in a register of its own: not computed again wherever it is read.
 template <class X>
 ANL_DEVICE X kept(X x) {

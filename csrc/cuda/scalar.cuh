@@ -71,7 +71,7 @@ struct Scalar : ScalarMath<T> {
   static ANL_DEVICE bool negate(bool mask) { return !mask; }
 };
 
-// f(v) for every v of x, which f may replace. ROLLED: two at a time, where f is long.
+// f(v) for every v of x, which f may replace. ROLLED: of more than four, two per turn of a loop, where f is long.
 template <bool ROLLED, int N, class T, class F>
 ANL_DEVICE void each_of(T (&x)[N], const F& f) {
   constexpr int SOME = ROLLED && N > 4 ? 2 : N;

@@ -69,9 +69,12 @@ def cubins(arch: int) -> dict[str, Path]:
 
 
 def built_object(source: Path) -> Path | None:
-    """setup.py's object of `source`, if it is newer than everything it was made from."""
+    """setup.py's object of `source`, if it is newer than everything it was made from, and has the lean kernels too."""
     newest = max(path.stat().st_mtime for path in [source, *headers_of_all()])
-    objects = [o for o in (ROOT / "build").glob(f"ninja-*/cuda/{source.stem}.o") if o.stat().st_mtime > newest]
+    builds = [path.parent for path in (ROOT / "build").glob("ninja-*/build.ninja")]
+    whole = [build for build in builds if "ANL_FULL_KERNELS_ALONE" not in (build / "build.ninja").read_text()]
+    objects = [build / "cuda" / f"{source.stem}.o" for build in whole]
+    objects = [path for path in objects if path.exists() and path.stat().st_mtime > newest]
     return objects[0] if objects else None
 
 

@@ -21,7 +21,7 @@ REGISTERS = {
     "column_sums_kernel": 128,
     "pixel_sums_kernel": 128,
 }
-MOST_INSTRUCTIONS = 355_000  # of all kernels for one architecture, which two cores compile in a minute
+MOST_INSTRUCTIONS = 355_000  # of all kernels for one architecture, which two cores compile in about a minute
 DOUBLE_REGISTERS = 216  # of the kernels above for float64, whose values take two each: 256 threads a multiprocessor
 FEW_REGISTERS = 64  # of everything else: what prepares, scales and adds up
 
