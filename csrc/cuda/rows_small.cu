@@ -17,6 +17,11 @@ constexpr int MAX_THREADS = sizeof(S) == 8 ? 256 : 512;
 template <class S>
 constexpr int REGISTERS_FOR = sizeof(S) == 8 ? 256 : 512;
 
+constexpr int64_t STATIC_BYTES = 1 << 10;  // of shared memory, at most, besides the plan's
+
+// Of a multiprocessor: while some wait for their rows, others sweep.
+constexpr int ENOUGH_WARPS = 10;
+
 // Classes: a lane's words are then counted exactly.
 constexpr int64_t MOST_OF_LANE = 2 * WordHeights<half_t>::MOST;
 
@@ -92,7 +97,6 @@ struct Batch {
 template <class S, int BYTES, bool FULL>
 __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
-  using U = Unit<S, BYTES>;
   const Call& call = p.call;
   const int K = int(call.num_classes), bits = p.plan.small.lane_bits, t = int(threadIdx.x);
   const int rows = int(blockDim.x) >> bits, g = t >> bits;  // thread t has the mathematics of row t, and sweeps row g
@@ -100,8 +104,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
   ANL_SHARED(unsigned char, memory);
   ANL_STATIC_SHARED(unsigned[WARP], votes);
   auto* records = reinterpret_cast<Record<T, FULL>*>(memory);
-  S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, true>) : 0));
-  const Share<S, BYTES, FULL> share(bits, K - 1);
+  S* const staged = reinterpret_cast<S*>(memory + (spread ? rows * sizeof(Record<T, FULL>) : 0));
   const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
   const double denominator = loss_denominator<T>(p), grad_scale = inverse(denominator);
   double total = 0.0;
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
     sync();
 
     // A row that begins within a unit begins with its displaced class, any other ends with it.
-    const auto inside = [](int at) { return int(at * sizeof(S) % BYTES / sizeof(S)); };
+    const auto inside = [](int at) { return at * sizeof(S) % BYTES != 0; };
     S* const at_y = staged + own + y;
     S* const displaced = staged + own + (inside(own) ? 0 : K - 1);
     T z_y = T(0);
@@ -141,8 +144,8 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       *at_y = *displaced;
     }
     sync();
-    U* const units = reinterpret_cast<U*>(staged + swept + inside(swept));
-    auto first_sums = share.first_sums(units);
+    const Share<S, BYTES, FULL> share(staged + swept + inside(swept), K - 1, bits);
+    auto first_sums = share.first_sums();
     if (spread) {
       if (share.lane() == 0) records[g].first_sums = first_sums;
       __syncthreads();
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
         __syncthreads();
         sweep = records[g].sweep;
       }
-      auto second_sums = share.second_sums(sweep, units);
+      auto second_sums = share.second_sums(sweep);
       if (spread) {
         if (share.lane() == 0) records[g].second_sums = second_sums;
         __syncthreads();
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       plain = records[g].plain;
     }
     const auto write = [&](auto parts) {
-      if (g < batch.rows) share.template write<decltype(parts)::value>(gradient, units);
+      if (g < batch.rows) share.template write<decltype(parts)::value>(gradient);
     };
     if (!FULL && __all_sync(ALL_LANES, plain || g >= batch.rows))
       write(Parts<0>());
@@ -210,7 +213,8 @@ cudaError_t launch_units(const Params& p, cudaStream_t stream) {
 
 int64_t record_bytes(const Call& call, int lanes) {
   if (lanes == 1) return 0;
-  return call.dtype == FLOAT64 ? sizeof(Record<double, true>) : sizeof(Record<float, true>);
+  if (call.dtype == FLOAT64) return sizeof(Record<double, true>);
+  return takes_full(call) ? sizeof(Record<float, true>) : sizeof(Record<float, false>);
 }
 
 bool contiguous_rows(const Call& call, const Strides& s) {
@@ -221,10 +225,11 @@ bool contiguous_rows(const Call& call, const Strides& s) {
 }  // namespace
 
 // 4096 classes where a CTA has the 64K registers that every GPU gives it: the mathematics of longer rows is little beside
-// their sweeps. 1024 of half precision in a full kernel, whose other kernels sweep over words of two; 512 of float64.
+// their sweeps. 8192 of half precision, but 1024 in a full kernel, as other kernels then sweep over words of two; 512 of
+// float64.
 bool fits_small(const Call& call, const Limits& limits) {
-  const int size = int(logit_bytes(call));
-  return call.num_classes <= limits.registers / (size == 8 ? 128 : size == 2 && takes_full(call) ? 64 : 16);
+  const int size = int(logit_bytes(call)), half = takes_full(call) ? 64 : 8;
+  return call.num_classes <= limits.registers / (size == 8 ? 128 : size == 4 ? 16 : half);
 }
 
 // As many rows at a time as there are threads, and fewer, with more lanes each, where shared memory has no room for so many
@@ -233,23 +238,31 @@ Plan plan_small(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64;
   const int64_t N = rows_of(call), K = call.num_classes, size = logit_bytes(call), pack = pack_of(call);
   const int64_t most = wide ? 16 : 32;  // classes of a lane in a batch that is a single CTA
-  const bool aligned = rows_aligned(call), in_packs = !takes_full(call) && aligned && K % pack == 0 && K > pack;
+  const bool aligned = rows_aligned(call), all_packs = aligned && K % pack == 0 && K > pack;
+  const bool much = K > limits.registers / 128;  // beside the edges, which are taken class by class
+  const bool in_packs = !takes_full(call) && (all_packs || much);
   SmallPlan small = {};
   small.unit_bytes = in_packs ? int(PACK_BYTES) : int(std::max<int64_t>(size, 4));
   const auto lanes_for = [&](int64_t elements) { return std::min<int64_t>(32, power_of_two(ceil_div(K, elements))); };
   const int64_t single = std::min(wide ? MAX_THREADS<double> : MAX_THREADS<float>, limits.max_threads);
   const bool one_cta = N * power_of_two(ceil_div(K, most)) <= 2 * single;
   const int64_t slot_packs = ceil_div(K * size + (aligned ? 0 : PACK_BYTES - size), PACK_BYTES) | 1;
-  const int64_t row_bytes = slot_packs * PACK_BYTES;
+  const int64_t row_bytes = slot_packs * PACK_BYTES, room = limits.shared_bytes * (one_cta ? 3 : 4) / 4;
   int64_t lanes = one_cta ? std::clamp<int64_t>(single / power_of_two(N), 1, lanes_for(8)) : 1;
   int64_t threads = one_cta ? threads_for(N * lanes, int(single), limits) : threads_for(128, 128, limits);
-  const auto bytes = [&] { return threads / lanes * (row_bytes + record_bytes(call, int(lanes))) + 2 * PACK_BYTES; };
-  const int64_t room = one_cta ? limits.shared_bytes * 3 / 4 : std::min<int64_t>(limits.shared_bytes / 2, 40 << 10);
-  // More where that gives a whole warp the mathematics of its rows.
-  const int64_t most_room = one_cta ? room : std::max(room, std::min<int64_t>(limits.shared_bytes / 3, 72 << 10));
-  while (lanes < 32 && (bytes() > (threads / lanes > WARP ? room : most_room) || K > MOST_OF_LANE * lanes)) lanes *= 2;
+  const auto bytes = [&](int64_t t) { return t / lanes * (row_bytes + record_bytes(call, int(lanes))) + 2 * PACK_BYTES; };
+  const auto warps = [&](int64_t t) {  // that a multiprocessor's shared memory has room for, in CTAs of t threads
+    return (limits.shared_bytes + RESERVED_SHARED) / (bytes(t) + STATIC_BYTES + RESERVED_SHARED) * t / 32;
+  };
+  const auto few = [&](int64_t t) { return !one_cta && warps(t) < ENOUGH_WARPS; };
+  const auto halved = [&](int64_t t) {
+    while (t > 32 && (bytes(t) > room || (few(t) && warps(t / 2) > warps(t)))) t /= 2;
+    return t;
+  };
+  const auto crowded = [&] { return one_cta ? bytes(threads) > room : few(halved(threads)); };
+  while (lanes < 32 && (crowded() || K > MOST_OF_LANE * lanes)) lanes *= 2;
   while (!one_cta && lanes < lanes_for(4) && ceil_div(N, threads / lanes) < 2 * limits.num_sms) lanes *= 2;
-  while (threads > 32 && bytes() > most_room) threads /= 2;
+  threads = halved(threads);
   const int64_t rows = threads / lanes;
   while (1 << small.lane_bits < lanes) ++small.lane_bits;
   // Rows of 32 bytes or a multiple meet in the same banks of shared memory, unless eight lanes read packs of each.
@@ -260,7 +273,7 @@ Plan plan_small(const Call& call, const Limits& limits) {
   const int64_t parts = std::min<int64_t>(LOSS_PARTS, limits.num_sms * 16);
   small.rows_per_cta = one_cta ? N : rows * std::max<int64_t>(1, N / (rows * parts));
   Plan plan = plan_of_rows(Kernel::SMALL, call, int(threads), small.rows_per_cta);
-  plan.shared_bytes = bytes();
+  plan.shared_bytes = bytes(threads);
   plan.small = small;
   return plan;
 }

@@ -1,7 +1,7 @@
 // Which kernel runs a call, and how: by its shapes, strides, dtype, the device's limits and the protocols it may use.
 //
 //   classes with gaps between them     spatial
-//   few classes (up to 4096)           small: a batch of rows in shared memory
+//   few classes (some 1000s)           small: a batch of rows in shared memory
 //   few long rows                      split: a row over many CTAs, through L2
 //   a row of up to 48 KB               block: several CTAs on a multiprocessor, a row in each one's shared memory
 //   longer, sm_90 and later            cluster: a row in the shared memory of up to 16 CTAs

@@ -98,13 +98,6 @@ struct alignas(BYTES) Unit {
     for (int i = 0; i < WORDS; ++i) unit.word[i] = w[i];
     return unit;
   }
-  // The last element counts no more than the one before.
-  ANL_DEVICE Unit last_as_before() const {
-    Unit unit = *this;
-    uint32_t& last = unit.word[WORDS - 1];
-    last = sizeof(S) == 2 ? (last & 0xffff) | last << 16 : unit.word[WORDS - 2];
-    return unit;
-  }
 };
 
 // The largest and the smallest of a lane's classes: 16-bit numbers two at a time, else one. NaN is neither.
@@ -153,41 +146,46 @@ struct Extremes<S, true> {
   }
 };
 
-// What a lane has of each row: `whole` units, `step` apart, and of one more its first `left` classes: all or all but one
-// of them, or none. Lanes that read 16 bytes take turns, others have units that lie side by side: so they meet in few
-// banks of shared memory.
+// What a lane has of a row: `whole` units, `step` apart, and of the classes before and after all units, its edges, every
+// lanes-th. Lanes that read 16 bytes take turns, others have units that lie side by side: so they meet in few banks of
+// shared memory.
 template <class S, int BYTES, bool FULL>
 struct Share {
   using T = acc_t<S>;
   using U = Unit<S, BYTES>;
   static constexpr bool TURNS = BYTES == 16;
   static constexpr int P = U::P, CLASSES = FULL ? 2 : P > 1 ? 16 : 8;
-  static constexpr int TILE = CLASSES / P > 1 ? CLASSES / P : 1, REST = P > 1 ? P - 1 : 1;
+  static constexpr int TILE = CLASSES / P > 1 ? CLASSES / P : 1;
 
-  int bits, start, whole, left;
+  S* row;
+  int bits, start, whole, before, within, edges;  // of the row's classes: before the units, in them, outside
 
-  // Of rows of so many classes; 2^lane_bits lanes share each.
-  ANL_DEVICE Share(int lane_bits, int classes) : bits(lane_bits) {
-    const int units = int(unsigned(classes) / P);
+  // Of so many classes at `first`; 2^lane_bits lanes share them.
+  ANL_DEVICE Share(S* first, int classes, int lane_bits) : row(first), bits(lane_bits) {
+    before = TURNS ? (P - misaligned(first)) % P : 0;  // a unit of 4 bytes is begun by the first class
+    const int units = max(0, classes - before) / P;
+    within = units * P;
+    edges = classes - within;
     if (TURNS) {
-      whole = units >> bits;
       start = lane();
-      left = max(0, min(P, classes - ((whole << bits) + lane()) * P));
+      whole = turns(units);
     } else {
-      const int most = ((int(unsigned(classes + P - 1) / P) + lanes() - 1) >> bits) | 1;
+      const int most = turns(units + lane()) | 1;
       start = lane() * most;
       whole = max(0, min(most, units - start));
-      left = unsigned(units - start) < unsigned(most) ? classes - units * P : 0;
     }
   }
   ANL_DEVICE int lanes() const { return 1 << bits; }
   ANL_DEVICE int lane() const { return int(threadIdx.x) & (lanes() - 1); }
   ANL_DEVICE int step() const { return TURNS ? lanes() : 1; }
+  // How many of n are the lane's, if lanes take one after the other.
+  ANL_DEVICE int turns(int n) const { return (n + lanes() - 1 - lane()) >> bits; }
+  ANL_DEVICE int classes() const { return whole * P + turns(edges); }
 
-  // f(Units<N>(), its first unit) for the whole units, g(unit) for what is left.
+  // f(Units<N>(), its first unit) for the whole units, g(class) for the edges.
   template <class F, class G>
-  ANL_DEVICE void each(U* row, const F& f, const G& g) const {
-    U* unit = row + start;
+  ANL_DEVICE void each(const F& f, const G& g) const {
+    U* unit = reinterpret_cast<U*>(row + before) + start;
     int n = whole;
 #pragma unroll 1
     for (; n >= TILE; n -= TILE, unit += TILE * step()) f(Units<TILE>(), unit);
@@ -195,29 +193,23 @@ struct Share {
 #pragma unroll 1
       for (; n > 0; --n, unit += step()) f(Units<1>(), unit);
     }
-    if (P > 1 && left > 0) g(unit);
+    if constexpr (TURNS) {
+#pragma unroll 1
+      for (int i = lane(); i < edges; i += lanes()) g(row[i < before ? i : i + within]);
+    } else if constexpr (P > 1) {
+      if (lane() < edges) g(row[within]);
+    }
   }
-  // The same of their classes: f(array). They are looked at one by one, as a neighbour may write to what is left of a unit.
+  // The same of their classes: f(array).
   template <class F>
-  ANL_DEVICE void each_class(U* row, const F& f) const {
-    each(row, [&](auto n, const U* unit) {
+  ANL_DEVICE void each_class(const F& f) const {
+    each([&](auto n, const U* unit) {
       T x[decltype(n)::value * P];
       load<decltype(n)::value>(unit, x);
       f(x);
-    }, [&](const U* unit) {
-      const S* classes = reinterpret_cast<const S*>(unit);
-      T x[REST], last[1];
-      if (TURNS) {
-        T all[P];
-        unit->widen(all);
-#pragma unroll
-        for (int v = 0; v < REST; ++v) x[v] = all[v];
-        last[0] = all[P - 1];
-      } else {
-        x[0] = widen(classes[0]);
-      }
+    }, [&](S edge) {
+      const T x[1] = {widen(edge)};
       f(x);
-      if (TURNS && left == P) f(last);
     });
   }
 
@@ -236,20 +228,15 @@ struct Share {
   }
 
   // By all lanes of the warp, each for its group's row.
-  ANL_DEVICE AnchoredSums<T, FULL> first_sums(U* row) const {
+  ANL_DEVICE AnchoredSums<T, FULL> first_sums() const {
     Extremes<S> found;
-    each(row, [&](auto n, const U* unit) {
+    each([&](auto n, const U* unit) {
       U units[decltype(n)::value];
 #pragma unroll
       for (int u = 0; u < decltype(n)::value; ++u) units[u] = unit[u * step()];
 #pragma unroll
       for (const U& one : units) found.add(one);
-    }, [&](const U* unit) {
-      if (TURNS)
-        found.add(left == P ? *unit : unit->last_as_before());
-      else
-        found.add(widen(*reinterpret_cast<const S*>(unit)));
-    });
+    }, [&](S edge) { found.add(widen(edge)); });
     Extremes<S, false> extremes = found.whole();
 #pragma unroll 1
     for (int offset = 1; offset < lanes(); offset *= 2) {
@@ -260,10 +247,10 @@ struct Share {
     s.max = extremes.high;
     const auto exps = s.exps();
     if (extremes.low > minus_inf<T>()) {
-      each_class(row, [&](const auto& x) { s.add_classes(x, exps); });
-      s.count_existing(T(whole * P + left), extremes.low);
+      each_class([&](const auto& x) { s.add_classes(x, exps); });
+      s.count_existing(T(classes()), extremes.low);
     } else {
-      each_class(row, [&](const auto& x) { s.add_all(x, extremes.low, exps); });
+      each_class([&](const auto& x) { s.add_all(x, extremes.low, exps); });
     }
 #pragma unroll 1
     for (int offset = 1; offset < lanes(); offset *= 2) {  // of two lanes' numbers, both have the same sum
@@ -275,13 +262,13 @@ struct Share {
     return s;
   }
 
-  ANL_DEVICE void add_second(const RowSweep<T, FULL>& sweep, U* row, SecondSums<Scalar<T>, FULL>& s) const {
+  ANL_DEVICE void add_second(const RowSweep<T, FULL>& sweep, SecondSums<Scalar<T>, FULL>& s) const {
     sweep.run(s, [&](const auto& add) {
-      each_class(row, [&](const auto& x) { add(x); });
+      each_class([&](const auto& x) { add(x); });
     });
   }
   // The same of whole units in words of two.
-  ANL_DEVICE void add_heights(const RowSweep<T, FULL>& sweep, U* row, SecondSums<Scalar<T>, FULL>& s) const {
+  ANL_DEVICE void add_heights(const RowSweep<T, FULL>& sweep, SecondSums<Scalar<T>, FULL>& s) const {
     WordHeights<S> heights(sweep.bound, sweep.bound);
     const auto whole_units = [&](auto n, const U* unit) {
       uint32_t words[decltype(n)::value * U::WORDS];
@@ -293,22 +280,19 @@ struct Share {
       }
       heights.add(words);
     };
-    each(row, whole_units, [&](const U* unit) {
-      const int count = TURNS ? left : 1;
-      for (int v = 0; v < count; ++v) sweep.add_height(s, widen(reinterpret_cast<const S*>(unit)[v]));
-    });
+    each(whole_units, [&](S edge) { sweep.add_height(s, widen(edge)); });
 #pragma unroll
     for (int half = 0; half < 2; ++half) heights.finish(half, T(whole * U::WORDS), s);
   }
-  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep, U* row) const {
+  ANL_DEVICE SecondSums<Scalar<T>, FULL> second_sums(const RowSweep<T, FULL>& sweep) const {
     auto s = none<SecondSums<Scalar<T>, FULL>>();
     if constexpr (!FULL && sizeof(S) == 2) {
       if (sweep.by_bound())
-        add_heights(sweep, row, s);
+        add_heights(sweep, s);
       else
-        add_second(sweep, row, s);
+        add_second(sweep, s);
     } else {
-      add_second(sweep, row, s);
+      add_second(sweep, s);
     }
 #pragma unroll 1
     for (int offset = 1; offset < lanes(); offset *= 2) s.add(shuffle_xor(s, offset));
@@ -316,7 +300,7 @@ struct Share {
   }
 
   template <unsigned PARTS>
-  ANL_DEVICE void write(const RowGradient<T, FULL>& gradient, U* row) const {
+  ANL_DEVICE void write(const RowGradient<T, FULL>& gradient) const {
     const auto whole_units = [&](auto n, U* unit) {
       constexpr int N = decltype(n)::value;
       T x[N * P];
@@ -331,13 +315,7 @@ struct Share {
         unit[u * step()] = U::narrow(pack);
       }
     };
-    each(row, whole_units, [&](U* unit) {  // 16 bytes that have a class too many have the displaced one, or none
-      S& one = *reinterpret_cast<S*>(unit);
-      if (TURNS)
-        whole_units(Units<1>(), unit);
-      else
-        one = narrow<S>(gradient.template at<PARTS>(widen(one)));
-    });
+    each(whole_units, [&](S& edge) { edge = narrow<S>(gradient.template at<PARTS>(widen(edge))); });
   }
 };
 

@@ -61,7 +61,9 @@ H100, A100, B200, RTX4090 = 3, 4, 7, 8  # of tests/cuda_on_host/host_devices.cpp
     ("device", "dtype", "rows", "classes", "kernel"),
     [
         (H100, FLOAT32, 128, 10, "rows_small"),
-        (H100, BFLOAT16, 4096, 4096, "rows_small"),
+        (H100, FLOAT32, 4096, 4096, "rows_small"),
+        (H100, BFLOAT16, 4096, 8192, "rows_small"),
+        (H100, BFLOAT16, 4096, 8193, "rows_block"),
         (H100, FLOAT64, 4096, 512, "rows_small"),
         (H100, FLOAT64, 4096, 513, "rows_block"),
         (H100, FLOAT32, 4096, 4097, "rows_block"),
@@ -178,6 +180,20 @@ def test_a_gradient_aligned_otherwise_than_its_logits(device, classes):
     for rows in (3, len(labels)):
         logits = helpers.LAYOUTS["padded"](values[:rows].cpu())
         helpers.check(logits, labels[:rows].cpu(), EXPRESSIONS["anl_ce"], backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [28, 56, 301])
+def test_rows_that_begin_anywhere(device, classes, dtype):
+    """Within 16 bytes, with a gap after each; huge logits and masked classes stand at their edges."""
+    values, labels = helpers.rows_of_every_kind(classes, dtype)
+    values, labels = values.cpu().clone(), labels.cpu().clamp(max=classes - 4)
+    values[1::3, -1] = -math.inf
+    values[2::3, -2] = 300.0
+    values[::4, 0] = 300.0
+    room = torch.full((3 + len(values) * (classes + 1),), math.nan, dtype=dtype, device="cpu")
+    logits = room[3:].view(-1, classes + 1)[:, :classes].copy_(values)
+    helpers.check(logits, labels, EXPRESSIONS["anl_ce"], backend="cuda")
 
 
 @pytest.mark.parametrize("start", [0, 1, 3])

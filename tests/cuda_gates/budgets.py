@@ -30,11 +30,19 @@ BUDGETS = (
     Budget("cluster float32", "rows_cluster_kernel", Case("float32", classes=128256), 24, 24, 18),
     Budget("block", "rows_block_kernel", Case(classes=10000, rows=1 << 14), 24, 24, 18),
     Budget("small 1000", "rows_small_kernel", Case(classes=1000, rows=1 << 17), 22, 28, 20),
-    Budget("small 2001", "rows_small_kernel", Case(classes=2001, rows=1 << 16), 24, 28, 20),
+    Budget("small 2001", "rows_small_kernel", Case(classes=2001, rows=1 << 16), 23, 28, 20),
     Budget("small 100", "rows_small_kernel", Case(classes=100, rows=1 << 20), 28, 40, 28),
     Budget("small 10", "rows_small_kernel", Case(classes=10, rows=1 << 23), 120, 120, 60, 4, 16),
     Budget("spatial 21", "spatial_kernel", Case(classes=21, rows=16 * PIXELS, pixels=PIXELS), 50, 50, 32),
     Budget("gradient", "rows_gradient_kernel", Case(classes=128256, gradient_alone=True), 12, 12, 8),
     Budget("cluster ANL-FL", "rows_cluster_kernel", Case(loss="anl_fl", classes=128256), 32, 32, 24, 3.1),
 )
+# (dtype, least share of a copy) -> classes, of 2^28 logits or some more: where plans change, and where classes are odd.
+SHARES = {
+    ("bfloat16", 0.85): (
+        *(1000, 1001, 1350, 1501, 2501, 2800, 4001, 5915, 8191),
+        *(8193, 14001, 24577, 50257, 128256, 262144),
+    ),
+    ("float32", 0.92): (1000, 1001, 2501, 4097, 10001, 16384, 20001, 50257, 128256, 262144),
+}
 MOST_GPU_MEMBARS = 0  # in rows_cluster's loops

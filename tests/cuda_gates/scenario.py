@@ -338,10 +338,13 @@ def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, last=False,
     rows = case.rows / clusters
     if rows <= FEW_ROWS or rows * case.classes <= 1 << 16:
         return cluster(case, launch)
-    few, more = (replace(case, rows=clusters * n) for n in (1, 3))
-    launches = [launch_of(few), launch_of(more)]
-    if not all(launch.same_shape(other) for other in launches):
-        raise Lost(f"{kernel.name}: another plan for {few.rows} or {more.rows} rows than for {case.rows}")
+    for batch in (1 << i for i in range(int(rows).bit_length())):  # rows that CTAs take together
+        few, more = (replace(case, rows=clusters * batch * n) for n in (1, 3))
+        launches = [launch_of(few), launch_of(more)]
+        if all(launch.same_shape(other) for other in launches):
+            break
+    else:
+        raise Lost(f"{kernel.name}: no multiples of {clusters} rows have the plan of {case.rows}")
     less = cluster(few, launches[0])
     if alone:
         return less

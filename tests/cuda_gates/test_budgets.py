@@ -1,12 +1,12 @@
 """What a class costs in every kernel, against budgets.py: instructions on the plain path, for sm_90. Needs no GPU."""
 
 import pytest
-from budgets import BUDGETS, MOST_GPU_MEMBARS
+from budgets import BUDGETS, MOST_GPU_MEMBARS, SHARES
 from counts import count
 from disassembly import tool
 from gates import gpu_membars_in_loops
 from predict import H200, predict, tail_seconds
-from scenario import host_build
+from scenario import Case, host_build
 
 pytestmark = [
     pytest.mark.thorough,
@@ -47,6 +47,12 @@ def test_the_tail_of_the_loss_sum(counted):
         return
     microseconds = tail_seconds(counts, H200) * 1e6
     assert microseconds <= budget.most_tail
+
+
+@pytest.mark.parametrize(("dtype", "least", "classes"), [(*key, k) for key, found in SHARES.items() for k in found])
+def test_share_of_a_copy(dtype, least, classes):
+    rows = 1 << ((1 << 28) // classes).bit_length()
+    assert predict(count(Case(dtype, classes=classes, rows=rows), H200.arch), H200).share >= least
 
 
 def test_fences_of_the_whole_gpu():

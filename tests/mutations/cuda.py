@@ -18,6 +18,7 @@ NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 an
 PAIRS = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and {HOST}"'
 PIXEL_PAIRS = f'tests/test_conformance.py -k "every_layout and bfloat16 and anl_ce and {HOST}"'
 ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
+ANYWHERE = "tests/backends/test_cuda.py -k 'begin_anywhere and bfloat16'"
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
@@ -36,7 +37,7 @@ LAUNCHERS = "anl_kernels/backends/cuda.py"
 
 MUTANTS = [
     # ---- plans
-    (SMALL, "(aligned ? 0 : PACK_BYTES - size)", "0", LAYOUT),
+    (SMALL, "(aligned ? 0 : PACK_BYTES - size)", "0", ANYWHERE),
     (
         BLOCK,
         "(row_bytes(call) + STATIC_SHARED + RESERVED_SHARED);",
@@ -103,8 +104,8 @@ MUTANTS = [
     # ---- rows in registers, and in one CTA's memory
     (
         SHARED,
-        "left = unsigned(units - start) < unsigned(most) ? classes - units * P : 0;",
-        "left = classes - units * P;",
+        "      if (lane() < edges) g(row[within]);\n",
+        "      if (edges) g(row[within]);\n",
         'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and cuda-host"',
     ),
     (
@@ -132,8 +133,19 @@ MUTANTS = [
     (PACKED, "count = add2<S>(count, above2<S>(words[j], bound));", "count = above2<S>(words[j], bound);", PAIRS),
     (PACKED, "fmaf(-found, clamp[half] - base, fmaf(-words, base, raised[half]))", "raised[half]", PAIRS),
     (PACKED, "(int32_t(bits) < 0 ? 0xffff : 0)", "0", PAIRS),
-    (SHARED, "const int count = TURNS ? left : 1;", "const int count = 0;", PAIRS),
-    (SHARED, "s.count_existing(T(whole * P + left)", "s.count_existing(T(whole * P)", PAIRS),
+    (SHARED, "whole * P + turns(edges)", "whole * P", PAIRS),
+    (SHARED, "row[i < before ? i : i + within]", "row[i + within]", PAIRS),
+    (SHARED, "before = TURNS ? (P - misaligned(first)) % P : 0;", "before = 0;", PAIRS),
+    (SHARED, "max(0, classes - before) / P", "classes / P", PAIRS),
+    (SHARED, "[&](S edge) { sweep.add_height(s, widen(edge)); }", "[&](S) {}", PAIRS),
+    (SHARED, "[&](S edge) { found.add(widen(edge)); }", "[&](S) {}", ANYWHERE),
+    (
+        SMALL,
+        "(crowded() || K > MOST_OF_LANE * lanes)",
+        "crowded()",
+        PAIRS,
+        "no GPU has so much shared memory that rows of so many classes have few lanes",
+    ),
     (PIXELS, "heights.finish(v, T(end - begin), sums[v]);", "heights.finish(0, T(end - begin), sums[v]);", PIXEL_PAIRS),
     (PACKED, "if (z == -float(INF)) return;", "", PAIRS),
     (PACKED, "tail *= about(base).scale_to(about(largest));", "", PAIRS),
