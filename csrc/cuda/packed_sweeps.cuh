@@ -63,15 +63,15 @@ struct PackedFirstSweep {
 #pragma unroll
     for (int j = 0; j < W; j += 4) sums = sum_of_eight<S>(words + j, both, sums);
     if (any_target) put_half(words, target, twice(Format<S>::LOWEST));
-    float exps[2] = {};
+    Two exps = {};
 #pragma unroll
     for (int j = 0; j < W; j += 2) {
       const Quad x = times_diagonals<S>(words[j], words[j + 1], log2e, shift);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) exps[k % 2] += exp2_approx(x.of[k]);
+      for (int k = 0; k < 4; k += 2) exps = add2(exps, {exp2_approx(x.of[k]), exp2_approx(x.of[k + 1])});
     }
     if (!inside) return;
-    tail += exps[0] + exps[1];
+    tail += exps.of[0] + exps.of[1];
     sum += sums.of[0] + sums.of[2];
     count += 2.0f * W - (target >= 0 ? 1.0f : 0.0f);
     high = larger2<S>(high, largest);
@@ -248,10 +248,13 @@ struct PackedGradient {
       Quad value = times_diagonals<bfloat16_t>(a, b, more_offset, offset), slopes;
       if constexpr (EXACT) slopes = times_diagonals<bfloat16_t>(a, b, more_slope, slope);
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        value.of[k] = fmaf(exp2_approx(x.of[k]), EXACT ? slopes.of[k] : slope.of[0], value.of[k]);
-      words[j] = narrow2<S>(value.of[0], value.of[1]);
-      words[j + 1] = narrow2<S>(value.of[2], value.of[3]);
+      for (int k = 0; k < 2; ++k) {
+        const int i = 2 * k;
+        const Two exps = {exp2_approx(x.of[i]), exp2_approx(x.of[i + 1])};
+        const Two by = EXACT ? Two{slopes.of[i], slopes.of[i + 1]} : Two{slope.of[0], slope.of[0]};
+        const Two g = fma2(exps, by, {value.of[i], value.of[i + 1]});
+        words[j + k] = narrow2<S>(g.of[0], g.of[1]);
+      }
     }
   }
 };

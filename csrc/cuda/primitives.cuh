@@ -354,6 +354,34 @@ ANL_DEVICE uint32_t narrow2(float low, float high) {
   return std::is_same_v<S, half_t> ? floats_to_half2(low, high) : floats_to_bfloat162(low, high);
 }
 
+// Two floats: one instruction is for both on sm_100 and later.
+struct Two {
+  float of[2];
+};
+ANL_DEVICE Two fma2(Two a, Two b, Two c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  Two d;
+  asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; mov.b64 c, {%6, %7};"
+      "fma.rn.f32x2 c, a, b, c; mov.b64 {%0, %1}, c;}"
+      : "=f"(d.of[0]), "=f"(d.of[1])
+      : "f"(a.of[0]), "f"(a.of[1]), "f"(b.of[0]), "f"(b.of[1]), "f"(c.of[0]), "f"(c.of[1]));
+  return d;
+#else
+  return {fmaf(a.of[0], b.of[0], c.of[0]), fmaf(a.of[1], b.of[1], c.of[1])};
+#endif
+}
+ANL_DEVICE Two add2(Two a, Two b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  Two d;
+  asm("{.reg .b64 a, b; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; add.rn.f32x2 a, a, b; mov.b64 {%0, %1}, a;}"
+      : "=f"(d.of[0]), "=f"(d.of[1])
+      : "f"(a.of[0]), "f"(a.of[1]), "f"(b.of[0]), "f"(b.of[1]));
+  return d;
+#else
+  return {a.of[0] + b.of[0], a.of[1] + b.of[1]};
+#endif
+}
+
 // 16 bytes of elements.
 template <class S>
 constexpr int PACK = 16 / int(sizeof(S));

@@ -20,6 +20,7 @@ BARRIER_CLOCKS, CLUSTER_CLOCKS = 40, 500
 SLICE = 128  # bytes that shared memory and L1 move in a clock
 
 REGISTERS = 65536
+TWO_FLOATS = ("FADD2", "FMUL2", "FFMA2")  # one issue, and twice the pipe
 LANES_80 = {"fma": 64, "alu": 64, "xu": 16, "convert64": 16, "lsu": 32, "fp64": 32, "tensor": 32, "uniform": 64}
 LANES_89 = {**LANES_80, "fma": 128, "convert64": 2, "fp64": 2, "tensor": 8}
 LANES_90 = {**LANES_80, "fma": 128, "fp64": 64}  # of HMMA.1688: as many as an A100, though mma.sync is faster
@@ -133,7 +134,8 @@ def predict(counts: Counts, gpu: Gpu) -> Prediction:
         if pipe == "lsu":
             bounds[pipe] = lsu_clocks(counts) * per_class
         elif pipe in gpu.lanes:
-            bounds[pipe] = lanes / gpu.lanes[pipe] * per_class
+            twice = sum(map(counts.opcode, TWO_FLOATS)) if pipe == "fma" else 0.0
+            bounds[pipe] = (lanes + twice) / gpu.lanes[pipe] * per_class
     at_a_time = min(gpu.sms * resident, launch.grid) / launch.cluster
     bounds["latency of a row"] = serial_clocks(counts) * clock * elements / counts.elements / at_a_time
     warps = resident * -(-launch.block // 32)
