@@ -44,11 +44,24 @@ struct ClassExps<float, false> {
   ANL_DEVICE float log2_of(float z) const { return fmaf(z, unit, shift); }
   ANL_DEVICE float at(float z) const { return exp2_approx(log2_of(z)); }
   template <int E>
-  ANL_DEVICE float sum_of_gaps(const float (&z)[E], float anchor) const {
-    float sum = 0.0f;
+  ANL_DEVICE void log2_of(const float (&z)[E], float (&l)[E]) const {
 #pragma unroll
-    for (int j = 0; j < E; ++j) sum += log2_of(z[j]);
-    return fmaf(float(E), log2_of(anchor), -sum) * inverse();
+    for (int j = 0; j + 1 < E; j += 2) {
+      const Two x = fma2({z[j], z[j + 1]}, {unit, unit}, {shift, shift});
+      l[j] = x.of[0];
+      l[j + 1] = x.of[1];
+    }
+    if (E % 2) l[E - 1] = log2_of(z[E - 1]);
+  }
+  // Adds to the sum of exps, and returns the sum of anchor - z, of classes that exist.
+  template <int E>
+  ANL_DEVICE float add(const float (&z)[E], float anchor, float& sum) const {
+    float l[E], e[E];
+    log2_of(z, l);
+#pragma unroll
+    for (int j = 0; j < E; ++j) e[j] = exp2_approx(l[j]);
+    sum += sum_of(e);
+    return fmaf(float(E), log2_of(anchor), -sum_of(l)) * inverse();
   }
   ANL_DEVICE float inverse() const { return is_far() ? 1.0f : 1.0f / LOG2_E; }
   ANL_DEVICE float correction(float anchor) const { return exp2_approx(-log2_of(anchor)); }

@@ -21,9 +21,8 @@ struct FloatFirstSweep {
 
   template <int E>
   ANL_DEVICE void add(const float (&z)[E]) {
-    float l[E];
-#pragma unroll
-    for (int j = 0; j < E; ++j) l[j] = exps.log2_of(z[j]);
+    float l[E], e[E];
+    exps.log2_of(z, l);
     if (largest(l) >= 0) {
       float high = z[0];
 #pragma unroll
@@ -32,19 +31,16 @@ struct FloatFirstSweep {
       exps = sums.exps();
       of_anchor = exps.log2_of(sums.anchor());
       inverse = exps.inverse();
-#pragma unroll
-      for (int j = 0; j < E; ++j) l[j] = exps.log2_of(z[j]);
+      exps.log2_of(z, l);
     }
     const uint32_t low = lowest(l);
 #pragma unroll
-    for (int j = 0; j < E; ++j) sums.sums.add_exp(exp2_approx(l[j]));
+    for (int j = 0; j < E; ++j) e[j] = exp2_approx(l[j]);
+    sums.sums.add_exp(sum_of(e));
     if (low < MISSING) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < E; ++j) sum += l[j];
       // Rounded so that the smallest is that, or a little below it.
       const float below = (__uint_as_float(low) - of_anchor) * (inverse * (1.0f + 0x1p-20f));
-      sums.add_existing(float(E), fmaf(float(E), of_anchor, -sum) * inverse, add_down(sums.max, below));
+      sums.add_existing(float(E), fmaf(float(E), of_anchor, -sum_of(l)) * inverse, add_down(sums.max, below));
     } else {
 #pragma unroll
       for (int j = 0; j < E; ++j) sums.add_gap(z[j], sums.anchor());

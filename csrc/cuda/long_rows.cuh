@@ -295,7 +295,7 @@ struct GlobalRowPart : PartPlace<S> {
       uint32_t* const pack = words + 4 * u;
       T x[P];
       widen_pack<S>(make_uint4(pack[0], pack[1], pack[2], pack[3]), x);
-      each_of<bool(PARTS & FOCAL_OFFSET)>(x, [&](T& v) { v = gradient.template at<PARTS>(v); });
+      gradient.template replace<PARTS>(x);
       const uint4 bits = narrow_pack<S>(x);
       pack[0] = bits.x;
       pack[1] = bits.y;

@@ -170,7 +170,7 @@ struct WordHeights {
   const S low[2];  // the largest of the stored numbers that are not above the clamp
   const uint32_t bound;
   uint32_t count = 0;
-  float raised[2] = {};
+  Two raised = {};
 
   ANL_DEVICE WordHeights(float lower_clamp, float upper_clamp)
       : clamp{lower_clamp, upper_clamp}, low{stored_below<S>(lower_clamp), stored_below<S>(upper_clamp)},
@@ -178,22 +178,21 @@ struct WordHeights {
 
   template <int W>
   ANL_DEVICE void add(const uint32_t (&words)[W]) {
-    float sum[2];
+    Two sum;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       const uint32_t high = larger2<S>(words[j], bound);
       count = add2<S>(count, above2<S>(words[j], bound));
-      sum[0] = j > 0 ? sum[0] + low_half<S>(high) : low_half<S>(high);
-      sum[1] = j > 0 ? sum[1] + high_half<S>(high) : high_half<S>(high);
+      const Two halves = {low_half<S>(high), high_half<S>(high)};
+      sum = j > 0 ? add2(sum, halves) : halves;
     }
-    raised[0] += sum[0];
-    raised[1] += sum[1];
+    raised = add2(raised, sum);
   }
   // Adds the halves 0 or 1 of all `words` to the sums.
   ANL_DEVICE void finish(int half, float words, SecondSums<Scalar<float>, false>& sums) const {
     const float found = half ? high_half<S>(count) : low_half<S>(count), base = widen(low[half]);
     sums.of[ABOVE_COUNT] += found;
-    sums.of[ABOVE_SUM] += fmaf(-found, clamp[half] - base, fmaf(-words, base, raised[half]));
+    sums.of[ABOVE_SUM] += fmaf(-found, clamp[half] - base, fmaf(-words, base, raised.of[half]));
   }
 };
 

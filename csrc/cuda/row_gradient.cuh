@@ -36,6 +36,18 @@ struct RowGradient {
   ANL_DEVICE T at(T z) const {
     return at<PARTS>(z, exps.at(z));
   }
+  // The gradient in the place of logits.
+  template <unsigned PARTS, int E>
+  ANL_DEVICE void replace(T (&z)[E]) const {
+    if constexpr (std::is_same_v<T, float> && !FULL) {
+      float l[E];
+      exps.log2_of(z, l);
+#pragma unroll
+      for (int j = 0; j < E; ++j) z[j] = at<PARTS>(z[j], exp2_approx(l[j]));
+    } else {
+      each_of<bool(PARTS & FOCAL_OFFSET)>(z, [&](T& v) { v = at<PARTS>(v); });
+    }
+  }
   // e: exps.at(z), or what was kept of it.
   template <unsigned PARTS>
   ANL_DEVICE T at(T z, T e) const {

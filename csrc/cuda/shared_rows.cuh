@@ -305,8 +305,7 @@ struct Share {
       constexpr int N = decltype(n)::value;
       T x[N * P];
       load<N>(unit, x);
-#pragma unroll
-      for (T& z : x) z = gradient.template at<PARTS>(z);
+      gradient.template replace<PARTS>(x);
 #pragma unroll
       for (int u = 0; u < N; ++u) {
         T pack[P];

@@ -77,9 +77,13 @@ struct AnchoredSums {
   // Classes that exist, without count_existing.
   template <int E>
   ANL_DEVICE void add_classes(const A (&z)[E], const ClassExps<A, FULL>& exps) {
+    if constexpr (std::is_same_v<A, float> && !FULL) {
+      sums.of[GAP] += exps.add(z, anchor(), sums.of[TAIL]);
+    } else {
 #pragma unroll
-    for (int j = 0; j < E; ++j) sums.add_exp(exps.at(z[j]));
-    sums.of[GAP] += exps.sum_of_gaps(z, anchor());
+      for (int j = 0; j < E; ++j) sums.add_exp(exps.at(z[j]));
+      sums.of[GAP] += exps.sum_of_gaps(z, anchor());
+    }
   }
   // E classes more, of any size.
   template <int E>

@@ -6,7 +6,7 @@ SMALL, SHARED, BLOCK = "csrc/cuda/rows_small.cu", "csrc/cuda/shared_rows.cuh", "
 TICKETS_CUH, PREPARE = "csrc/cuda/tickets.cuh", "csrc/cuda/prepare.cu"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/cluster_rows.cuh", "csrc/cuda/rows_split.cu"
 GRADIENT, SPATIAL, PIXELS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/pixels.cuh"
-SCALAR = "csrc/cuda/scalar.cuh"
+SCALAR, PRIMITIVES = "csrc/cuda/scalar.cuh", "csrc/cuda/primitives.cuh"
 CHIP, PACKED = "csrc/cuda/chip_rows.cuh", "csrc/cuda/packed_sweeps.cuh"
 FLOAT_SWEEP = "csrc/cuda/float_sweep.cuh"
 FOCAL, EXPS = "csrc/cuda/packed_focal.cuh", "csrc/cuda/class_exps.cuh"
@@ -131,7 +131,7 @@ MUTANTS = [
     (PACKED, "if (any_target) put_half(words, target, twice(Format<S>::LOWEST));", "", PAIRS),
     (PACKED, "fmaf(-found, lift, fmaf(-2.0f * W, low, sum.of[0] + sum.of[2]))", "sum.of[0] + sum.of[2]", PAIRS),
     (PACKED, "count = add2<S>(count, above2<S>(words[j], bound));", "count = above2<S>(words[j], bound);", PAIRS),
-    (PACKED, "fmaf(-found, clamp[half] - base, fmaf(-words, base, raised[half]))", "raised[half]", PAIRS),
+    (PACKED, "fmaf(-found, clamp[half] - base, fmaf(-words, base, raised.of[half]))", "raised.of[half]", PAIRS),
     (PACKED, "(int32_t(bits) < 0 ? 0xffff : 0)", "0", PAIRS),
     (SHARED, "whole * P + turns(edges)", "whole * P", PAIRS),
     (SHARED, "row[i < before ? i : i + within]", "row[i + within]", PAIRS),
@@ -146,6 +146,9 @@ MUTANTS = [
         PAIRS,
         "no GPU has so much shared memory that rows of so many classes have few lanes",
     ),
+    (PRIMITIVES, "for (int j = 2; j < E; j += 2) sum = add2", "for (int j = 2; j < E - 2; j += 2) sum = add2", NUMBERS),
+    (EXPS, "for (int j = 0; j + 1 < E; j += 2) {", "for (int j = 0; j + 3 < E; j += 2) {", NUMBERS),
+    (EXPS, "-sum_of(l)) * inverse()", "-sum_of(z)) * inverse()", NUMBERS),
     (PIXELS, "heights.finish(v, T(end - begin), sums[v]);", "heights.finish(0, T(end - begin), sums[v]);", PIXEL_PAIRS),
     (PACKED, "if (z == -float(INF)) return;", "", PAIRS),
     (PACKED, "tail *= about(base).scale_to(about(largest));", "", PAIRS),
