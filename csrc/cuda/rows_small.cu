@@ -144,7 +144,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       *at_y = *displaced;
     }
     sync();
-    const Share<S, BYTES, FULL> share(staged + swept + inside(swept), K - 1, bits);
+    const Share<S, BYTES, FULL> share(staged, swept + inside(swept), K - 1, bits);
     auto first_sums = share.first_sums();
     if (spread) {
       if (share.lane() == 0) records[g].first_sums = first_sums;

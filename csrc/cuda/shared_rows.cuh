@@ -160,9 +160,9 @@ struct Share {
   S* row;
   int bits, start, whole, before, within, edges;  // of the row's classes: before the units, in them, outside
 
-  // Of so many classes at `first`; 2^lane_bits lanes share them.
-  ANL_DEVICE Share(S* first, int classes, int lane_bits) : row(first), bits(lane_bits) {
-    before = TURNS ? (P - misaligned(first)) % P : 0;  // a unit of 4 bytes is begun by the first class
+  // Of so many classes from element `first` of 16 aligned bytes; 2^lane_bits lanes share them.
+  ANL_DEVICE Share(S* aligned, int first, int classes, int lane_bits) : row(aligned + first), bits(lane_bits) {
+    before = TURNS ? (P - first % P) % P : 0;  // a unit of 4 bytes is begun by the first class
     const int units = max(0, classes - before) / P;
     within = units * P;
     edges = classes - within;

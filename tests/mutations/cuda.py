@@ -135,7 +135,7 @@ MUTANTS = [
     (PACKED, "(int32_t(bits) < 0 ? 0xffff : 0)", "0", PAIRS),
     (SHARED, "whole * P + turns(edges)", "whole * P", PAIRS),
     (SHARED, "row[i < before ? i : i + within]", "row[i + within]", PAIRS),
-    (SHARED, "before = TURNS ? (P - misaligned(first)) % P : 0;", "before = 0;", PAIRS),
+    (SHARED, "before = TURNS ? (P - first % P) % P : 0;", "before = 0;", PAIRS),
     (SHARED, "max(0, classes - before) / P", "classes / P", PAIRS),
     (SHARED, "[&](S edge) { sweep.add_height(s, widen(edge)); }", "[&](S) {}", PAIRS),
     (SHARED, "[&](S edge) { found.add(widen(edge)); }", "[&](S) {}", ANYWHERE),
