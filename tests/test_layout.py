@@ -1,10 +1,12 @@
 """Layouts by themselves: what is seen without a copy, and the one case that is copied and logged."""
 
 import logging
+import math
 
 import helpers
 import pytest
 import torch
+from helpers import EXPRESSIONS
 
 import anl_kernels as ak
 from anl_kernels import layout
@@ -39,3 +41,17 @@ def test_no_other_layout_is_copied(one_fused, caplog, monkeypatch, name):
     with caplog.at_level(logging.DEBUG, logger="anl_kernels"):
         helpers.calculate(logits, target, ak.NCE(), backend=one_fused.name)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [28, 56, 301])
+def test_rows_that_begin_anywhere(backend, classes, dtype):
+    """Within 16 bytes, with a gap after each; huge logits and masked classes stand at their edges."""
+    values, labels = helpers.rows_of_every_kind(classes, dtype)
+    values, labels = values.cpu().clone(), labels.cpu().clamp(max=classes - 4)
+    values[1::3, -1] = -math.inf
+    values[2::3, -2] = 300.0
+    values[::4, 0] = 300.0
+    room = torch.full((3 + len(values) * (classes + 1),), math.nan, dtype=dtype, device="cpu")
+    logits = room[3:].view(-1, classes + 1)[:, :classes].copy_(values)
+    helpers.check(logits, labels, EXPRESSIONS["anl_ce"], backend=backend.name)

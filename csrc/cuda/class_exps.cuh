@@ -2,6 +2,7 @@
 #pragma once
 
 #include "scalar.cuh"
+#include "two_floats.cuh"
 
 namespace anl {
 namespace gpu {

@@ -116,6 +116,7 @@ ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsig
       acc_t<S> x[PACK<S>];
       widen_pack<S>(pack, x);
       constexpr unsigned ASKED = decltype(parts)::value;
+      // Not replace(): it would spill a register on sm_100.
       each_of<bool(ASKED & FOCAL_OFFSET)>(x, [&](auto& v) { v = row.template at<ASKED>(v); });
       pack = narrow_pack<S>(x);
     }

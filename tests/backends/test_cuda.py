@@ -182,20 +182,6 @@ def test_a_gradient_aligned_otherwise_than_its_logits(device, classes):
         helpers.check(logits, labels[:rows].cpu(), EXPRESSIONS["anl_ce"], backend="cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [28, 56, 301])
-def test_rows_that_begin_anywhere(device, classes, dtype):
-    """Within 16 bytes, with a gap after each; huge logits and masked classes stand at their edges."""
-    values, labels = helpers.rows_of_every_kind(classes, dtype)
-    values, labels = values.cpu().clone(), labels.cpu().clamp(max=classes - 4)
-    values[1::3, -1] = -math.inf
-    values[2::3, -2] = 300.0
-    values[::4, 0] = 300.0
-    room = torch.full((3 + len(values) * (classes + 1),), math.nan, dtype=dtype, device="cpu")
-    logits = room[3:].view(-1, classes + 1)[:, :classes].copy_(values)
-    helpers.check(logits, labels, EXPRESSIONS["anl_ce"], backend="cuda")
-
-
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_the_edges_of_a_gradient_from_coefficients(device, start):
     """A tile's number of classes that begin within 16 bytes."""

@@ -6,7 +6,7 @@ SMALL, SHARED, BLOCK = "csrc/cuda/rows_small.cu", "csrc/cuda/shared_rows.cuh", "
 TICKETS_CUH, PREPARE = "csrc/cuda/tickets.cuh", "csrc/cuda/prepare.cu"
 LONG, CLUSTER, SPLIT = "csrc/cuda/long_rows.cuh", "csrc/cuda/cluster_rows.cuh", "csrc/cuda/rows_split.cu"
 GRADIENT, SPATIAL, PIXELS = "csrc/cuda/rows_gradient.cu", "csrc/cuda/spatial.cu", "csrc/cuda/pixels.cuh"
-SCALAR, PRIMITIVES = "csrc/cuda/scalar.cuh", "csrc/cuda/primitives.cuh"
+SCALAR, TWO_FLOATS = "csrc/cuda/scalar.cuh", "csrc/cuda/two_floats.cuh"
 CHIP, PACKED = "csrc/cuda/chip_rows.cuh", "csrc/cuda/packed_sweeps.cuh"
 FLOAT_SWEEP = "csrc/cuda/float_sweep.cuh"
 FOCAL, EXPS = "csrc/cuda/packed_focal.cuh", "csrc/cuda/class_exps.cuh"
@@ -18,7 +18,7 @@ NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 an
 PAIRS = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and {HOST}"'
 PIXEL_PAIRS = f'tests/test_conformance.py -k "every_layout and bfloat16 and anl_ce and {HOST}"'
 ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
-ANYWHERE = "tests/backends/test_cuda.py -k 'begin_anywhere and bfloat16'"
+ANYWHERE = f'tests/test_layout.py -k "begin_anywhere and bfloat16 and {HOST}"'
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
@@ -146,7 +146,7 @@ MUTANTS = [
         PAIRS,
         "no GPU has so much shared memory that rows of so many classes have few lanes",
     ),
-    (PRIMITIVES, "for (int j = 2; j < E; j += 2) sum = add2", "for (int j = 2; j < E - 2; j += 2) sum = add2", NUMBERS),
+    (TWO_FLOATS, "for (int j = 2; j < E; j += 2) sum = add2", "for (int j = 2; j < E - 2; j += 2) sum = add2", NUMBERS),
     (EXPS, "for (int j = 0; j + 1 < E; j += 2) {", "for (int j = 0; j + 3 < E; j += 2) {", NUMBERS),
     (EXPS, "-sum_of(l)) * inverse()", "-sum_of(z)) * inverse()", NUMBERS),
     (PIXELS, "heights.finish(v, T(end - begin), sums[v]);", "heights.finish(0, T(end - begin), sums[v]);", PIXEL_PAIRS),
