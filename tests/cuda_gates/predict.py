@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from counts import Counts, element_loops
 from scenario import walk_launch
+from walk import Trace
 
 COPY = 0.9  # of the data sheet's bandwidth
 SUSTAINED = 0.65  # of four instructions a clock
@@ -85,13 +86,18 @@ class Prediction:
         return self.copy / self.seconds
 
 
+def waited_clocks(trace: Trace, latency: int) -> float:
+    """What a warp waits for memory, less what it issues meanwhile."""
+    return sum(times * max(0, latency - CLOCKS_IN_LOOPS * since) for since, times in trace.waits.items())
+
+
 def serial_clocks(counts: Counts) -> float:
     """The slowest warp of a CTA alone: its instructions, and what it waits for."""
     code = counts.kernel.instructions
     inside = element_loops(counts)
 
     def clocks(trace):
-        total = GLOBAL_CLOCKS * trace.waits
+        total = waited_clocks(trace, GLOBAL_CLOCKS)
         for i, n in trace.issued.items():
             total += n * (CLOCKS_IN_LOOPS if i in inside else CLOCKS_ELSEWHERE)
             total += n * {"BAR": BARRIER_CLOCKS, "UCGABAR_WAIT": CLUSTER_CLOCKS}.get(code[i].base, 0)
@@ -147,6 +153,6 @@ def tail_seconds(counts: Counts, gpu: Gpu) -> float:
 
     def slowest(last: bool) -> float:
         work = walk_launch(counts.kernel, counts.binary, counts.arch, counts.case, last=last, alone=True)
-        return max(CLOCKS_ELSEWHERE * sum(t.issued.values()) + L2_CLOCKS * t.waits for t in work.warps)
+        return max(CLOCKS_ELSEWHERE * sum(t.issued.values()) + waited_clocks(t, L2_CLOCKS) for t in work.warps)
 
     return (slowest(True) - slowest(False)) / (gpu.ghz * 1e9)

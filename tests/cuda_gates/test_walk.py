@@ -72,7 +72,15 @@ def test_a_turn_of_a_loop_takes_what_the_loop_has_without_the_rare_branch(walk):
 
 def test_what_warps_wait_for(walk):
     warp = walk("sweep_kernel", 32, "ii", 7, 1)[0]
-    assert (warp.trace.waits, warp.trace.in_flight) == (7, 512)
+    assert (warp.trace.waits.total(), warp.trace.in_flight) == (7, 512)
+
+
+def test_what_warps_wait_for_while_more_is_on_its_way(walk):
+    few, many = (walk("copies_kernel", 32, "i", n)[0].trace for n in (10, 20))
+    assert few.waits.total() == many.waits.total() == 2
+    assert few.in_flight == many.in_flight == 1024
+    turn = (sum(many.issued.values()) - sum(few.issued.values())) // 10
+    assert max(many.waits) == max(few.waits) + 10 * turn >= 20
 
 
 def test_numbers_are_neither_infinite_nor_nan(walk):
@@ -147,11 +155,11 @@ def test_ctas_that_a_multiprocessor_holds():
     assert resident_ctas(rtx, 128, 32, 99 << 10) == 1 and resident_ctas(rtx, 128, 32, 100 << 10) == 0
 
 
-def counts_of(walk, per_turn, waits=0, in_flight=1 << 20):
+def counts_of(walk, per_turn, waits=None, in_flight=1 << 20):
     """sweep_kernel's, as if its loop had been walked so often that every class takes so many instructions."""
     warp = walk("sweep_kernel", 32, "ii", 1, 1)[0]
     exps = [i for i, instruction in enumerate(warp.kernel.instructions) if instruction.opcode == "MUFU.EX2"]
-    trace = Trace(Counter({i: per_turn // len(exps) for i in exps}), Counter(), {}, waits, in_flight)
+    trace = Trace(Counter({i: per_turn // len(exps) for i in exps}), Counter(), {}, Counter(waits), in_flight)
     case = Case("float32", classes=1 << 10, rows=1 << 20)
     launch = Launch("sweep_kernel", (), 1 << 20, 32, 1, 0, b"")
     return Counts(case, 90, warp.kernel, launch, None, Work(trace, [trace], 1 << 10))
@@ -170,7 +178,7 @@ def test_exps_are_bound_by_their_pipe(walk):
 
 
 def test_warps_that_wait_are_bound_by_latency(walk):
-    p = predict(counts_of(walk, 8, waits=100), H200)
+    p = predict(counts_of(walk, 8, waits={0: 100}), H200)
     rows_at_a_time = 132 * p.resident
     assert p.bound == "latency of a row"
     assert p.seconds == pytest.approx((100 * GLOBAL_CLOCKS + 8 * 2) * (1 << 20) / rows_at_a_time / 1.98e9)

@@ -122,15 +122,14 @@ class Trace:
     issued: Counter = field(default_factory=Counter)  # index of the instruction -> times
     moved: Counter = field(default_factory=Counter)  # index -> bytes, of all active lanes
     guessed: dict = field(default_factory=dict)  # index of a branch on what is not known -> index gone to
-    waits: int = 0  # how often it waits for global memory
+    waits: Counter = field(default_factory=Counter)  # instructions since it asked global memory -> times that it waits
     in_flight: int = 0  # bytes of global memory that it has asked for at a time, at most
 
     def add(self, other: Trace, times: int = 1) -> None:
-        for mine, theirs in ((self.issued, other.issued), (self.moved, other.moved)):
+        for mine, theirs in ((self.issued, other.issued), (self.moved, other.moved), (self.waits, other.waits)):
             for key, count in theirs.items():
                 mine[key] += times * count
         self.guessed.update(other.guessed)
-        self.waits += times * other.waits
         self.in_flight = max(self.in_flight, other.in_flight)
 
 
@@ -140,6 +139,14 @@ def both(a, b):
         columns = [value if type(value) is list else [value] * 32 for value in (a, b)]
         return tidy([both(x, y) for x, y in zip(*columns)])
     return 0 if 0 in (a, b) else None if None in (a, b) else 1
+
+
+@dataclass
+class Asked:
+    """Bytes of global memory on their way, the last of them asked for by a warp's so many-th instruction."""
+
+    bytes: int = 0
+    step: int = 0
 
 
 class Walk:
@@ -152,13 +159,13 @@ class Walk:
         self.calls: list[int | None] = []
         self.meetings: dict[str, int] = {}
         self.pending: set = set()  # registers that global memory has yet to fill
-        self.asked = 0  # bytes
+        self.asked = Asked()  # by loads to those
+        self.copies: list[Asked] = [Asked()]  # groups of asynchronous copies to shared memory, the last one open
         self.at_barrier = lambda: None
 
     def run(self) -> Trace:
         self._run(0, Lanes.ALL, None)
-        if self.asked:
-            self._wait()
+        self._wait([self.asked, *self.copies])
         return self.trace
 
     def _condition(self, op, mask: int):
@@ -183,8 +190,15 @@ class Walk:
             if self.steps > MOST:
                 raise Lost(f"no end after {MOST} instructions, at {op.address:#x}")
             trace.issued[pc] += 1
-            if self.asked and (op.base == "DEPBAR" or not self.pending.isdisjoint(op.reads)):
-                self._wait()
+            if op.base == "LDGDEPBAR":
+                self.copies.append(Asked())
+            if op.base == "DEPBAR" and len(self.copies) > 1:
+                done = max(0, len(self.copies) - 1 - op.operands[-1].name)
+                self._wait(self.copies[:done])
+                del self.copies[:done]
+            elif self.asked.bytes and (op.base == "DEPBAR" or not self.pending.isdisjoint(op.reads)):
+                self._wait([self.asked])
+                self.pending.clear()
             if op.base == "BAR":
                 self.at_barrier()
             if op.control is None:
@@ -192,18 +206,23 @@ class Walk:
                 if moved:
                     trace.moved[pc] += moved
                     if op.base in ("LDG", "LDGSTS", "LD"):
-                        self.asked += moved
+                        asked = self.copies[-1] if op.base == "LDGSTS" else self.asked
+                        asked.bytes += moved
+                        asked.step = self.steps
                         self.pending.update(op.results)
+                        on_its_way = self.asked.bytes + sum(group.bytes for group in self.copies)
+                        trace.in_flight = max(trace.in_flight, on_its_way)
                 pc += 1
                 continue
             pc = getattr(self, "_" + op.control)(op, pc, mask)
 
-    def _wait(self) -> None:
-        """Everything that was asked for has come."""
-        self.trace.waits += 1
-        self.trace.in_flight = max(self.trace.in_flight, self.asked)
-        self.pending.clear()
-        self.asked = 0
+    def _wait(self, asked: list[Asked]) -> None:
+        """What was asked for has come."""
+        waited_for = [each for each in asked if each.bytes]
+        if waited_for:
+            self.trace.waits[self.steps - max(each.step for each in waited_for)] += 1
+        for each in waited_for:
+            each.bytes = 0
 
     # ---- control flow: each gives the next instruction, or None where this part of the walk ends ------------------
 

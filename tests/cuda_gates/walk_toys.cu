@@ -146,3 +146,20 @@ extern "C" __global__ void endless_kernel(const int* in, float* out) {
 #pragma unroll 1
   for (int i = 0; i < n; ++i) out[i] = float(i);
 }
+
+// Two groups of copies on their way together; n exps before the second is awaited.
+extern "C" __global__ void copies_kernel(const float4* in, float* out, int n) {
+  __shared__ float4 staged[2][32];
+  const int t = threadIdx.x;
+  for (int group = 0; group < 2; ++group) {
+    const uint32_t to = uint32_t(__cvta_generic_to_shared(&staged[group][t]));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(in + group * 32 + t) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+  float x = staged[0][t].x;
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) x = exp2_of(x);
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  out[t] = x + staged[1][t].x;
+}
