@@ -55,3 +55,17 @@ def test_rows_that_begin_anywhere(backend, classes, dtype):
     room = torch.full((3 + len(values) * (classes + 1),), math.nan, dtype=dtype, device="cpu")
     logits = room[3:].view(-1, classes + 1)[:, :classes].copy_(values)
     helpers.check(logits, labels, EXPRESSIONS["anl_ce"], backend=backend.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("classes", "gap"), [(3, 0), (10, 1), (16, 0)])
+def test_many_rows_of_few_classes(backend, classes, gap, dtype):
+    """More than CUDA takes at a time, in batches that come as one; the last is not whole, and one row is ignored."""
+    values, labels = helpers.rows_of_every_kind(classes, dtype)
+    times = 17_000 // len(values)
+    room = torch.full((len(values) * times, classes + gap), math.nan, dtype=dtype, device="cpu")
+    logits = room[:, :classes].copy_(values.cpu().repeat(times, 1))
+    target = labels.cpu().repeat(times)
+    target[len(target) // 2] = -100
+    logits[len(target) // 2] = math.nan
+    helpers.check(logits, target, EXPRESSIONS["anl_ce"], backend=backend.name)

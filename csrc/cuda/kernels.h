@@ -38,7 +38,8 @@ enum class Kernel : int { SMALL, BLOCK, CLUSTER, SPLIT, GRADIENT, SPATIAL, COLUM
 // What each kernel has to know besides the fields of Plan. packs: every row's gradient is aligned as its logits are, so that
 // 16 bytes go in and the same 16 come out.
 struct SmallPlan {
-  int lane_bits;         // 2^lane_bits lanes share a row, a warp at most; a CTA's threads over that are the rows of a batch
+  int lane_bits;         // 2^lane_bits lanes share a row, a warp at most; a CTA's threads over that are its rows at a time
+  int rounds;            // so many times as many rows are a batch, which comes and goes as one: 1 where lanes share a row
   int unit_bytes;        // of a row, that a lane reads at a time
   int pitch;             // elements between two rows of a batch in shared memory
   bool contiguous;       // logits: so are a batch's rows there, without gaps

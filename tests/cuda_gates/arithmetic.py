@@ -146,14 +146,20 @@ effect("FSEL")(
 )
 
 
+def extreme_of(op):
+    """(a, b, whether the least) -> a word."""
+    sign = (lambda x: x) if "U32" in op.words else signed
+    floor = [0] * ("RELU" in op.words)
+    return lambda a, b, least: max([(min if least else max)(a, b, key=sign), *floor], key=sign)
+
+
 @effect("VIMNMX", "IMNMX")
 def extreme(state, op, mask):
     if len(op.sources) != 3 or op.sources[2].kind not in ("P", "UP"):
         return forget(state, op, mask)
-    sign = (lambda x: x) if "U32" in op.words else signed
     least = state.predicate(op.sources[2])
     a, b = words_of(state, op, 2)
-    value = lift(lambda x, y, p: (min if p else max)(x, y, key=sign), a, b, least)
+    value = lift(extreme_of(op), a, b, least)
     state.put(op, mask, *op.results[0], value)
 
 
@@ -161,10 +167,9 @@ def extreme(state, op, mask):
 def add_extreme(state, op, mask):
     if len(op.sources) != 4:
         return forget(state, op, mask)
-    sign = (lambda x: x) if "U32" in op.words else signed
     a, b, c = words_of(state, op, 3)
-    least = state.predicate(op.sources[3])
-    value = lift(lambda x, y, z, p: (min if p else max)(x + y & WORD, z, key=sign), a, b, c, least)
+    least, either = state.predicate(op.sources[3]), extreme_of(op)
+    value = lift(lambda x, y, z, p: either(x + y & WORD, z, p), a, b, c, least)
     state.put(op, mask, *op.results[0], value)
 
 

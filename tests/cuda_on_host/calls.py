@@ -34,6 +34,7 @@ ALL_NEEDS, NUM_STATS, NUM_COEFS = 31, 15, 11
 CASES = {
     "small": (0, 7, 37, 0, (FLOAT32, FLOAT64, BFLOAT16)),
     "small_batches": (0, 600, 11, 0, (FLOAT32, BFLOAT16)),  # a row is one thread's
+    "small_rounds": (2, 2100, 5, 0, (BFLOAT16,)),  # several rows of a batch are
     "one_cta": (3, 5, 10, 0, (FLOAT32, FLOAT16)),
     "block": (0, 5, 403, 0, (FLOAT32, FLOAT64, BFLOAT16)),
     "block_apart": (0, 5, 403, 0, (FLOAT32, BFLOAT16)),

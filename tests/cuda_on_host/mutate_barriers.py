@@ -31,8 +31,8 @@ REACHED_BY = {
     "rows_block.cu": "block,block_apart",
     "cluster_rows.cuh": "cluster",
     "rows_gradient.cu": "small,block",  # one warp has no other barrier
-    "rows_small.cu": "small,small_batches",
-    "shared_rows.cuh": "small,small_batches",
+    "rows_small.cu": "small,small_batches,small_rounds",
+    "shared_rows.cuh": "small,small_batches,small_rounds",
     "rows_split.cu": "split",
     "spatial.cu": "spatial",
     "sums.cuh": "block,cluster,split",

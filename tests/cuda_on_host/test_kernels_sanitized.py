@@ -33,7 +33,7 @@ def test_one_element_too_many_is_seen(address, case, buffer):
 
 # ---- races
 
-RACES = "small,small_batches,block,cluster,split,spatial"
+RACES = "small,small_batches,small_rounds,block,cluster,split,spatial"
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -19,6 +19,7 @@ PAIRS = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and
 PIXEL_PAIRS = f'tests/test_conformance.py -k "every_layout and bfloat16 and anl_ce and {HOST}"'
 ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
 ANYWHERE = f'tests/test_layout.py -k "begin_anywhere and bfloat16 and {HOST}"'
+ROUNDS = f'tests/test_layout.py -k "many_rows and bfloat16 and {HOST}"'
 STRETCHES = f'tests/test_conformance.py -k "stretches and 700 and float32 and {HOST}"'
 LAYOUT = f'tests/test_conformance.py -k "every_layout and float32 and anl_ce and {HOST}"'
 LOSSES = f'tests/test_conformance.py -k "every_loss and 37 and float32 and {HOST}"'
@@ -92,7 +93,7 @@ MUTANTS = [
     (FLOAT_SWEEP, "if (low < MISSING) {", "if (low <= MISSING) {", STRETCHES),
     (FLOAT_SWEEP, "= {1.0f, FLT_MAX};", "= {1.0f, 0.0f};", NUMBERS),
     (FLOAT_SWEEP, "add_down(sums.max, below)", "sums.max", NUMBERS),
-    (FLOAT_SWEEP, "fmaf(float(E), of_anchor, -sum)", "-sum", FAR_FLOAT),
+    (FLOAT_SWEEP, "fmaf(float(E), of_anchor, -sum_of(l))", "-sum_of(l)", FAR_FLOAT),
     ("csrc/row_math.h", "? missing : value) : value;", "? M::set(0.0) : value) : value;", MASKED_NAN),
     (
         SCALAR,
@@ -102,6 +103,10 @@ MUTANTS = [
         "a class whose p is nearly 1 has a log p of nearly 0: its weight is lost among the others' roundings",
     ),
     # ---- rows in registers, and in one CTA's memory
+    (SMALL, " + j * WARP + int(lane_index())", " + int(lane_index())", ROUNDS),
+    (SMALL, "place(row), unread >> j & 1);", "place(row), unread & 1);", ROUNDS),
+    (SMALL, "if (rounds > 1) target = batch.target(batch.own(j));", "", ROUNDS),
+    (SMALL, "{ return (WARP >> bits) * rounds; }", "{ return WARP >> bits; }", ROUNDS),
     (
         SHARED,
         "      if (lane() < edges) g(row[within]);\n",
