@@ -83,9 +83,13 @@ ANL_DEVICE X kept(X x) {
 
 // ---- 16 aligned bytes of global memory ------------------------------------------------------------------------------
 
-ANL_DEVICE uint64_t keep_policy() {
+template <Cache C>
+ANL_DEVICE uint64_t l2_policy() {
   uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  if constexpr (C == Cache::KEEP)
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -97,7 +101,7 @@ ANL_DEVICE uint4 load16(const void* p) {
   uint4 v;
   asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(__cvta_generic_to_global(p)), "l"(keep_policy()));
+               : "l"(__cvta_generic_to_global(p)), "l"(l2_policy<C>()));
   return v;
 }
 
@@ -209,10 +213,15 @@ ANL_DEVICE void copy_async(void* shared, const void* global) {
                : "memory");
 }
 // 16 aligned bytes, past L1.
+template <Cache C = Cache::PLAIN>
 ANL_DEVICE void copy_async16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
+  const uint32_t to = shared_address(shared);
+  const auto from = __cvta_generic_to_global(global);
+  if constexpr (C == Cache::PLAIN)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(l2_policy<C>())
+                 : "memory");
 }
 ANL_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N of the thread's groups are under way.

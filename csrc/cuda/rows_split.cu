@@ -14,7 +14,8 @@ namespace {
 
 constexpr int MAX_THREADS = 192;
 constexpr int CTAS = 2;        // per multiprocessor
-constexpr int FEW = 4, MANY = 16;  // packs per thread in a part: fewer than FEW where rows are few and short
+constexpr int FEW = 4, MANY = 24;  // packs per thread in a part: fewer than FEW where rows are few and short
+constexpr int64_t STATIC_SHARED = 2 << 10;  // what the kernel has besides a part
 
 enum Phase : int { FIRST, SECOND, GRADIENT, NO_PHASE };
 
@@ -95,12 +96,45 @@ struct Shared {
   };
 };
 
+// A walk over packs in global memory (PlainWalk says what such has). A thread asks for all of its packs at once, so that some
+// are on their way while it sweeps others. staged: room for `count` packs in shared memory.
+template <class S, Cache C>
+struct StagedWalk : PlainWalk<GlobalPacks<S, C>> {
+  uint4* const staged;
+
+  template <int U, class F>
+  ANL_DEVICE void tiles(const F& f) const {
+    constexpr int GROUPS = MANY / U;  // of copies: each has a whole tile or is empty, and what is left is the last
+    int groups = GROUPS;
+    const PlainWalk<SharedPacks<S>> walk = {{SharedPlace(staged)}, this->count};
+    walk.template tiles<U>([&](auto n, int i, bool inside, const auto&) {
+      constexpr int N = decltype(n)::value;
+      if (!inside) return;
+#pragma unroll
+      for (int u = 0; u < N; ++u)
+        copy_async16<C>(staged + i + u * WARP, this->packs.data + int64_t(i + u * WARP) * PACK<S>);
+      if (U == 1 || N < U) return;
+      copy_async_commit();
+      --groups;
+    });
+    for (; groups >= 0; --groups) copy_async_commit();
+    walk.template tiles<U>([&](auto n, int i, bool inside, const auto& packs) {
+      const bool is_group = U > 1 && decltype(n)::value == U;
+      is_group ? copy_async_wait<GROUPS>() : copy_async_wait<0>();
+      f(n, i, inside, packs);
+      if (is_group) copy_async_commit();  // one more, so that as many follow the next
+    });
+    copy_async_wait<0>();
+  }
+};
+
 template <class S, bool FULL>
 struct SplitRows {
   using T = acc_t<S>;
   using Part = GlobalRowPart<S>;
   const Params& p;
   Shared<T, FULL>& shared;
+  uint4* const staged;
   const Scratch<T, FULL> scratch;
   const double denominator;
 
@@ -199,7 +233,7 @@ struct SplitRows {
   ANL_DEVICE void run_part(const Item& item, int64_t y) const {
     const int64_t r = item.row, at = first_part(r) + item.part;
     const Part part = part_of(item, y);
-    const PlainWalk<GlobalPacks<S, Cache::KEEP>> kept = {{part.logits}, part.packs};
+    const StagedWalk<S, Cache::KEEP> kept = {{{part.logits}, part.packs}, staged};
     if (item.phase == FIRST) {
       auto sums = none<AnchoredSums<T, FULL>>();
       part.first_sweep(p.call.program, sums, kept);
@@ -235,7 +269,7 @@ struct SplitRows {
     const Program& program = p.call.program;
     const RowGradient<T, FULL> gradient = row.gradient;
     const T edge = part.edge_logit();
-    const PlainWalk<GlobalPacks<S, Cache::STREAM>> once = {{part.logits}, part.packs};
+    const StagedWalk<S, Cache::STREAM> once = {{{part.logits}, part.packs}, staged};
     part.template write_gradient<FULL, Cache::STREAM>(program, gradient, row.all_exist, p.plan.split.packs, once);
     part.template write_edge<FULL>(program, gradient, edge);
   }
@@ -263,8 +297,10 @@ __global__ void __launch_bounds__(MAX_THREADS, sizeof(S) == 8 ? 1 : CTAS)
     rows_split_kernel(const __grid_constant__ Params p, const Step step, const Phase phase) {
   using T = acc_t<S>;
   using Memory = Shared<T, FULL>;
+  ANL_SHARED(uint4, staged);
   ANL_STATIC_SHARED(Memory, shared);
-  const SplitRows<S, FULL> rows = {p, shared, Scratch<T, FULL>(p), loss_denominator<T>(p)};
+  static_assert(sizeof(Memory) <= STATIC_SHARED);
+  const SplitRows<S, FULL> rows = {p, shared, staged, Scratch<T, FULL>(p), loss_denominator<T>(p)};
   const bool by_tickets = step == Step::ALL;
   unsigned ticket = 0;
   if (by_tickets) zero_tickets(p.claim, p.mark, p.tickets, p.plan.num_tickets);
@@ -297,7 +333,7 @@ template <class S, bool FULL>
 cudaError_t launch_variant(const Params& p, cudaStream_t stream) {
   const auto launch_step = [&](Step step, Phase phase) {
     const dim3 grid(static_cast<unsigned>(p.plan.blocks)), block(p.plan.threads);
-    return ANL_LAUNCH((rows_split_kernel<S, FULL>), grid, block, NO_CLUSTER, 0, stream, p, step, phase);
+    return ANL_LAUNCH((rows_split_kernel<S, FULL>), grid, block, NO_CLUSTER, p.plan.shared_bytes, stream, p, step, phase);
   };
   if (!p.plan.split.separate_launches) return launch_step(Step::ALL, NO_PHASE);
   for (const Phase phase : {FIRST, SECOND}) {
@@ -326,7 +362,11 @@ Plan plan_split(const Call& call, const Limits& limits) {
   plan.cluster = 1;
   const int64_t ctas = int64_t(limits.num_sms) * CTAS;
   int64_t each = ceil_div(num_rows * packs, ctas * 4 * plan.threads);  // packs per thread
-  if (each > FEW) each = each < MANY ? ceil_div(each, FEW) * FEW : MANY;
+  const int64_t room = (limits.shared_bytes + RESERVED_SHARED) / CTAS - RESERVED_SHARED - STATIC_SHARED;
+  const int64_t most = std::clamp<int64_t>(room / (PACK_BYTES * plan.threads), 1, MANY);
+  each = std::min(each, most);
+  if (each > FEW) each = std::min(ceil_div(each, FEW), most / FEW) * FEW;
+  plan.shared_bytes = each * plan.threads * PACK_BYTES;
   SplitPlan split = {};
   split.packs_per_part = each * plan.threads;
   split.parts_per_row = ceil_div(packs, split.packs_per_part);

@@ -34,6 +34,7 @@ BUDGETS = (
     Budget("small 100", "rows_small_kernel", Case(classes=100, rows=1 << 20), 28, 40, 28),
     Budget("small 10", "rows_small_kernel", Case(classes=10, rows=1 << 23), 95, 120, 60, 4),
     Budget("spatial 21", "spatial_kernel", Case(classes=21, rows=16 * PIXELS, pixels=PIXELS), 50, 50, 32),
+    Budget("split", "rows_split_kernel", Case(classes=2_000_000, rows=128), 22, 24, 18),
     Budget("gradient", "rows_gradient_kernel", Case(classes=128256, gradient_alone=True), 12, 12, 8),
     Budget("cluster ANL-FL", "rows_cluster_kernel", Case(loss="anl_fl", classes=128256), 32, 32, 24, 3.1),
 )

@@ -40,7 +40,7 @@ class Hot:
 HOT = {
     "rows_block_kernel": Hot("LDS", 1, narrow=True),  # packs that a row shares with its neighbour
     "rows_cluster_kernel": Hot("LDS", 4, from_arch=90),
-    "rows_split_kernel": Hot("LDG", 4),
+    "rows_split_kernel": Hot("LDS", 4),
     "column_sums_kernel": Hot("LDG", 4, writes=False, narrow=True),  # each row's max and sum
 }
 # Other kernels that read and write 128 bits at a time, and by what they read.

@@ -15,7 +15,9 @@ SMALL = ("host", "host-sm80", "host-warp")
 # "h100-of-80" runs what was compiled for an A100 (and as PTX for what is newer).
 LARGE = ("host-h100", "host-a100", "host-h200", "host-h20", "host-b200", "host-rtx4090", "host-rtx5090", "host-mig")
 LARGE += ("host-h100-of-80",)
-DEVICES = {name: index for index, name in enumerate(SMALL + LARGE)}
+# A small one again, where parts of rows are as long as on large ones.
+LONG_PARTS = "host-sm80-long"
+DEVICES = {name: index for index, name in enumerate((*SMALL, *LARGE, LONG_PARTS))}
 
 
 @lru_cache

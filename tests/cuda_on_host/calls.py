@@ -41,6 +41,7 @@ CASES = {
     "cluster": (0, 6, 1901, 0, (FLOAT32, BFLOAT16)),  # two chunks a row, of more than a warp's packs each
     "cluster_wide": (0, 3, 3001, 0, (FLOAT32, BFLOAT16)),
     "split": (1, 5, 3001, 0, (FLOAT32, FLOAT64, BFLOAT16)),
+    "split_long_parts": (12, 2, 30011, 0, (FLOAT32, BFLOAT16)),
     "split_one_row": (0, 1, 5003, 0, (FLOAT32, FLOAT16)),
     "spatial_few": (0, 2, 7, 41, (FLOAT32, FLOAT64, BFLOAT16)),
     "spatial": (0, 1, 131, 35, (FLOAT32, FLOAT64, FLOAT16)),

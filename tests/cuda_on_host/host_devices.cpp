@@ -38,6 +38,7 @@ constexpr Device DEVICES[NUM_DEVICES] = {
     of_desktop("RTX 5090's numbers", 120, {16, 16, 16, 16, 16, 16, 16, 16, 14, 14, 14}, 96 * MB, 8, 100, 120),
     of_data_centre("a slice of an H200", 90, {8, 8}, 227 * KB, 7 * MB, 16, 90),
     of_data_centre("H100 with a build for A100", 90, SXM, 227 * KB, 50 * MB, 16, 80),
+    toy("a small sm_80 with room for long parts of rows", 80, 3, 64, 4096, 60 * KB, 128 * KB),
 };
 static_assert(DEVICES[3].gpcs.processors() == 132 && DEVICES[4].gpcs.processors() == 108 &&
               DEVICES[5].gpcs.processors() == 132 && DEVICES[6].gpcs.processors() == 78 &&

@@ -42,7 +42,7 @@ constexpr int RESERVED_SHARED = 1 << 10;       // of every CTA, by CUDA itself
 constexpr int SHARED_WITHOUT_ASKING = 48 << 10;
 constexpr int PORTABLE_CLUSTER = 8;            // CTAs; more are asked for
 
-constexpr int NUM_DEVICES = 12;
+constexpr int NUM_DEVICES = 13;
 const Device& device_of(int index);
 
 // What a kernel takes of an SM.

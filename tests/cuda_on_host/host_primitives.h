@@ -128,7 +128,8 @@ struct SharedPlace {
   const void* pointer() const { return place; }
   void* writable() const { return const_cast<uint4*>(place); }
 };
-inline void copy_async16(void* shared, const void* global) {
+template <Cache C = Cache::PLAIN>
+void copy_async16(void* shared, const void* global) {
   check_copy(shared, global, 16);
   self().copies.open.push_back({shared, global, 16});
 }

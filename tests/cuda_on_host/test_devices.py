@@ -105,6 +105,20 @@ def test_on_every_model(device, case, caplog, monkeypatch):
     assert "refuses to launch" not in caplog.text
 
 
+@pytest.mark.parametrize("layout", ["rows", "offset"])
+@pytest.mark.parametrize("name", ["anl_ce", "anl_fl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=helpers.dtype_id)
+def test_long_parts_of_rows(dtype, name, layout):
+    """Whose copies come a few at a time, while the first of them are swept."""
+    values, labels = helpers.rows_of_every_kind(40_003, dtype, kinds=("normal", "mixed", "wrong", "masked"))
+    logits, target = helpers.lay_out(layout, values, labels)
+    terms = helpers.EXPRESSIONS[name]
+    with adapter.on_host(adapter.LONG_PARTS) as module:
+        assert module.plan_for(0, (4, 40_003, 1), (40_003, 1, 0), -1)["kernel"] == "rows_split"
+        loss, grad = helpers.calculate(logits, target, helpers.expression(terms), backend="cuda")
+    helpers.assert_as_accurate(loss, oracle.as_rows(grad), labels, helpers.truth(values, labels, terms))
+
+
 @pytest.mark.parametrize(("device", "classes"), [("host", 3001), ("host-warp", 1001)])
 def test_long_runs_of_ignored_rows(device, classes):
     """A cluster knows a few rows ahead which of them it reads."""

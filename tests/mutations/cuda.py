@@ -32,6 +32,7 @@ ENTROPY = f'tests/backends/test_gradient_pass.py -k "nearly_alike and {HOST}"'
 COLUMN_SUMS = "tests/backends/test_cuda.py -k column_sums"
 LAUNCHES = "tests/backends/test_cuda_launches.py"
 MODELS = "tests/cuda_on_host/test_devices.py"
+LONG_PARTS = f"{MODELS} -k 'long_parts and float32'"
 ONE_WARP = f"{MODELS} -k 'further and rows and float32 and warp'"
 TICKETS = "tests/cuda_on_host/test_tickets.py"
 LAUNCHERS = "anl_kernels/backends/cuda.py"
@@ -130,6 +131,8 @@ MUTANTS = [
     # ---- long rows
     (LONG, "edge == target ? gradient.row.target : value", "value", "tests/backends/test_cuda.py -k edges"),
     (LONG, "return away <= (U - 1) * WARP", "return away < (U - 1) * WARP", "tests/backends/test_cuda.py -k edges"),
+    (SPLIT, "is_group ? copy_async_wait<GROUPS>()", "is_group ? copy_async_wait<GROUPS + 1>()", LONG_PARTS),
+    (SPLIT, "if (is_group) copy_async_commit();  //", "//", LONG_PARTS),
     # ---- words of two classes
     (PACKED, "count += 2.0f * W - (target >= 0 ? 1.0f : 0.0f);", "count += 2.0f * W;", PAIRS),
     (PACKED, "if (any_target) put_half(words, target, 0);", "", PAIRS),
@@ -192,7 +195,7 @@ MUTANTS = [
         SPLIT,
         "if (item.phase == FIRST && item.part == 0) {",
         "if (item.phase == FIRST) {",
-        "tests/backends/test_cuda.py -k 'ignored_rows and host'",
+        f"{TICKETS} -k 'held_anything and split'",
     ),
     # ---- gradients from coefficients, any strides, sums down the rows
     (GRADIENT, "entropy.set_lost(entropy_sums(p, row.in(p.call), entropy, shared + WARP));", "", ENTROPY),
