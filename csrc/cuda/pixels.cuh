@@ -343,15 +343,32 @@ struct Pixels {
     for (int v = 0; v < V; ++v) read = read && live(v);
     char* to = grad;
     const Index count = exist ? n : 0;
-#pragma unroll (AT_ONCE)
-    for (Index j = 0; j < count; ++j, to += grad_step) {
-      W word = all_parts<S, V>(T(0));
-      if (STAGED || read) word = at(j);
-      else if (V > 1) word = living(at(j));
+    const auto put = [&](W word, Index j) {
       T x[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) x[v] = value(v, word.part(v), j);
       *reinterpret_cast<W*>(to) = W::of(x);
+      to += grad_step;
+    };
+    if constexpr (STAGED) {
+#pragma unroll (AT_ONCE)
+      for (Index j = 0; j < count; ++j) put(at(j), j);
+    } else {  // the gradient may take the logits' place: all that is read together is read before that
+      const auto put_some = [&](Index j, auto guarded) {
+        W words[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u) {
+          words[u] = all_parts<S, V>(T(0));
+          if ((!guarded.value || j + u < count) && (read || V > 1)) words[u] = at(j + u);
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u)
+          if (!guarded.value || j + u < count) put(read ? words[u] : living(words[u]), j + u);
+      };
+      Index j = 0;
+#pragma unroll 1
+      for (; j + AT_ONCE <= count; j += AT_ONCE) put_some(j, std::false_type());
+      if (j < count) put_some(j, std::true_type());
     }
     __syncwarp();  // keeps the target's store behind that of its word, in the compiler as well
 #pragma unroll

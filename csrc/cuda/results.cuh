@@ -185,12 +185,16 @@ struct KnownRow {
   T inv_sum;
   bool unread;  // ignored, or NaN: its logits may be anything
 
+  static ANL_DEVICE const T* coefs_of(const Params& p, int64_t r) { return static_cast<const T*>(p.call.grad_coefs) + r; }
+
   ANL_DEVICE KnownRow(const Params& p, int64_t r) {
-    const Call& call = p.call;
-    const T* in = static_cast<const T*>(call.grad_coefs) + r;
     T coefs[NUM_COEFS];
 #pragma unroll
-    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = in[i * p.num_rows];
+    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = coefs_of(p, r)[i * p.num_rows];
+    *this = KnownRow(p, r, coefs);
+  }
+  ANL_DEVICE KnownRow(const Params& p, int64_t r, const T (&coefs)[NUM_COEFS]) {
+    const Call& call = p.call;
     inv_sum = coefs[COEF_INV_SUM];
     unread = !(inv_sum > T(0));
     gradient = RowGradient<T, FULL>::constant(inv_sum);

@@ -18,6 +18,8 @@ template <class S, bool FULL>
 constexpr int THREADS_HELD = sizeof(S) == 8 ? MAX_THREADS : FULL || sizeof(S) == 4 ? 512 : 640;
 template <class S>
 constexpr int CTAS = sizeof(S) == 8 ? 1 : 2;
+template <class S, bool FULL>
+constexpr int GRADIENT_CTAS = sizeof(S) == 8 ? 1 : 3;
 constexpr int64_t STATIC_SHARED = 3 << 10;
 
 // f(Parts<...>(), gradient) with what these pixels' gradients can depend on: most often all their classes are above the
@@ -96,7 +98,8 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
 }
 
 template <class S, bool FULL, int V>
-__global__ void __launch_bounds__(MAX_THREADS, 1) spatial_gradient_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(MAX_THREADS, GRADIENT_CTAS<S, FULL>)
+    spatial_gradient_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(char, scratch);
   const Call& call = p.call;
@@ -105,10 +108,18 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) spatial_gradient_kernel(const 
   RowGradient<T, FULL> gradient[V];
   T z_y[V];
   EntropyRow<T> entropy[V] = {};
+  const int64_t first = pixels.exist ? int64_t(pixels.r) : 0;
+  T coefs[V][NUM_COEFS];
+#pragma unroll
+  for (int i = 0; i < NUM_COEFS; ++i) {
+    const auto* at = reinterpret_cast<const Word<T, V>*>(KnownRow<T, FULL>::coefs_of(p, first) + i * p.num_rows);
+#pragma unroll
+    for (int v = 0; v < V; ++v) coefs[v][i] = at->part(v);
+  }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const int64_t r = pixels.exist ? int64_t(pixels.r) + v : 0;
-    const KnownRow<T, FULL> known(p, r);
+    const int64_t r = first + v;
+    const KnownRow<T, FULL> known(p, r, coefs[v]);
     gradient[v] = known.gradient;
     pixels.set_label(v, pixels.exist && !known.unread ? known.label(call, r) : pixels.IGNORED);
     z_y[v] = pixels.target_logit(call, v);  // in place, another group overwrites it
@@ -124,7 +135,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) spatial_gradient_kernel(const 
   }
   const auto more = [&](int v, T z, int64_t k) { return log_q && pixels.live(v) ? entropy[v].at(z, log_q[k]) : T(0); };
   by_parts<FULL>(call.program, [&](auto parts) {
-    pixels.template store<FULL ? 2 : 4>(
+    pixels.template store<FULL ? 3 : 6>(
         [&](int v, T z, int64_t j) {
           return gradient[v].template at<decltype(parts)::value>(z) + more(v, z, pixels.group + j * pixels.groups);
         },
@@ -182,8 +193,9 @@ struct Tiling {
     const int64_t N = rows_of(call), pixels = WARP * word, bytes = pixels * call.num_classes * logit_bytes(call);
     const int64_t warps = std::min(limits.max_threads, MAX_THREADS) / WARP;
     // Groups: enough warps for a multiprocessor although its shared memory holds few columns, or there are few at all.
-    const int64_t held = std::max<int64_t>(1, room / bytes);
-    const int64_t wanted = std::max(ceil_div(16, held), ceil_div(8 * int64_t(limits.num_sms), ceil_div(N, pixels)));
+    // Pairs do with fewer, as each thread has two pixels' work.
+    const int64_t held = std::max<int64_t>(1, room / bytes), enough = word == 2 ? 10 : 16;
+    const int64_t wanted = std::max(ceil_div(enough, held), ceil_div(8 * int64_t(limits.num_sms), ceil_div(N, pixels)));
     groups = power_of_two(std::max<int64_t>(1, std::min(wanted, call.num_classes / 8)));
     while (groups > warps) groups /= 2;
     columns = power_of_two(std::min<int64_t>(4, std::max<int64_t>(1, warps / groups)) + 1) / 2;
@@ -199,7 +211,8 @@ struct Tiling {
 Plan plan_spatial(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64, grad = call.op == Op::GRAD, full = takes_full(call);
   const bool paired = !wide && !full && pairs(call.logits, call.logits_strides, call) &&
-                      (!call.grad || pairs(call.grad, call.grad_strides, call));
+                      (!call.grad || pairs(call.grad, call.grad_strides, call)) &&
+                      (!grad || reinterpret_cast<uintptr_t>(call.grad_coefs) % (2 * sizeof(float)) == 0);
   Tiling tiling(call, limits, paired ? 2 : 1);
   if (paired && (tiling.groups > 1 || (!grad && tiling.bytes(call) > tiling.room))) tiling = Tiling(call, limits, 1);
   Plan plan = {};

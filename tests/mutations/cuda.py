@@ -198,6 +198,9 @@ MUTANTS = [
         f"{TICKETS} -k 'held_anything and split'",
     ),
     # ---- gradients from coefficients, any strides, sums down the rows
+    (PIXELS, "if (j < count) put_some(j, std::true_type());", "", PIXEL_PAIRS),
+    (PIXELS, "put(read ? words[u] : living(words[u]), j + u);", "put(words[u], j + u);", PIXEL_PAIRS),
+    (SPATIAL, "coefs[v][i] = at->part(v);", "coefs[v][i] = at->part(0);", PIXEL_PAIRS),
     (GRADIENT, "entropy.set_lost(entropy_sums(p, row.in(p.call), entropy, shared + WARP));", "", ENTROPY),
     (
         GRADIENT,
