@@ -2,7 +2,8 @@
 //
 // A group of lanes sweeps a row, and one thread has its scalar mathematics: thread i that of the batch's row i, so that a
 // warp does those of 32 rows at once. Logits are read once and the gradient, which takes their place in shared memory, is
-// written once, both in 16 aligned bytes. A batch that one CTA holds is a single launch.
+// written once, both in 16 aligned bytes. Where a thread sweeps its row alone, a batch has several rows of each thread's, so
+// that enough bytes are on their way. A batch that one CTA holds is a single launch.
 #include "plans.h"
 #include "shared_rows.cuh"
 
@@ -127,7 +128,10 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
   const auto sync = [&] { spread ? __syncthreads() : __syncwarp(); };
   ANL_STATIC_SHARED(double[2], mean);  // the loss's denominator, and 1 / that: registers are few
   const double denominator = loss_denominator<T>(p);
-  if (t == 0) mean[0] = denominator, mean[1] = inverse(denominator);
+  if (t == 0) {
+    mean[0] = denominator;
+    mean[1] = inverse(denominator);
+  }
   __syncthreads();
   double total = 0.0;
   const int64_t begin = blockIdx.x * p.plan.small.rows_per_cta;
@@ -215,7 +219,7 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       if (exists) total += double(finish_any_row<T, FULL>(p, r, y, kind, row, mean[1], true, gradient));
       if (!call.grad) continue;
 
-      const T target = gradient.row.target;
+      const T at_target = gradient.row.target;
       bool plain = !live;  // whether all classes are there and above the clamp
       if (live && first_sums.sums.of[COUNT] == T(K - 1) && gradient.all_above(first_sums.min)) {
         gradient.row = gradient.row.all_above();
@@ -236,8 +240,8 @@ __global__ void __launch_bounds__((REGISTERS_FOR<S>), 1) rows_small_kernel(const
       else
         by_parts<FULL>(call.program, write);
       sync();
-      if (exists) *displaced = live ? *at_y : narrow<S>(target);
-      if (live) *at_y = narrow<S>(target);
+      if (exists) *displaced = live ? *at_y : narrow<S>(at_target);
+      if (live) *at_y = narrow<S>(at_target);
       sync();
     }
     if (!call.grad) continue;

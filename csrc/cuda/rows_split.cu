@@ -104,7 +104,7 @@ struct StagedWalk : PlainWalk<GlobalPacks<S, C>> {
 
   template <int U, class F>
   ANL_DEVICE void tiles(const F& f) const {
-    constexpr int GROUPS = MANY / U;  // of copies: each has a whole tile or is empty, and what is left is the last
+    constexpr int GROUPS = U > 1 ? MANY / U : 0;  // of copies: each has a whole tile or is empty, and what is left is the last
     int groups = GROUPS;
     const PlainWalk<SharedPacks<S>> walk = {{SharedPlace(staged)}, this->count};
     walk.template tiles<U>([&](auto n, int i, bool inside, const auto&) {
