@@ -43,7 +43,7 @@ def test_bytes_in_flight(counted):
 
 def test_the_tail_of_the_loss_sum(counted):
     budget, counts = counted
-    if budget.case.gradient_alone:
+    if budget.case.gradient_alone or budget.kernel == "rows_split_kernel":  # no loss; tickets, which cannot be walked
         return
     microseconds = tail_seconds(counts, H200) * 1e6
     assert microseconds <= budget.most_tail
