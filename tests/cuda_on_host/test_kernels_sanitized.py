@@ -21,7 +21,7 @@ def address():
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(address):
     result = address("all")
     assert result.returncode == 0, result.stderr[:4000]
-    assert result.stdout.count("done") == 12
+    assert result.stdout.count("done") == 14
 
 
 @pytest.mark.parametrize("buffer", ["logits", "grad", "target", "coefs"])
