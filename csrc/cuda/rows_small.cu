@@ -104,8 +104,10 @@ struct Batch {
     if (i >= rows) return;
     S* const to = static_cast<S*>(p.call.grad) + row_offset(p.call, p.call.grad_strides, first + i);
     const S* const from = staged + stands;
-    const int lanes = 1 << bits;
-    misaligned(to) == misaligned(from) ? copy_out(to, from, K, lane(), lanes) : gather_out(to, from, K, lane(), lanes);
+    if (misaligned(to) == misaligned(from))
+      copy_out(to, from, K, lane(), 1 << bits);
+    else
+      gather_out(to, from, K, lane(), 1 << bits);
   }
 
  private:
