@@ -251,7 +251,7 @@ struct ClusterRows {
       }
       at.finish();
       const int begin = rows.warp * rows.chunk();  // single elements of what is held are read once more
-      if (rows.holds(count)) f(begin, begin + rows.chunk(), GlobalPacks<S, Cache::STREAM>{rows.shared.queued(rows.n).logits});
+      if (rows.holds(count)) f(begin, begin + rows.chunk(), GlobalPacks<S>{rows.shared.queued(rows.n).logits});
     }
   };
   ANL_DEVICE Walk walk(const Part& part, Pass pass) { return {*this, part.packs, pass}; }

@@ -35,11 +35,10 @@ struct SharedPacks {
   ANL_DEVICE uint4 load(int i, int u) const { return data.load(i + u * WARP); }
   ANL_DEVICE S element(int j) const { return static_cast<const S*>(data.pointer())[j]; }
 };
-// In global memory.
-template <class S, Cache C>
+// In global memory, of which single elements are read.
+template <class S>
 struct GlobalPacks {
   const S* data;
-  ANL_DEVICE uint4 load(int i, int u) const { return load16<C>(data + int64_t(i + u * WARP) * PACK<S>); }
   ANL_DEVICE S element(int j) const { return data[j]; }
 };
 

@@ -96,13 +96,8 @@ ANL_DEVICE uint64_t l2_policy() {
 template <Cache C = Cache::PLAIN>
 ANL_DEVICE uint4 load16(const void* p) {
   const uint4* q = static_cast<const uint4*>(p);
-  if constexpr (C == Cache::PLAIN) return *q;
-  if constexpr (C == Cache::STREAM) return __ldcs(q);
-  uint4 v;
-  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(__cvta_generic_to_global(p)), "l"(l2_policy<C>()));
-  return v;
+  static_assert(C != Cache::KEEP, "copy_async16 has that");
+  return C == Cache::PLAIN ? *q : __ldcs(q);
 }
 
 template <Cache C = Cache::PLAIN>

@@ -99,7 +99,7 @@ struct Shared {
 // A walk over packs in global memory (PlainWalk says what such has). A thread asks for all of its packs at once, so that some
 // are on their way while it sweeps others. staged: room for `count` packs in shared memory.
 template <class S, Cache C>
-struct StagedWalk : PlainWalk<GlobalPacks<S, C>> {
+struct StagedWalk : PlainWalk<GlobalPacks<S>> {
   uint4* const staged;
 
   template <int U, class F>

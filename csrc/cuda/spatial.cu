@@ -18,7 +18,7 @@ template <class S, bool FULL>
 constexpr int THREADS_HELD = sizeof(S) == 8 ? MAX_THREADS : FULL || sizeof(S) == 4 ? 512 : 640;
 template <class S>
 constexpr int CTAS = sizeof(S) == 8 ? 1 : 2;
-template <class S, bool FULL>
+template <class S>
 constexpr int GRADIENT_CTAS = sizeof(S) == 8 ? 1 : 3;
 constexpr int64_t STATIC_SHARED = 3 << 10;
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
 }
 
 template <class S, bool FULL, int V>
-__global__ void __launch_bounds__(MAX_THREADS, GRADIENT_CTAS<S, FULL>)
+__global__ void __launch_bounds__(MAX_THREADS, GRADIENT_CTAS<S>)
     spatial_gradient_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
   ANL_SHARED(char, scratch);

@@ -33,7 +33,7 @@ REACHED_BY = {
     "rows_gradient.cu": "small,block",  # one warp has no other barrier
     "rows_small.cu": "small,small_batches,small_rounds",
     "shared_rows.cuh": "small,small_batches,small_rounds",
-    "rows_split.cu": "split",
+    "rows_split.cu": "split,split_long_parts",
     "spatial.cu": "spatial",
     "sums.cuh": "block,cluster,split",
     "tickets.cuh": "block,split",
