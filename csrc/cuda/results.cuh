@@ -178,35 +178,42 @@ ANL_DEVICE T finish_any_row(const Params& p, int64_t r, int64_t y, Label kind, c
   return T(0);
 }
 
-// A row as its coefficients and grad_output describe it.
-template <class T, bool FULL>
+// What the backward pass is given of a row. All of it is on its way before any is used.
+template <class T>
+struct GivenRow {
+  T coefs[NUM_COEFS], grad_output;
+  int64_t label;
+
+  ANL_DEVICE GivenRow() {}
+  ANL_DEVICE GivenRow(const Params& p, int64_t r) {
+    set_rest(p.call, r);
+#pragma unroll
+    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = coefs_of(p, r)[i * p.num_rows];
+  }
+  ANL_DEVICE void set_rest(const Call& call, int64_t r) {
+    label = label_at(call, r);
+    grad_output = static_cast<const T*>(call.grad_output)[r * call.grad_output_stride];
+  }
+  static ANL_DEVICE const T* coefs_of(const Params& p, int64_t r) { return static_cast<const T*>(p.call.grad_coefs) + r; }
+};
+
+// And what follows from that. EAGER: the compiler cannot leave coefficients for when it is known that they are needed.
+template <class T, bool FULL, bool EAGER = false>
 struct KnownRow {
   RowGradient<T, FULL> gradient;
   T inv_sum;
-  bool unread;  // ignored, or NaN: its logits may be anything
+  bool unread;    // ignored, or NaN: its logits may be anything
+  int64_t label;  // or -1, where the row has no target
 
-  static ANL_DEVICE const T* coefs_of(const Params& p, int64_t r) { return static_cast<const T*>(p.call.grad_coefs) + r; }
-
-  ANL_DEVICE KnownRow(const Params& p, int64_t r) {
-    T coefs[NUM_COEFS];
-#pragma unroll
-    for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = coefs_of(p, r)[i * p.num_rows];
-    *this = KnownRow(p, r, coefs);
-  }
-  ANL_DEVICE KnownRow(const Params& p, int64_t r, const T (&coefs)[NUM_COEFS]) {
-    const Call& call = p.call;
-    inv_sum = coefs[COEF_INV_SUM];
+  ANL_DEVICE KnownRow(const Call& call, const GivenRow<T>& given) {
+    inv_sum = given.coefs[COEF_INV_SUM];
     unread = !(inv_sum > T(0));
-    gradient = RowGradient<T, FULL>::constant(inv_sum);
-    if (unread) return;
-    const T factor = static_cast<const T*>(call.grad_output)[r * call.grad_output_stride];
-    gradient = RowGradient<T, FULL>::of_coefs(call.program, coefs, factor);
-  }
-
-  // The target's class, or -1 where the row has none.
-  ANL_DEVICE int64_t label(const Call& call, int64_t r) const {
-    const int64_t y = unread ? -1 : label_at(call, r);
-    return is_class(call, y) ? y : -1;
+    label = !unread && is_class(call, given.label) ? given.label : -1;
+    if (unread && !EAGER)
+      gradient = RowGradient<T, FULL>::constant(inv_sum);
+    else
+      gradient = RowGradient<T, FULL>::of_coefs(call.program, given.coefs, given.grad_output);
+    if (unread && EAGER) gradient = RowGradient<T, FULL>::constant(inv_sum);
   }
 };
 

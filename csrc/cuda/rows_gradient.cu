@@ -13,16 +13,20 @@ namespace {
 constexpr int MAX_THREADS = 512, THREADS = 128;
 constexpr int CTAS = 5;  // of THREADS that a multiprocessor should hold, for enough bytes to be under way
 
+// Packs that a thread reads before it writes them.
+template <class S>
+constexpr int PACKS_AT_ONCE = sizeof(S) == 8 ? 2 : 4;
+
 // A row and all that its gradient depends on, as the one thread that looks at its coefficients finds it.
 template <class S, bool FULL>
-struct GivenRow {
+struct OneRow {
   using T = acc_t<S>;
   static constexpr int P = PACK<S>;
 
   RowGradient<T, FULL> gradient;
   int64_t logits, grad;    // where it begins
   int head, packs, edges;  // classes before the first pack, packs, classes that are in none
-  int y, target;           // the target's class and pack, or -1
+  int y;                   // the target's class, or -1
   bool unread;             // every logit stands for 0
 
   ANL_DEVICE void set(const Params& p, int64_t r, const KnownRow<T, FULL>& known) {
@@ -35,21 +39,15 @@ struct GivenRow {
     packs = p.plan.gradient.packs && head < K ? (K - head) / P : 0;
     if (packs == 0) head = K;
     edges = K - packs * P;
-    y = int(known.label(call, r));
-    target = y < head || y >= head + packs * P ? -1 : (y - head) / P;
+    y = int(known.label);
     unread = known.unread;
   }
 
   ANL_DEVICE const S* in(const Call& call) const { return static_cast<const S*>(call.logits) + logits; }
   ANL_DEVICE S* out(const Call& call) const { return static_cast<S*>(call.grad) + grad; }
 
-  template <unsigned PARTS>
-  ANL_DEVICE T value(T z, int k) const {
-    return k == y ? gradient.row.target : gradient.template at<PARTS>(z);
-  }
-
-  // The packs [begin, end) by `takers` threads of which this is number `taker`: f(bits, i) puts the gradient of the packs
-  // i, i + takers, ... in the place of their logits.
+  // The packs [begin, end) by `takers` threads of which this is number `taker`, U of each at a time: f(bits, i) puts the
+  // gradient of the packs i, i + takers, ... in the place of their logits.
   template <int U, class F>
   ANL_DEVICE void write_packs(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
     const S* from = in(call) + head + int64_t(begin + taker) * P;
@@ -60,26 +58,49 @@ struct GivenRow {
 #pragma unroll
       for (int u = 0; u < U; ++u, from += step)
         if (i + u * takers < end && !unread) bits[u] = load16(from);
-      f(bits, i);
+      if constexpr (FULL) {  // one by one: less to compile
+#pragma unroll 1
+        for (int j = i; j < end && j < i + U * takers; j += takers, to += step) {
+          uint4 pack[1] = {bits[0]};
+          f(pack, j);
+          store16(to, pack[0]);
 #pragma unroll
-      for (int u = 0; u < U; ++u, to += step)
-        if (i + u * takers < end) store16(to, bits[u]);
+          for (int u = 1; u < U; ++u) bits[u - 1] = bits[u];  // as registers have no index
+        }
+      } else {
+        f(bits, i);
+#pragma unroll
+        for (int u = 0; u < U; ++u, to += step)
+          if (i + u * takers < end) store16(to, bits[u]);
+      }
     }
   }
-  // After that, the target's, by the thread that wrote its pack. takers: a power of two.
-  ANL_DEVICE void write_target(const Call& call, int begin, int end, int taker, int takers) const {
-    if (target >= begin && target < end && ((target - begin) & (takers - 1)) == taker)
-      out(call)[y] = narrow<S>(gradient.row.target);
+  // The edges [begin, end) likewise, U of a thread at a time: f(z, k) is the gradient of class k.
+  template <int U, class F>
+  ANL_DEVICE void write_edges(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
+    for (int i = begin + taker; i < end; i += U * takers) {
+      int k[U];
+      S z[U] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int e = i + u * takers;
+        k[u] = e < end ? e < head ? e : e + packs * P : -1;
+        if (k[u] >= 0 && !unread) z[u] = in(call)[k[u]];
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (k[u] >= 0) out(call)[k[u]] = narrow<S>(f(widen(z[u]), k[u]));
+    }
   }
 
-  // The edges [begin, end) likewise: f(z, k) is the gradient of class k.
-  template <class F>
-  ANL_DEVICE void write_edges(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
-#pragma unroll (FULL ? 1 : 4)
-    for (int e = begin + taker; e < end; e += takers) {
-      const int k = e < head ? e : e + packs * P;
-      out(call)[k] = narrow<S>(f(unread ? T(0) : widen(in(call)[k]), k));
-    }
+  // After those packs and edges, the target's, by the thread that wrote there. takers: a power of two.
+  ANL_DEVICE void write_target(const Call& call, int begin, int end, int begin_edge, int end_edge, int taker,
+                               int takers) const {
+    const int inside = y - head, i = inside < 0 ? y : inside < packs * P ? inside / P : y - packs * P;
+    const bool in_pack = inside >= 0 && inside < packs * P;
+    const int from = in_pack ? begin : begin_edge, to = in_pack ? end : end_edge;
+    if (y >= 0 && i >= from && i < to && ((i - from) & (takers - 1)) == taker)
+      out(call)[y] = narrow<S>(gradient.row.target);
   }
 };
 
@@ -114,6 +135,7 @@ ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsig
 #pragma unroll
     for (uint4& pack : bits) {
       acc_t<S> x[PACK<S>];
+      if constexpr (sizeof(S) == 2) pack = {kept(pack.x), kept(pack.y), kept(pack.z), kept(pack.w)};
       widen_pack<S>(pack, x);
       constexpr unsigned ASKED = decltype(parts)::value;
       // Not replace(): it would spill a register on sm_100.
@@ -132,11 +154,14 @@ ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsig
 
 // A warp takes a part of several rows, one at a time, or some of its lanes each.
 template <class S, bool FULL, bool WARP_PER_ROW>
-__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 || FULL ? 4 : CTAS)
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 8 ? 4 : CTAS)
     rows_gradient_kernel(const __grid_constant__ Params p) {
   using T = acc_t<S>;
-  using Given = GivenRow<S, FULL>;
-  ANL_STATIC_SHARED(Given[THREADS], rows);
+  using Row = OneRow<S, FULL>;
+  // Short rows are two to a lane: most of what is read are their coefficients.
+  constexpr bool TWO = !WARP_PER_ROW && sizeof(S) < 8;
+  ANL_STATIC_SHARED(Row[THREADS], rows);
+  ANL_STATIC_SHARED(GivenRow<T>[TWO ? THREADS : 1], waiting);
   const GradientPlan& plan = p.plan.gradient;
   const int lane = int(lane_index()), lanes = WARP_PER_ROW ? WARP : plan.lanes, taker = lane % lanes;
   const unsigned unit = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, group = unit / unsigned(plan.parts_per_row);
@@ -146,23 +171,34 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 8 || FULL ? 4 : CTAS)
   const int part = int(unit - group * unsigned(plan.parts_per_row)) * plan.classes_per_part;
   const int end_class = part + plan.classes_per_part, begin = part / PACK<S>, end_pack = end_class / PACK<S>;
   const unsigned together = (ALL_LANES >> (WARP - lanes)) << (lane - taker);
-  GivenRow<S, FULL>* own = rows + (threadIdx.x - lane);
-  if (lane < count) own[lane].set(p, first + lane, KnownRow<T, FULL>(p, first + lane));
-  __syncwarp();
-  for (int j = lane / lanes; j < count; j += WARP_PER_ROW ? 1 : plan.rows_at_once) {
-    const GivenRow<S, FULL> row = own[j];
-    const int end = end_pack < row.packs ? end_pack : row.packs;
-    const int end_edge = end_class < row.edges ? end_class : row.edges;
-    by_parts<FULL>(p.call.program, [&](auto parts) {
-      constexpr unsigned PARTS = decltype(parts)::value;
-      const auto in_place = [&](auto& bits, int) { differentiate<S, PARTS>(row.gradient, together, bits); };
-      constexpr int TILE = FULL ? FULL_PACKS<S, true> : 4;
-      row.template write_packs<TILE>(p.call, begin, end, taker, lanes, in_place);
-      row.write_edges(p.call, part, end_edge, taker, lanes,
-                      [&](T z, int k) { return row.template value<PARTS>(z, k); });
-    });
-    __syncwarp(together);  // keeps the target's store behind that of its pack, in the compiler as well
-    row.write_target(p.call, begin, end, taker, lanes);
+  Row* own = rows + (threadIdx.x - lane);
+  GivenRow<T> given;
+  if (lane < count) given = GivenRow<T>(p, first + lane);
+  if constexpr (TWO) {
+    if (WARP + lane < count) waiting[threadIdx.x] = GivenRow<T>(p, first + WARP + lane);
+  }
+  for (int begin_row = 0;;) {
+    const int rows_now = count - begin_row < WARP ? count - begin_row : WARP;
+    if (lane < rows_now) own[lane].set(p, first + begin_row + lane, KnownRow<T, FULL>(p.call, given));
+    __syncwarp();
+    for (int j = lane / lanes; j < rows_now; j += WARP_PER_ROW ? 1 : plan.rows_at_once) {
+      const Row row = own[j];
+      const int end = end_pack < row.packs ? end_pack : row.packs;
+      const int end_edge = end_class < row.edges ? end_class : row.edges;
+      by_parts<FULL>(p.call.program, [&](auto parts) {
+        constexpr unsigned PARTS = decltype(parts)::value;
+        const auto in_place = [&](auto& bits, int) { differentiate<S, PARTS>(row.gradient, together, bits); };
+        row.template write_packs<PACKS_AT_ONCE<S>>(p.call, begin, end, taker, lanes, in_place);
+        row.template write_edges<FULL ? 1 : 2>(p.call, part, end_edge, taker, lanes,
+                                               [&](T z, int) { return row.gradient.template at<PARTS>(z); });
+      });
+      __syncwarp(together);  // keeps the target's store behind the other there, in the compiler as well
+      row.write_target(p.call, begin, end, part, end_edge, taker, lanes);
+    }
+    begin_row += WARP;
+    if (!TWO || begin_row >= count) return;
+    given = waiting[threadIdx.x];
+    __syncwarp();
   }
 }
 
@@ -191,8 +227,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(c
   constexpr int P = PACK<S>;
   ANL_STATIC_SHARED(EntropySums<double>[2 * WARP], shared);
   const int64_t r = blockIdx.x;
-  const KnownRow<T, FULL> known(p, r);
-  GivenRow<S, FULL> row;
+  const KnownRow<T, FULL> known(p.call, GivenRow<T>(p, r));
+  OneRow<S, FULL> row;
   row.set(p, r, known);
   const T* log_q = static_cast<const T*>(p.call.log_q);
   auto entropy = EntropyRow<T>::begin(row.gradient.max, known.inv_sum, *static_cast<const T*>(p.call.entropy_scale));
@@ -204,7 +240,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(c
   const int taker = int(threadIdx.x), takers = int(blockDim.x);
   by_parts<FULL>(p.call.program, [&](auto parts) {
     const auto value = [&](T z, int k) {
-      const T own = row.template value<decltype(parts)::value>(z, k);
+      const T own = k == row.y ? row.gradient.row.target : row.gradient.template at<decltype(parts)::value>(z);
       return row.unread ? own : own + entropy.at(z, log_q[k]);
     };
     row.template write_packs<1>(p.call, 0, row.packs, taker, takers, [&](auto& bits, int i) {
@@ -215,7 +251,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) rows_gradient_entropy_kernel(c
       for (int v = 0; v < P; ++v) x[v] = value(x[v], row.head + i * P + v);
       bits[0] = narrow_pack<S>(x);
     });
-    row.write_edges(p.call, 0, row.edges, taker, takers, value);
+    row.template write_edges<1>(p.call, 0, row.edges, taker, takers, value);
   });
 }
 
@@ -242,7 +278,8 @@ Plan plan_gradient(const Call& call, const Limits& limits) {
   gradient.classes_per_part = int(std::min(classes, power_of_two(K)));
   gradient.parts_per_row = int(ceil_div(K, gradient.classes_per_part));
   gradient.rows_at_once = WARP / gradient.lanes;
-  gradient.rows_per_warp = int(std::min<int64_t>(WARP, std::max<int64_t>(classes / K, gradient.rows_at_once)));
+  const int64_t most = pack == 2 || gradient.lanes == WARP ? WARP : 2 * WARP;
+  gradient.rows_per_warp = int(std::min<int64_t>(most, std::max<int64_t>(classes / K, gradient.rows_at_once)));
   Plan plan = {};
   plan.kernel = Kernel::GRADIENT;
   plan.cluster = 1;

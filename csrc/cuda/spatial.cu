@@ -109,19 +109,20 @@ __global__ void __launch_bounds__(MAX_THREADS, GRADIENT_CTAS<S>)
   T z_y[V];
   EntropyRow<T> entropy[V] = {};
   const int64_t first = pixels.exist ? int64_t(pixels.r) : 0;
-  T coefs[V][NUM_COEFS];
+  GivenRow<T> given[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) given[v].set_rest(call, first + v);
 #pragma unroll
   for (int i = 0; i < NUM_COEFS; ++i) {
-    const auto* at = reinterpret_cast<const Word<T, V>*>(KnownRow<T, FULL>::coefs_of(p, first) + i * p.num_rows);
+    const auto* at = reinterpret_cast<const Word<T, V>*>(GivenRow<T>::coefs_of(p, first) + i * p.num_rows);
 #pragma unroll
-    for (int v = 0; v < V; ++v) coefs[v][i] = at->part(v);
+    for (int v = 0; v < V; ++v) given[v].coefs[i] = at->part(v);
   }
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const int64_t r = first + v;
-    const KnownRow<T, FULL> known(p, r, coefs[v]);
+    const KnownRow<T, FULL, V == 1> known(call, given[v]);
     gradient[v] = known.gradient;
-    pixels.set_label(v, pixels.exist && !known.unread ? known.label(call, r) : pixels.IGNORED);
+    pixels.set_label(v, pixels.exist && !known.unread ? known.label : pixels.IGNORED);
     z_y[v] = pixels.target_logit(call, v);  // in place, another group overwrites it
     if (!log_q) continue;
     entropy[v] = EntropyRow<T>::begin(gradient[v].max, known.inv_sum, *static_cast<const T*>(call.entropy_scale));
@@ -194,12 +195,13 @@ struct Tiling {
     const int64_t warps = std::min(limits.max_threads, MAX_THREADS) / WARP;
     // Groups: enough warps for a multiprocessor although its shared memory holds few columns, or there are few at all.
     // Pairs do with fewer, as each thread has two pixels' work.
-    const int64_t held = std::max<int64_t>(1, room / bytes), enough = word == 2 ? 10 : 16;
+    const bool staged = call.op != Op::GRAD;
+    const int64_t held = std::max<int64_t>(1, room / bytes), enough = !staged ? 1 : word == 2 ? 10 : 16;
     const int64_t wanted = std::max(ceil_div(enough, held), ceil_div(8 * int64_t(limits.num_sms), ceil_div(N, pixels)));
     groups = power_of_two(std::max<int64_t>(1, std::min(wanted, call.num_classes / 8)));
     while (groups > warps) groups /= 2;
     columns = power_of_two(std::min<int64_t>(4, std::max<int64_t>(1, warps / groups)) + 1) / 2;
-    while (columns > 1 && (N < 2 * columns * pixels * limits.num_sms || columns * bytes > room / 4)) columns /= 2;
+    while (columns > 1 && (N < 2 * columns * pixels * limits.num_sms || (staged && columns * bytes > room / 4))) columns /= 2;
     words_per_lane = ceil_div(call.num_classes, groups);
   }
   int64_t threads() const { return columns * groups * WARP; }

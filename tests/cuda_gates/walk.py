@@ -237,9 +237,9 @@ class Walk:
     def _exit(self, op, pc, mask):
         yes, no, unknown = self._condition(op, mask)
         if unknown:
-            raise Lost(f"at {op.address:#x}: it is not known whether a warp ends")
+            self.trace.guessed[pc] = pc + 1
         self.alive &= ~yes
-        return pc + 1 if no else None
+        return pc + 1 if no or unknown else None
 
     def _ret(self, op, pc, mask):
         _, no, unknown = self._condition(op, mask)
