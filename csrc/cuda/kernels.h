@@ -74,6 +74,7 @@ struct GradientPlan {
 struct SpatialPlan {
   int pixels;            // rows that a CTA takes at a time: the threads of a column share their classes
   int word;              // of them that a thread takes: 2, or 1
+  bool aligned;          // whether the logits of two neighbouring pixels are always one aligned word
   int column_bits;       // 2^column_bits threads have pixels of their own, the next so many share their classes
   int words_per_lane;    // classes that a thread takes at most
   int64_t rows_per_cta;  // a multiple of that

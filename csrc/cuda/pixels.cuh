@@ -68,7 +68,6 @@ ANL_DEVICE Word<S, V> all_parts(acc_t<S> value) {
   return Word<S, V>::of(x);
 }
 
-constexpr int UNROLL = 8;
 constexpr int FOLD = 64;  // so many classes are added up before they are added to the others
 
 // ---- a thread's pixels ---------------------------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ struct Pixels {
 
   int lane, groups, group;
   Row r;  // of the first pixel
-  bool exist;
+  bool exist, in_pairs;
   const char* logits;
   char* grad;
   Step step, grad_step;  // bytes from one class to the next
@@ -102,6 +101,7 @@ struct Pixels {
     lane = V > 1 ? int(threadIdx.x) : int(threadIdx.x) & ((1 << plan.column_bits) - 1);
     r = Row(blockIdx.x) * Row(plan.rows_per_cta) + Row(tile * plan.pixels + lane * V);
     exist = r < Row(p.num_rows);
+    in_pairs = plan.aligned;
     const Call& call = p.call;
     const Row row = exist ? r : 0, o = call.outer == 1 ? 0 : row / Row(call.inner), i = row - o * Row(call.inner);
     logits = static_cast<const char*>(call.logits) + offset(call.logits_strides, o, i);
@@ -146,33 +146,54 @@ struct Pixels {
   // Pixel v's logit number j. Between its use and that of words stands a __syncwarp, for the compiler's sake.
   ANL_DEVICE S& number(Index j, int v) const { return reinterpret_cast<S*>(staged + j * WARP)[v]; }
 
+  // `count` words, `step` bytes apart, to every WARP-th of shared memory.
+  template <class To>
+  static ANL_DEVICE void copy(const char* from, Step step, To* to, int count) {
+#pragma unroll 4
+    for (int j = 0; j < count; ++j, from += step) copy_async<sizeof(To)>(to + j * WARP, from);
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+  // The same by way of registers: so many at once, the last of them with some that were copied already.
+  ANL_DEVICE void copy_halves() const {
+    constexpr int AT_ONCE = 12;
+    if (n < AT_ONCE) {
+#pragma unroll 1
+      for (int j = 0; j < n; ++j) staged[j * WARP] = load(logits + j * int64_t(step));
+      return;
+    }
+#pragma unroll 1
+    for (int j = 0; j < n; j += AT_ONCE) {
+      const int first = int(n) - j < AT_ONCE ? int(n) - AT_ONCE : j;
+      const char* from = logits + first * int64_t(step);
+      W z[AT_ONCE];
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u, from += step) z[u] = load(from);
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u) staged[(first + u) * WARP] = z[u];
+    }
+  }
+
   // What is read of the pixels, into shared memory. Of a pixel with a target, that changes places with the last number,
-  // and is then -inf: so all the others exist, most often. unswap() makes good for the other.
-  ANL_DEVICE void stage() const {
+  // and is then -inf: so all the others exist, most often. unswap() makes good for the other. Where there is one group, z_y
+  // becomes the target's logit.
+  ANL_DEVICE void stage(T (&z_y)[V]) const {
     bool all = true, any = false;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       all = all && live(v);
       any = any || live(v);
     }
-    if (any) {
-      const char* from = logits;
-      if constexpr (sizeof(W) == 2) {
-        for (int j0 = 0; j0 < n; j0 += UNROLL, from += UNROLL * step) {
-          W z[UNROLL];
-#pragma unroll
-          for (int u = 0; u < UNROLL; ++u)
-            if (j0 + u < n) z[u] = load(from + u * int64_t(step));
-#pragma unroll
-          for (int u = 0; u < UNROLL; ++u)
-            if (j0 + u < n) staged[(j0 + u) * WARP] = z[u];
-        }
-      } else {
-#pragma unroll 4
-        for (int j = 0; j < n; ++j, from += step) copy_async<sizeof(W)>(staged + j * WARP, from);
-        copy_async_commit();
-        copy_async_wait<0>();
-      }
+    if constexpr (sizeof(W) > 2) {
+      if (any) copy(logits, step, staged, n);
+    } else if (in_pairs) {  // of two lanes, one copies the even numbers of both, the other the odd ones
+      const int odd = int(lane_index()) & 1;
+      const char* from = logits + odd * (int64_t(step) - int64_t(sizeof(W)));
+      if (__shfl_xor_sync(ALL_LANES, int(any), 1) || any)
+        copy(from, 2 * step, reinterpret_cast<uint32_t*>(staged - odd + odd * WARP), (n - odd + 1) / 2);
+      __syncwarp();
+    } else if (any) {
+      copy_halves();
     }
     if (!all)
       for (int j = 0; j < n; ++j) staged[j * WARP] = any ? living(staged[j * WARP]) : all_parts<S, V>(T(0));
@@ -180,6 +201,7 @@ struct Pixels {
 #pragma unroll
     for (int v = 0; v < V; ++v)
       if (target[v] >= 0) {
+        if (V > 1) z_y[v] = widen(number(target[v], v));
         number(target[v], v) = number(n - 1, v);
         number(n - 1, v) = narrow<S>(minus_inf<T>());
       }

@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
     for (int v = 0; v < V; ++v) pixels.read_label(call, v);
     T z_y[V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) z_y[v] = pixels.target_logit(call, v);
-    if constexpr (STAGED) pixels.stage();
+    for (int v = 0; v < V; ++v) z_y[v] = STAGED && V > 1 ? T(0) : pixels.target_logit(call, v);
+    if constexpr (STAGED) pixels.stage(z_y);
     AnchoredSums<T, FULL> sums[V];
     pixels.template first_sums<FULL>(sums, memory);
     Row<T> row[V];
@@ -212,8 +212,8 @@ struct Tiling {
 
 Plan plan_spatial(const Call& call, const Limits& limits) {
   const bool wide = call.dtype == FLOAT64, grad = call.op == Op::GRAD, full = takes_full(call);
-  const bool paired = !wide && !full && pairs(call.logits, call.logits_strides, call) &&
-                      (!call.grad || pairs(call.grad, call.grad_strides, call)) &&
+  const bool aligned = pairs(call.logits, call.logits_strides, call);
+  const bool paired = !wide && !full && aligned && (!call.grad || pairs(call.grad, call.grad_strides, call)) &&
                       (!grad || reinterpret_cast<uintptr_t>(call.grad_coefs) % (2 * sizeof(float)) == 0);
   Tiling tiling(call, limits, paired ? 2 : 1);
   if (paired && (tiling.groups > 1 || (!grad && tiling.bytes(call) > tiling.room))) tiling = Tiling(call, limits, 1);
@@ -234,7 +234,8 @@ Plan plan_spatial(const Call& call, const Limits& limits) {
   const int64_t many = grad ? 1 : std::max<int64_t>(1, in_turn);
   int bits = 0;
   while (1 << bits < tiling.columns * WARP) ++bits;
-  plan.spatial = {int(pixels), int(tiling.word), bits, int(tiling.words_per_lane), pixels * many, staged ? bytes : 0};
+  plan.spatial = {int(pixels), int(tiling.word), aligned, bits, int(tiling.words_per_lane),
+                  pixels * many, staged ? bytes : 0};
   plan.shared_bytes = staged ? scratch(full) + bytes : scratch(full || !grad);
   plan.blocks = plan.loss_parts = ceil_div(tiles, many);
   return plan;
