@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from scenario import Case
 
+LEAST_KB = 40.0  # in flight on a multiprocessor
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -20,7 +22,6 @@ class Budget:
     must: float
     aim: float
     most_mufu: float = 3.0  # of a class
-    least_kb: float = 40.0  # in flight on a multiprocessor
     most_tail: float = 2.0  # us
 
 
@@ -40,11 +41,34 @@ BUDGETS = (
         "spatial gradient",
         "spatial_gradient_kernel",
         Case(classes=21, rows=16 * PIXELS, pixels=PIXELS, gradient_alone=True),
-        *(39, 40, 20),
+        *(36, 40, 20),
     ),
     Budget("gradient", "rows_gradient_kernel", Case(classes=128256, gradient_alone=True), 12, 12, 8),
+    Budget("gradient 1000", "rows_gradient_kernel", Case(classes=1000, rows=1 << 17, gradient_alone=True), 10, 12, 8),
     Budget("cluster ANL-FL", "rows_cluster_kernel", Case(loss="anl_fl", classes=128256), 32, 32, 24, 3.1),
 )
+# Other paths that have as much in flight.
+ENOUGH_IN_FLIGHT = (
+    *(Case(dtype, classes=2, rows=1 << 26, gradient_alone=True) for dtype in ("bfloat16", "float32")),
+    *(Case(dtype, classes=257, rows=1 << 18, gradient_alone=True) for dtype in ("bfloat16", "float32")),
+    *(Case(dtype, "anl_fl", 1000, 1 << 17, gradient_alone=True) for dtype in ("bfloat16", "float32")),
+    *(Case(dtype, "anl_fl", 21, 16 * PIXELS, PIXELS, gradient_alone=True) for dtype in ("bfloat16", "float32")),
+    Case("float32", "anl_ce", 150, 4 * PIXELS, PIXELS, gradient_alone=True),
+    Case("float32", "anl_ce", 150, 4 * PIXELS, PIXELS),
+    Case("bfloat16", "anl_ce", 1000, PIXELS, PIXELS),
+    Case("bfloat16", "anl_fl", 150, 4 * PIXELS, PIXELS),
+)
+# Paths that have less, and that take several times as long for their instructions: pixels of few classes, and 16-bit
+# ones of which no two are an aligned word (images of odd sizes). To ask for the next tiles ahead, from memory into L2,
+# was tried: 40 KB and more in flight, but 8 % to 20 % more instructions.
+ODD = 513 * 513
+BOUND_BY_INSTRUCTIONS = (
+    *(Case(dtype, loss, 2, 128 * PIXELS, PIXELS) for dtype in ("bfloat16", "float32") for loss in ("anl_ce", "anl_fl")),
+    *(Case("bfloat16", loss, 12, 32 * PIXELS, PIXELS) for loss in ("anl_ce", "anl_fl")),
+    *(Case("bfloat16", loss, 21, 16 * ODD, ODD) for loss in ("anl_ce", "anl_fl")),
+    *(Case("bfloat16", "anl_ce", classes, images * ODD, ODD) for classes, images in ((150, 4), (1000, 1))),
+)
+MOST_AWAITED = 0.25  # of their time, what the bytes in flight would take
 # (dtype, least share of a copy) -> classes, of 2^28 logits or some more: where plans change, and where classes are odd.
 SHARES = {
     ("bfloat16", 0.85): (

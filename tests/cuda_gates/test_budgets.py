@@ -1,7 +1,7 @@
 """What a class costs in every kernel, against budgets.py: instructions on the plain path, for sm_90. Needs no GPU."""
 
 import pytest
-from budgets import BUDGETS, MOST_GPU_MEMBARS, SHARES
+from budgets import BOUND_BY_INSTRUCTIONS, BUDGETS, ENOUGH_IN_FLIGHT, LEAST_KB, MOST_AWAITED, MOST_GPU_MEMBARS, SHARES
 from counts import count
 from disassembly import tool
 from gates import gpu_membars_in_loops
@@ -35,10 +35,25 @@ def test_instructions(counted):
 
 
 def test_bytes_in_flight(counted):
-    budget, counts = counted
+    _, counts = counted
     assert counts.case.elements >= 1 << 26
     kilobytes = predict(counts, H200).in_flight / 1024
-    assert kilobytes >= budget.least_kb
+    assert kilobytes >= LEAST_KB
+
+
+@pytest.mark.parametrize("case", ENOUGH_IN_FLIGHT, ids=str)
+def test_bytes_in_flight_elsewhere(case):
+    host_build()
+    assert case.elements >= 1 << 26
+    assert predict(count(case, H200.arch), H200).in_flight / 1024 >= LEAST_KB
+
+
+@pytest.mark.parametrize("case", BOUND_BY_INSTRUCTIONS, ids=str)
+def test_few_bytes_in_flight_where_instructions_take_longer(case):
+    host_build()
+    prediction = predict(count(case, H200.arch), H200)
+    assert prediction.bound == "issue"
+    assert prediction.bounds["bytes in flight"] <= MOST_AWAITED * prediction.seconds
 
 
 def test_the_tail_of_the_loss_sum(counted):

@@ -17,6 +17,8 @@ HOST = "cuda-host and not (sm80 or warp or launches)"
 NUMBERS = f'tests/test_conformance.py -k "every_number_of_classes and float32 and {HOST}"'
 PAIRS = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and {HOST}"'
 PIXEL_PAIRS = f'tests/test_conformance.py -k "every_layout and bfloat16 and anl_ce and {HOST}"'
+PIXEL_LANES = f'tests/test_conformance.py -k "every_layout and bfloat16 and anl_fl and {HOST}"'
+RECOMPUTED = f'tests/test_conformance.py -k "every_number_of_classes and bfloat16 and {HOST}" --thorough'
 ALIGNED = "tests/backends/test_cuda.py -k aligned_otherwise"
 ANYWHERE = f'tests/test_layout.py -k "begin_anywhere and bfloat16 and {HOST}"'
 ROUNDS = f'tests/test_layout.py -k "many_rows and bfloat16 and {HOST}"'
@@ -56,7 +58,7 @@ MUTANTS = [
         GRADIENT,
         "gradient.parts_per_row = int(ceil_div(K, gradient.classes_per_part));",
         "gradient.parts_per_row = int(K / gradient.classes_per_part);",
-        "tests/backends/test_cuda.py -k edges",
+        RECOMPUTED,
     ),
     (
         SELECT,
@@ -200,7 +202,21 @@ MUTANTS = [
     # ---- gradients from coefficients, any strides, sums down the rows
     (PIXELS, "if (j < count) put_some(j, std::true_type());", "", PIXEL_PAIRS),
     (PIXELS, "put(read ? words[u] : living(words[u]), j + u);", "put(words[u], j + u);", PIXEL_PAIRS),
-    (SPATIAL, "coefs[v][i] = at->part(v);", "coefs[v][i] = at->part(0);", PIXEL_PAIRS),
+    (SPATIAL, "given[v].coefs[i] = at->part(v);", "given[v].coefs[i] = at->part(0);", PIXEL_PAIRS),
+    (PIXELS, "if (V > 1) z_y[v] = widen(number(target[v], v));", "", PIXEL_PAIRS),
+    (PIXELS, "if (__shfl_xor_sync(ALL_LANES, int(any), 1) || any)", "if (any)", PIXEL_LANES),
+    (
+        PIXELS,
+        "reinterpret_cast<uint32_t*>(staged - odd + odd * WARP)",
+        "reinterpret_cast<uint32_t*>(staged - odd)",
+        PIXEL_LANES,
+    ),
+    (PIXELS, "? int(n) - AT_ONCE : j;", "? 0 : j;", PIXEL_LANES),
+    (GRADIENT, "    given = waiting[threadIdx.x];\n", "", ROUNDS),
+    (GRADIENT, "if (!TWO || begin_row >= count) return;", "return;", ROUNDS),
+    (GRADIENT, "bits[u - 1] = bits[u];  // as", ";  // as", RECOMPUTED),
+    (GRADIENT, "inside < packs * P ? inside / P : y - packs * P;", "inside < packs * P ? inside / P : y;", RECOMPUTED),
+    (GRADIENT, "e < end ? e < head ? e : e + packs * P : -1;", "e < head ? e : e + packs * P;", RECOMPUTED),
     (GRADIENT, "entropy.set_lost(entropy_sums(p, row.in(p.call), entropy, shared + WARP));", "", ENTROPY),
     (
         GRADIENT,
