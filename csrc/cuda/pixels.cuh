@@ -84,7 +84,7 @@ struct Pixels {
 
   int lane, groups, group;
   Row r;  // of the first pixel
-  bool exist, in_pairs;
+  bool exist;
   const char* logits;
   char* grad;
   Step step, grad_step;  // bytes from one class to the next
@@ -101,7 +101,6 @@ struct Pixels {
     lane = V > 1 ? int(threadIdx.x) : int(threadIdx.x) & ((1 << plan.column_bits) - 1);
     r = Row(blockIdx.x) * Row(plan.rows_per_cta) + Row(tile * plan.pixels + lane * V);
     exist = r < Row(p.num_rows);
-    in_pairs = plan.aligned;
     const Call& call = p.call;
     const Row row = exist ? r : 0, o = call.outer == 1 ? 0 : row / Row(call.inner), i = row - o * Row(call.inner);
     logits = static_cast<const char*>(call.logits) + offset(call.logits_strides, o, i);
@@ -154,16 +153,13 @@ struct Pixels {
     copy_async_commit();
     copy_async_wait<0>();
   }
-  // The same by way of registers: so many at once, the last of them with some that were copied already.
-  ANL_DEVICE void copy_halves() const {
+  // Words of 2 bytes, by way of registers: so many at once, the last of them with some that were copied already.
+  ANL_DEVICE void copy_by_registers() const {
     constexpr int AT_ONCE = 12;
-    if (n < AT_ONCE) {
 #pragma unroll 1
-      for (int j = 0; j < n; ++j) staged[j * WARP] = load(logits + j * int64_t(step));
-      return;
-    }
+    for (int j = 0; j < n && n < AT_ONCE; ++j) staged[j * WARP] = load(logits + j * int64_t(step));
 #pragma unroll 1
-    for (int j = 0; j < n; j += AT_ONCE) {
+    for (int j = 0; j < n && n >= AT_ONCE; j += AT_ONCE) {
       const int first = int(n) - j < AT_ONCE ? int(n) - AT_ONCE : j;
       const char* from = logits + first * int64_t(step);
       W z[AT_ONCE];
@@ -175,9 +171,9 @@ struct Pixels {
   }
 
   // What is read of the pixels, into shared memory. Of a pixel with a target, that changes places with the last number,
-  // and is then -inf: so all the others exist, most often. unswap() makes good for the other. Where there is one group, z_y
-  // becomes the target's logit.
-  ANL_DEVICE void stage(T (&z_y)[V]) const {
+  // and is then -inf: so all the others exist, most often. unswap() makes good for the other. Of pairs,
+  // z_y becomes the target's logit. aligned: SpatialPlan's.
+  ANL_DEVICE void stage(bool aligned, T (&z_y)[V]) const {
     bool all = true, any = false;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -186,14 +182,14 @@ struct Pixels {
     }
     if constexpr (sizeof(W) > 2) {
       if (any) copy(logits, step, staged, n);
-    } else if (in_pairs) {  // of two lanes, one copies the even numbers of both, the other the odd ones
+    } else if (aligned) {  // of two lanes, one copies the even numbers of both, the other the odd ones
       const int odd = int(lane_index()) & 1;
       const char* from = logits + odd * (int64_t(step) - int64_t(sizeof(W)));
       if (__shfl_xor_sync(ALL_LANES, int(any), 1) || any)
         copy(from, 2 * step, reinterpret_cast<uint32_t*>(staged - odd + odd * WARP), (n - odd + 1) / 2);
       __syncwarp();
     } else if (any) {
-      copy_halves();
+      copy_by_registers();
     }
     if (!all)
       for (int j = 0; j < n; ++j) staged[j * WARP] = any ? living(staged[j * WARP]) : all_parts<S, V>(T(0));

@@ -186,18 +186,18 @@ struct GivenRow {
 
   ANL_DEVICE GivenRow() {}
   ANL_DEVICE GivenRow(const Params& p, int64_t r) {
-    set_rest(p.call, r);
+    set_all_but_coefs(p.call, r);
 #pragma unroll
     for (int i = 0; i < NUM_COEFS; ++i) coefs[i] = coefs_of(p, r)[i * p.num_rows];
   }
-  ANL_DEVICE void set_rest(const Call& call, int64_t r) {
+  ANL_DEVICE void set_all_but_coefs(const Call& call, int64_t r) {
     label = label_at(call, r);
     grad_output = static_cast<const T*>(call.grad_output)[r * call.grad_output_stride];
   }
   static ANL_DEVICE const T* coefs_of(const Params& p, int64_t r) { return static_cast<const T*>(p.call.grad_coefs) + r; }
 };
 
-// And what follows from that. EAGER: the compiler cannot leave coefficients for when it is known that they are needed.
+// And what follows from that. EAGER: of unread rows as well, or the compiler loads most coefficients only once it knows.
 template <class T, bool FULL, bool EAGER = false>
 struct KnownRow {
   RowGradient<T, FULL> gradient;
@@ -209,11 +209,8 @@ struct KnownRow {
     inv_sum = given.coefs[COEF_INV_SUM];
     unread = !(inv_sum > T(0));
     label = !unread && is_class(call, given.label) ? given.label : -1;
-    if (unread && !EAGER)
-      gradient = RowGradient<T, FULL>::constant(inv_sum);
-    else
-      gradient = RowGradient<T, FULL>::of_coefs(call.program, given.coefs, given.grad_output);
-    if (unread && EAGER) gradient = RowGradient<T, FULL>::constant(inv_sum);
+    if (EAGER || !unread) gradient = RowGradient<T, FULL>::of_coefs(call.program, given.coefs, given.grad_output);
+    if (unread) gradient = RowGradient<T, FULL>::constant(inv_sum);
   }
 };
 

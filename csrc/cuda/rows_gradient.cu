@@ -75,6 +75,7 @@ struct OneRow {
       }
     }
   }
+
   // The edges [begin, end) likewise, U of a thread at a time: f(z, k) is the gradient of class k.
   template <int U, class F>
   ANL_DEVICE void write_edges(const Call& call, int begin, int end, int taker, int takers, const F& f) const {
@@ -135,6 +136,7 @@ ANL_DEVICE void differentiate(const RowGradient<acc_t<S>, FULL>& gradient, unsig
 #pragma unroll
     for (uint4& pack : bits) {
       acc_t<S> x[PACK<S>];
+      // Or the compiler widens every pack ahead of all branches, and spills.
       if constexpr (sizeof(S) == 2) pack = {kept(pack.x), kept(pack.y), kept(pack.z), kept(pack.w)};
       widen_pack<S>(pack, x);
       constexpr unsigned ASKED = decltype(parts)::value;

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(THREADS_HELD<S, FULL> / CTAS<S>, CTAS<S>)
     T z_y[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) z_y[v] = STAGED && V > 1 ? T(0) : pixels.target_logit(call, v);
-    if constexpr (STAGED) pixels.stage(z_y);
+    if constexpr (STAGED) pixels.stage(p.plan.spatial.aligned, z_y);
     AnchoredSums<T, FULL> sums[V];
     pixels.template first_sums<FULL>(sums, memory);
     Row<T> row[V];
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(MAX_THREADS, GRADIENT_CTAS<S>)
   const int64_t first = pixels.exist ? int64_t(pixels.r) : 0;
   GivenRow<T> given[V];
 #pragma unroll
-  for (int v = 0; v < V; ++v) given[v].set_rest(call, first + v);
+  for (int v = 0; v < V; ++v) given[v].set_all_but_coefs(call, first + v);
 #pragma unroll
   for (int i = 0; i < NUM_COEFS; ++i) {
     const auto* at = reinterpret_cast<const Word<T, V>*>(GivenRow<T>::coefs_of(p, first) + i * p.num_rows);
@@ -191,17 +191,17 @@ struct Tiling {
 
   Tiling(const Call& call, const Limits& limits, int64_t pixels_per_word)
       : word(pixels_per_word), room(limits.shared_bytes - STATIC_SHARED) {
-    const int64_t N = rows_of(call), pixels = WARP * word, bytes = pixels * call.num_classes * logit_bytes(call);
+    const int64_t N = rows_of(call), pixels = WARP * word;
+    const int64_t bytes = call.op == Op::GRAD ? 1 : pixels * call.num_classes * logit_bytes(call);  // of shared memory
     const int64_t warps = std::min(limits.max_threads, MAX_THREADS) / WARP;
     // Groups: enough warps for a multiprocessor although its shared memory holds few columns, or there are few at all.
     // Pairs do with fewer, as each thread has two pixels' work.
-    const bool staged = call.op != Op::GRAD;
-    const int64_t held = std::max<int64_t>(1, room / bytes), enough = !staged ? 1 : word == 2 ? 10 : 16;
+    const int64_t held = std::max<int64_t>(1, room / bytes), enough = word == 2 ? 10 : 16;
     const int64_t wanted = std::max(ceil_div(enough, held), ceil_div(8 * int64_t(limits.num_sms), ceil_div(N, pixels)));
     groups = power_of_two(std::max<int64_t>(1, std::min(wanted, call.num_classes / 8)));
     while (groups > warps) groups /= 2;
     columns = power_of_two(std::min<int64_t>(4, std::max<int64_t>(1, warps / groups)) + 1) / 2;
-    while (columns > 1 && (N < 2 * columns * pixels * limits.num_sms || (staged && columns * bytes > room / 4))) columns /= 2;
+    while (columns > 1 && (N < 2 * columns * pixels * limits.num_sms || columns * bytes > room / 4)) columns /= 2;
     words_per_lane = ceil_div(call.num_classes, groups);
   }
   int64_t threads() const { return columns * groups * WARP; }

@@ -15,7 +15,8 @@ from walk import Lost, Trace
 
 # File of csrc/cuda that has a kernel, where it is not named like it.
 FILES = {"spatial_gradient": "spatial", "rows_gradient_entropy": "rows_gradient", "pixel_sums": "column_sums"}
-GIVEN_BYTES = 4 * 10 + 4 + 8  # that a gradient is made of, per row: coefficients, grad_output, an int64 label
+# What a gradient reads of a row besides logits, at least: ten float32 coefficients, grad_output, an int64 label.
+GIVEN_BYTES = 4 * 10 + 4 + 8
 DEVICE_OF_ARCH = {80: 4, 89: 8, 90: 5, 100: 7, 120: 9}  # of host_devices.cpp
 
 

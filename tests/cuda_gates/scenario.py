@@ -336,6 +336,7 @@ def walk_launch(kernel: Kernel, binary: Path, arch: int, case: Case, last=False,
         return Work(total, warps, case.elements / clusters)
 
     rows = case.rows / clusters
+    # Pixels whole: fewer rows would be no whole images.
     if case.pixels > 1 or rows <= FEW_ROWS or rows * case.classes <= 1 << 16:
         return cluster(case, launch)
     for batch in (1 << i for i in range(int(rows).bit_length())):  # rows that CTAs take together

@@ -184,6 +184,11 @@ def test_warps_that_wait_are_bound_by_latency(walk):
     assert p.seconds == pytest.approx((100 * GLOBAL_CLOCKS + 8 * 2) * (1 << 20) / rows_at_a_time / 1.98e9)
 
 
+def test_lanes_of_which_nobody_knows_whether_they_end_go_on(walk):
+    warp = walk("ends_kernel", 32)[0]
+    assert (warp["STG"], warp["MUFU.EX2"]) == (2, 1)
+
+
 def test_few_bytes_in_flight_are_a_bound(walk):
     p = predict(counts_of(walk, 8, in_flight=64), H200)
     assert p.bound == "bytes in flight"
